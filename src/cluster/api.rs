@@ -1,0 +1,179 @@
+//! What the rest of the program may ask of the cluster.
+//!
+//! The HTTP front, the CLI's admin routes and the prober know the cluster only by this trait;
+//! nothing here names openraft.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::routing::book::Bookings;
+use crate::routing::view::RegistryView;
+use crate::state::command::{ControlCommand, ControlOutcome, ReplicaInfo};
+
+/// Why the cluster did not do something.
+#[derive(thiserror::Error, Clone, Debug, PartialEq, Eq)]
+pub enum ClusterError {
+    /// No quorum within the deadline. The command may still be applied later; it is applied
+    /// at most once.
+    #[error("no quorum of replicas answered within {} ms", .waited.as_millis())]
+    Unavailable {
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The queue of proposals is full.
+    #[error("the queue of proposals is full ({bytes} bytes wait for a leader)")]
+    Overloaded {
+        /// Bytes waiting.
+        bytes: usize,
+    },
+    /// The request makes no sense for this cluster; the text says why and what to do.
+    #[error("{0}")]
+    Refused(String),
+    /// This replica is stopping or its storage has failed.
+    #[error("this replica does not take part: {0}")]
+    Down(String),
+}
+
+impl ClusterError {
+    /// Whether the same call may succeed a little later.
+    pub fn retryable(&self) -> bool {
+        !matches!(self, ClusterError::Refused(_))
+    }
+}
+
+/// A boxed future with a cluster answer.
+pub type Answer<T> = Pin<Box<dyn Future<Output = Result<T, ClusterError>> + Send>>;
+
+/// Life of one Raft group as seen from one replica.
+#[derive(Clone, Serialize, Deserialize, Debug, Default)]
+pub struct GroupStatus {
+    /// `control` or `cache`.
+    pub group: String,
+    /// `leader`, `follower`, `candidate`, `learner` or `down`.
+    pub role: String,
+    /// Raft term.
+    pub term: u64,
+    /// Leader, where known.
+    pub leader: Option<ReplicaId>,
+    /// Last log index on disk here.
+    pub last_log: u64,
+    /// Last index known to be committed.
+    pub committed: u64,
+    /// Last index applied here.
+    pub applied: u64,
+    /// Index of the newest checkpoint.
+    pub checkpoint: u64,
+    /// Oldest index still in the log.
+    pub first_log: u64,
+    /// Bytes of log on disk.
+    pub log_bytes: u64,
+    /// Digest of the state at `applied`, hexadecimal.
+    pub digest: String,
+    /// Milliseconds since a quorum was last known to follow (leader) or the leader was last
+    /// heard (follower); `None` before the first.
+    pub quorum_age_ms: Option<u64>,
+}
+
+/// One member.
+#[derive(Clone, Serialize, Deserialize, Debug)]
+pub struct MemberStatus {
+    /// Member id.
+    pub id: ReplicaId,
+    /// Name and addresses.
+    pub info: ReplicaInfo,
+    /// Its current life, where known.
+    pub incarnation: Option<Incarnation>,
+    /// `voter` or `learner`.
+    pub membership: String,
+    /// Heard from within its lease, by committed decision.
+    pub alive: bool,
+    /// Log entries behind the leader in the cache group, where the leader says so.
+    pub lag: Option<u64>,
+    /// Whether it leads the control group.
+    pub leads_control: bool,
+    /// Whether it leads the cache group.
+    pub leads_cache: bool,
+    /// Requests it has in flight, cluster view.
+    pub requests: i64,
+}
+
+/// The cluster as one replica sees it.
+#[derive(Clone, Serialize, Deserialize, Debug)]
+pub struct ClusterStatus {
+    /// Hexadecimal cluster id; empty while the replica belongs to none.
+    pub cluster_id: String,
+    /// Who answers.
+    pub me: ReplicaId,
+    /// Its name.
+    pub name: String,
+    /// Its life.
+    pub incarnation: Incarnation,
+    /// Whether a quorum was heard of within the last second, in the control group.
+    pub quorum: bool,
+    /// Why this replica does not take part, if so.
+    pub down: Option<String>,
+    /// Both groups.
+    pub groups: Vec<GroupStatus>,
+    /// All members.
+    pub members: Vec<MemberStatus>,
+}
+
+/// A change of membership.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case", tag = "op")]
+pub enum MemberOp {
+    /// Tell the waiting replica at this peer address to join.
+    Add {
+        /// `host:port` of its peer listener.
+        peer: String,
+    },
+    /// Remove a member (by name or id) from both groups.
+    Remove {
+        /// Name or id.
+        member: String,
+    },
+    /// Make a learner a voter.
+    Promote {
+        /// Name or id.
+        member: String,
+    },
+    /// Hand leadership of both groups to a member.
+    TransferLeader {
+        /// Name or id; `None` picks the most caught-up other voter.
+        member: Option<String>,
+    },
+}
+
+/// The cluster, as seen by everything above it.
+pub trait ControlPlane: Send + Sync + 'static {
+    /// Proposes a command and waits until this replica has applied it. Held through an
+    /// election; fails with [`ClusterError::Unavailable`] after the configured deadline (3 s).
+    fn propose(&self, command: ControlCommand) -> Answer<ControlOutcome>;
+
+    /// Waits until this replica has applied everything committed before the call.
+    fn read_barrier(&self, group: Group) -> Answer<()>;
+
+    /// Takes note of a worker's heartbeat; reported to the cluster within 250 ms. False when
+    /// this replica does not know the worker (ask again after a [`ControlPlane::read_barrier`]).
+    fn heartbeat(&self, worker: &WorkerId) -> bool;
+
+    /// Takes note of a health probe's result.
+    fn probed(&self, worker: &WorkerId, healthy: bool);
+
+    /// The registry as applied here.
+    fn registry(&self) -> Arc<RegistryView>;
+
+    /// Books and frees load.
+    fn bookings(&self) -> &Bookings;
+
+    /// Changes the membership; answers with a sentence for the operator.
+    fn member(&self, op: MemberOp) -> Answer<String>;
+
+    /// The cluster as this replica sees it.
+    fn status(&self) -> ClusterStatus;
+}

@@ -1,0 +1,6 @@
+//! Everline: an LLM-inference router cluster whose output streams outlive its replicas.
+
+pub mod cluster;
+pub mod ids;
+pub mod routing;
+pub mod state;

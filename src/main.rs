@@ -1,0 +1,3 @@
+//! The `everline` binary; see the library for everything.
+
+fn main() {}

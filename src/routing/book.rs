@@ -1,0 +1,110 @@
+//! Booking load on workers: at once in this replica's own cells, and as deltas to be proposed.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::view::WorkerView;
+use crate::ids::WorkerId;
+use crate::state::load::LoadDelta;
+
+/// Deltas waiting for the next batch, summed by worker: the queue is bounded by the number of
+/// workers, however many requests come and go while there is no leader.
+#[derive(Debug, Default)]
+struct Pending {
+    deltas: HashMap<WorkerId, LoadDelta>,
+}
+
+/// Where bookings go. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Bookings {
+    pending: Arc<Mutex<Pending>>,
+    wake: Arc<Notify>,
+}
+
+impl Bookings {
+    /// Books a request on a worker until the returned guard is dropped.
+    pub fn book(&self, worker: Arc<WorkerView>, prefill_tokens: u32, decode_blocks: u32) -> Booking {
+        let delta = LoadDelta {
+            requests: 1,
+            prefill_tokens: prefill_tokens.into(),
+            decode_blocks: decode_blocks.into(),
+        };
+        let booking = Booking { bookings: self.clone(), worker, held: LoadDelta::default() };
+        booking.and_change(delta)
+    }
+
+    fn change(&self, worker: &WorkerView, delta: LoadDelta) {
+        if delta.is_zero() {
+            return;
+        }
+        worker.live.own.add(&delta);
+        let mut pending = self.pending.lock();
+        let was_empty = pending.deltas.is_empty();
+        pending.deltas.entry(worker.id().clone()).or_default().merge(&delta);
+        drop(pending);
+        if was_empty {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Takes what has gathered, without deltas that cancelled out. Order is by worker id, so
+    /// that equal states encode equally.
+    pub fn drain(&self) -> Vec<(WorkerId, LoadDelta)> {
+        let mut deltas: Vec<_> = std::mem::take(&mut self.pending.lock().deltas)
+            .into_iter()
+            .filter(|(_, d)| !d.is_zero())
+            .collect();
+        deltas.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        deltas
+    }
+
+    /// Waits until something has been booked since the last [`Bookings::drain`].
+    pub async fn changed(&self) {
+        self.wake.notified().await;
+    }
+}
+
+/// A request's share of a worker's load; freed when dropped.
+#[derive(Debug)]
+pub struct Booking {
+    bookings: Bookings,
+    worker: Arc<WorkerView>,
+    held: LoadDelta,
+}
+
+impl Booking {
+    fn and_change(mut self, delta: LoadDelta) -> Self {
+        self.change(delta);
+        self
+    }
+
+    fn change(&mut self, delta: LoadDelta) {
+        self.held.merge(&delta);
+        self.bookings.change(&self.worker, delta);
+    }
+
+    /// The worker it is on.
+    pub fn worker(&self) -> &Arc<WorkerView> {
+        &self.worker
+    }
+
+    /// The first output token arrived: the prefill is done. Idempotent.
+    pub fn prefill_done(&mut self) {
+        let outstanding = self.held.prefill_tokens;
+        self.change(LoadDelta { prefill_tokens: -outstanding, ..LoadDelta::default() });
+    }
+
+    /// Output has grown by this many KV blocks.
+    pub fn grow(&mut self, blocks: u32) {
+        self.change(LoadDelta { decode_blocks: blocks.into(), ..LoadDelta::default() });
+    }
+}
+
+impl Drop for Booking {
+    fn drop(&mut self) {
+        self.change(self.held.negated());
+    }
+}

@@ -1,0 +1,4 @@
+//! Choosing a worker: pure cost over a read view. Microseconds, no I/O, no await.
+
+pub mod book;
+pub mod view;

@@ -1,0 +1,161 @@
+//! What can be asked of the replicated state, and what it answers.
+//!
+//! Commands are data: encoded by [`crate::codec`] with a version, carried by the log, applied
+//! in the same order on every replica. A command that is refused (an outcome, not an error)
+//! is refused alike everywhere.
+
+use serde::{Deserialize, Serialize};
+
+use super::load::LoadDelta;
+use super::worker::{WorkerSource, WorkerSpec};
+use crate::ids::{Incarnation, ReplicaId, WorkerId};
+
+/// A mutation of the control group.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub enum ControlCommand {
+    /// Adds a worker or replaces its record. A worker registered under the same id by a more
+    /// trusted source (config and admin before node) keeps its record.
+    RegisterWorker {
+        /// The new record's content.
+        spec: WorkerSpec,
+        /// Held to heartbeats from now on (true) or probed (false).
+        heartbeats: bool,
+    },
+    /// Removes a worker.
+    RemoveWorker {
+        /// Which.
+        id: WorkerId,
+        /// Only if this source put it there; `None` removes whatever the source.
+        only_source: Option<WorkerSource>,
+    },
+    /// Sets or clears the drain flag.
+    DrainWorker {
+        /// Which.
+        id: WorkerId,
+        /// New requests stay away while set.
+        drain: bool,
+    },
+    /// Workers heard from at a replica since its last report: heartbeats or good probes.
+    Heard {
+        /// Workers whose own heartbeat arrived.
+        heartbeats: Vec<WorkerId>,
+        /// Workers whose health route answered a probe.
+        probed: Vec<WorkerId>,
+        /// Workers whose health route refused or failed a probe at this replica.
+        failed: Vec<WorkerId>,
+    },
+    /// The leader's clock: this much time has passed since its last tick, and these replicas
+    /// answered it within their lease.
+    Tick {
+        /// Milliseconds of the leader's monotonic clock; 0 in a leader's first tick, so that a
+        /// change of leader expires nobody.
+        elapsed_ms: u32,
+        /// Replicas heard from.
+        replicas: Vec<ReplicaId>,
+        /// After how long without a sign a worker is offline, as the leader is configured.
+        worker_timeout_ms: u32,
+    },
+    /// A replica process has started.
+    ReplicaUp {
+        /// Which.
+        id: ReplicaId,
+        /// Its life.
+        incarnation: Incarnation,
+        /// How others name and reach it.
+        info: ReplicaInfo,
+    },
+    /// Hands out the next unused replica id, once for each `nonce` (a retry gets the same id).
+    AllocateReplicaId {
+        /// Chosen at random by the joining replica.
+        nonce: u64,
+        /// Who asks.
+        name: String,
+    },
+    /// A replica's digest of its state at a log index; the state tells which differ.
+    Digest {
+        /// Who says so.
+        id: ReplicaId,
+        /// Of which group's state.
+        group: crate::ids::Group,
+        /// After applying this index.
+        index: u64,
+        /// [`crate::state::digest`].
+        digest: u64,
+    },
+    /// A member was removed from the cluster: forget it.
+    ForgetReplica {
+        /// Which.
+        id: ReplicaId,
+    },
+    /// Nothing. A no-op through the whole path, for measuring and for barriers.
+    Noop,
+}
+
+/// A mutation of the cache group.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub enum CacheCommand {
+    /// What the proposing replica booked and freed since its last batch.
+    Loads(Vec<(WorkerId, LoadDelta)>),
+    /// All that the proposing replica holds; replaces its column.
+    ReplaceLoads(Vec<(WorkerId, LoadDelta)>),
+    /// The cache leader's clock, with the replicas that answered it within their lease.
+    Tick {
+        /// See [`ControlCommand::Tick`].
+        elapsed_ms: u32,
+        /// Replicas heard from.
+        replicas: Vec<ReplicaId>,
+        /// Life of a lease after the last sign, milliseconds.
+        lease_ms: u32,
+    },
+    /// A replica process has started: what its earlier lives hold is released.
+    ReplicaUp {
+        /// Which.
+        id: ReplicaId,
+        /// Its life.
+        incarnation: Incarnation,
+    },
+    /// A member was removed: release what it holds and forget it.
+    ForgetReplica {
+        /// Which.
+        id: ReplicaId,
+    },
+    /// Nothing.
+    Noop,
+}
+
+/// A replica as others know it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug, Default)]
+pub struct ReplicaInfo {
+    /// Configured name, unique among live replicas.
+    pub name: String,
+    /// `host:port` of its peer listener.
+    pub peer: String,
+    /// `http://host:port` of its client listener.
+    pub http: String,
+    /// `http://host:port` of its admin listener.
+    pub admin: String,
+    /// Everline's version.
+    pub version: String,
+}
+
+/// The answer to a control command.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub enum ControlOutcome {
+    /// Done.
+    Done,
+    /// Registered; `replaced` when a record stood there before.
+    Registered {
+        /// Whether a record was replaced.
+        replaced: bool,
+        /// The record's generation.
+        generation: u64,
+    },
+    /// The worker is not in the registry.
+    UnknownWorker,
+    /// Refused, with the reason to show the caller.
+    Refused(String),
+    /// A replica id.
+    ReplicaId(ReplicaId),
+    /// Applied, but this replica learned it from a snapshot and does not know the answer.
+    Unknown,
+}
