@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 
 use super::view::WorkerView;
 use crate::ids::WorkerId;
@@ -18,13 +17,24 @@ struct Pending {
 }
 
 /// Where bookings go. Cheap to clone.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone)]
 pub struct Bookings {
     pending: Arc<Mutex<Pending>>,
-    wake: Arc<Notify>,
+    wake: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl std::fmt::Debug for Bookings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bookings").field("pending", &self.pending).finish_non_exhaustive()
+    }
 }
 
 impl Bookings {
+    /// `wake` is called, outside any lock, when something gathers after nothing had.
+    pub fn new(wake: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { pending: Arc::default(), wake: Arc::new(wake) }
+    }
+
     /// Books a request on a worker until the returned guard is dropped.
     pub fn book(&self, worker: Arc<WorkerView>, prefill_tokens: u32, decode_blocks: u32) -> Booking {
         let delta = LoadDelta {
@@ -46,7 +56,7 @@ impl Bookings {
         pending.deltas.entry(worker.id().clone()).or_default().merge(&delta);
         drop(pending);
         if was_empty {
-            self.wake.notify_one();
+            (self.wake)();
         }
     }
 
@@ -59,11 +69,6 @@ impl Bookings {
             .collect();
         deltas.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         deltas
-    }
-
-    /// Waits until something has been booked since the last [`Bookings::drain`].
-    pub async fn changed(&self) {
-        self.wake.notified().await;
     }
 }
 
