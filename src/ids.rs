@@ -63,6 +63,18 @@ impl fmt::Display for WorkerId {
     }
 }
 
+/// A worker's short name in what is mutated often. Allocated by the registry with the worker's
+/// first registration, kept while it is registered, never used again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Debug, Default)]
+#[serde(transparent)]
+pub struct WorkerIx(pub u32);
+
+impl fmt::Display for WorkerIx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
 /// The two Raft groups. `Control` carries what is rare and must not wait (registry, members,
 /// liveness); `Cache` carries the firehose (loads, later prefix-index mutations and streams).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Debug)]

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::view::WorkerView;
-use crate::ids::WorkerId;
+use crate::ids::WorkerIx;
 use crate::state::load::LoadDelta;
 
 /// Deltas waiting for the next batch, summed by worker: the queue is bounded by the number of
 /// workers, however many requests come and go while there is no leader.
 #[derive(Debug, Default)]
 struct Pending {
-    deltas: HashMap<WorkerId, LoadDelta>,
+    deltas: HashMap<WorkerIx, LoadDelta>,
 }
 
 /// Where bookings go. Cheap to clone.
@@ -53,21 +53,21 @@ impl Bookings {
         worker.live.own.add(&delta);
         let mut pending = self.pending.lock();
         let was_empty = pending.deltas.is_empty();
-        pending.deltas.entry(worker.id().clone()).or_default().merge(&delta);
+        pending.deltas.entry(worker.record.ix).or_default().merge(&delta);
         drop(pending);
         if was_empty {
             (self.wake)();
         }
     }
 
-    /// Takes what has gathered, without deltas that cancelled out. Order is by worker id, so
+    /// Takes what has gathered, without deltas that cancelled out. Order is by worker, so
     /// that equal states encode equally.
-    pub fn drain(&self) -> Vec<(WorkerId, LoadDelta)> {
+    pub fn drain(&self) -> Vec<(WorkerIx, LoadDelta)> {
         let mut deltas: Vec<_> = std::mem::take(&mut self.pending.lock().deltas)
             .into_iter()
             .filter(|(_, d)| !d.is_zero())
             .collect();
-        deltas.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        deltas.sort_unstable_by_key(|(worker, _)| *worker);
         deltas
     }
 }

@@ -10,19 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use crate::ids::WorkerId;
-use crate::state::load::LoadDelta;
+use crate::state::load::{LoadDelta, LoadSum};
 use crate::state::worker::WorkerRecord;
-
-/// A sum of bookings on one worker.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct LoadSum {
-    /// Requests in flight.
-    pub requests: i64,
-    /// Prompt tokens whose prefill is not known to be done.
-    pub prefill_tokens: i64,
-    /// KV blocks held by running requests, predicted.
-    pub decode_blocks: i64,
-}
 
 /// [`LoadSum`] in atomics. Readers may see the members of different moments; a cost function
 /// does not mind.

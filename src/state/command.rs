@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::load::LoadDelta;
 use super::worker::{WorkerSource, WorkerSpec};
-use crate::ids::{Incarnation, ReplicaId, WorkerId};
+use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
 
 /// A mutation of the control group.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
@@ -54,6 +54,8 @@ pub enum ControlCommand {
         replicas: Vec<ReplicaId>,
         /// After how long without a sign a worker is offline, as the leader is configured.
         worker_timeout_ms: u32,
+        /// Life of a replica's lease after its last sign, milliseconds.
+        lease_ms: u32,
     },
     /// A replica process has started.
     ReplicaUp {
@@ -76,7 +78,7 @@ pub enum ControlCommand {
         /// Who says so.
         id: ReplicaId,
         /// Of which group's state.
-        group: crate::ids::Group,
+        group: Group,
         /// After applying this index.
         index: u64,
         /// [`crate::state::digest`].
@@ -95,9 +97,9 @@ pub enum ControlCommand {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
 pub enum CacheCommand {
     /// What the proposing replica booked and freed since its last batch.
-    Loads(Vec<(WorkerId, LoadDelta)>),
+    Loads(Vec<(WorkerIx, LoadDelta)>),
     /// All that the proposing replica holds; replaces its column.
-    ReplaceLoads(Vec<(WorkerId, LoadDelta)>),
+    ReplaceLoads(Vec<(WorkerIx, LoadDelta)>),
     /// The cache leader's clock, with the replicas that answered it within their lease.
     Tick {
         /// See [`ControlCommand::Tick`].

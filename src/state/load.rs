@@ -36,3 +36,58 @@ impl LoadDelta {
         *self == Self::default()
     }
 }
+
+/// What is booked on one worker, by one replica or by all.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Debug, Default)]
+pub struct LoadSum {
+    /// Requests in flight.
+    pub requests: i64,
+    /// Prompt tokens whose prefill is not known to be done.
+    pub prefill_tokens: i64,
+    /// KV blocks held by running requests, predicted.
+    pub decode_blocks: i64,
+}
+
+impl LoadSum {
+    /// The sum after a delta.
+    pub fn plus(&self, d: &LoadDelta) -> Self {
+        Self {
+            requests: self.requests + i64::from(d.requests),
+            prefill_tokens: self.prefill_tokens + d.prefill_tokens,
+            decode_blocks: self.decode_blocks + d.decode_blocks,
+        }
+    }
+
+    /// The sum without another's part.
+    pub fn minus(&self, other: &LoadSum) -> Self {
+        Self {
+            requests: self.requests - other.requests,
+            prefill_tokens: self.prefill_tokens - other.prefill_tokens,
+            decode_blocks: self.decode_blocks - other.decode_blocks,
+        }
+    }
+
+    /// The delta that brings it to zero. Requests beyond 2^31 do not occur (connections are
+    /// bounded far below) and are cut to that.
+    pub fn undo(&self) -> LoadDelta {
+        LoadDelta {
+            requests: i32::try_from(-self.requests).unwrap_or(if self.requests < 0 {
+                i32::MAX
+            } else {
+                -i32::MAX
+            }),
+            prefill_tokens: -self.prefill_tokens,
+            decode_blocks: -self.decode_blocks,
+        }
+    }
+
+    /// Whether nothing is booked.
+    pub fn is_zero(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The members in order, for digests.
+    pub fn as_array(&self) -> [i64; 3] {
+        [self.requests, self.prefill_tokens, self.decode_blocks]
+    }
+}

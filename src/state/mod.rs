@@ -1,6 +1,12 @@
 //! The replicated state machine: commands in, state and outcomes out. Deterministic; no clock,
 //! no I/O, no async.
 
+pub mod cache;
 pub mod command;
+pub mod control;
+pub mod digest;
 pub mod load;
+pub mod replicated;
+#[cfg(test)]
+mod tests;
 pub mod worker;

@@ -1,11 +1,11 @@
 //! What the registry keeps of a worker.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::WorkerId;
+use crate::ids::{ReplicaId, WorkerId, WorkerIx};
 
 /// Which dialect the engine behind a worker speaks.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Debug, Default)]
@@ -201,6 +201,8 @@ fn bound(what: &str, is: usize, most: usize) -> Result<(), String> {
 pub struct WorkerRecord {
     /// As registered.
     pub spec: WorkerSpec,
+    /// Short name in the cache group's mutations; given once, never to another worker.
+    pub ix: WorkerIx,
     /// An operator asked for no new requests.
     pub drain: bool,
     /// Committed by the cluster: heard from (or probed well) within the timeout.
@@ -211,4 +213,6 @@ pub struct WorkerRecord {
     pub last_heard_ms: u64,
     /// Counts up whenever the worker is registered again.
     pub generation: u64,
+    /// Replicas whose probe failed since the last sign of life.
+    pub failed_by: BTreeSet<ReplicaId>,
 }

@@ -1,0 +1,298 @@
+//! The state machines against what they promise: exactly once, leases, digests, round trips.
+
+use proptest::prelude::*;
+
+use super::cache::CacheState;
+use super::command::{CacheCommand, ControlCommand, ControlOutcome, ReplicaInfo};
+use super::control::ControlState;
+use super::load::{LoadDelta, LoadSum};
+use super::replicated::{Applied, Replicated, State};
+use super::worker::{Liveness, WorkerSource, WorkerSpec};
+use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
+
+const R1: ReplicaId = ReplicaId(1);
+const R2: ReplicaId = ReplicaId(2);
+
+fn spec(id: &str, source: WorkerSource) -> WorkerSpec {
+    WorkerSpec {
+        id: WorkerId::parse(id).unwrap(),
+        url: format!("http://127.0.0.1:{}", 9000 + id.len()),
+        engine: Default::default(),
+        models: vec![],
+        role: Default::default(),
+        dp_ranks: 1,
+        block_size: None,
+        capacity_blocks: None,
+        labels: Default::default(),
+        weight: 100,
+        source,
+    }
+}
+
+fn register(state: &mut ControlState, id: &str) {
+    let outcome = state
+        .apply(R1, ControlCommand::RegisterWorker { spec: spec(id, WorkerSource::Node), heartbeats: true });
+    assert!(matches!(outcome, ControlOutcome::Registered { .. }), "{outcome:?}");
+}
+
+fn tick(state: &mut ControlState, elapsed_ms: u32, replicas: &[ReplicaId]) {
+    state.apply(
+        R1,
+        ControlCommand::Tick {
+            elapsed_ms,
+            replicas: replicas.to_vec(),
+            worker_timeout_ms: 5000,
+            lease_ms: 1000,
+        },
+    );
+}
+
+fn up(state: &mut ControlState, id: ReplicaId) {
+    let info = ReplicaInfo { name: format!("r{id}"), ..Default::default() };
+    state.apply(id, ControlCommand::ReplicaUp { id, incarnation: Incarnation(1), info });
+}
+
+fn worker(state: &ControlState, id: &str) -> super::worker::WorkerRecord {
+    state.workers()[&WorkerId::parse(id).unwrap()].clone()
+}
+
+#[test]
+fn a_worker_goes_offline_after_its_timeout_and_comes_back_by_itself() {
+    let mut state = ControlState::default();
+    register(&mut state, "w");
+    tick(&mut state, 5000, &[R1]);
+    assert!(worker(&state, "w").online, "not before the timeout has passed");
+    tick(&mut state, 1, &[R1]);
+    assert!(!worker(&state, "w").online);
+    let id = WorkerId::parse("w").unwrap();
+    state.apply(R2, ControlCommand::Heard { heartbeats: vec![id], probed: vec![], failed: vec![] });
+    assert!(worker(&state, "w").online);
+}
+
+#[test]
+fn a_probed_worker_that_every_live_replica_fails_to_reach_is_offline_at_once() {
+    let mut state = ControlState::default();
+    up(&mut state, R1);
+    up(&mut state, R2);
+    state.apply(
+        R1,
+        ControlCommand::RegisterWorker { spec: spec("w", WorkerSource::Config), heartbeats: false },
+    );
+    assert_eq!(worker(&state, "w").liveness, Liveness::Probe);
+    let failed = |by| {
+        (
+            by,
+            ControlCommand::Heard {
+                heartbeats: vec![],
+                probed: vec![],
+                failed: vec![WorkerId::parse("w").unwrap()],
+            },
+        )
+    };
+    let (by, command) = failed(R1);
+    state.apply(by, command);
+    assert!(worker(&state, "w").online, "one replica's word is not enough");
+    let (by, command) = failed(R2);
+    state.apply(by, command);
+    assert!(!worker(&state, "w").online);
+}
+
+#[test]
+fn a_live_identity_cannot_be_taken_over_and_an_operators_worker_not_by_a_node() {
+    let mut state = ControlState::default();
+    register(&mut state, "w");
+    let mut elsewhere = spec("w", WorkerSource::Node);
+    elsewhere.url = "http://127.0.0.1:1".to_owned();
+    let command = ControlCommand::RegisterWorker { spec: elsewhere, heartbeats: true };
+    assert!(matches!(state.apply(R1, command.clone()), ControlOutcome::Refused(_)));
+    tick(&mut state, 6000, &[R1]);
+    assert!(matches!(state.apply(R1, command), ControlOutcome::Registered { replaced: true, generation: 2 }));
+
+    state.apply(
+        R1,
+        ControlCommand::RegisterWorker { spec: spec("op", WorkerSource::Admin), heartbeats: false },
+    );
+    let node = ControlCommand::RegisterWorker { spec: spec("op", WorkerSource::Node), heartbeats: true };
+    assert!(matches!(state.apply(R1, node), ControlOutcome::Refused(_)));
+    let gone = ControlCommand::RemoveWorker {
+        id: WorkerId::parse("op").unwrap(),
+        only_source: Some(WorkerSource::Node),
+    };
+    assert!(matches!(state.apply(R1, gone), ControlOutcome::Refused(_)));
+}
+
+#[test]
+fn an_allocated_replica_id_is_given_once_and_never_again() {
+    let mut state = ControlState::default();
+    up(&mut state, ReplicaId(3));
+    let allocate = |state: &mut ControlState, nonce| match state
+        .apply(R1, ControlCommand::AllocateReplicaId { nonce, name: "r".to_owned() })
+    {
+        ControlOutcome::ReplicaId(id) => id,
+        other => panic!("{other:?}"),
+    };
+    let first = allocate(&mut state, 7);
+    assert_eq!(first, ReplicaId(101));
+    assert_eq!(allocate(&mut state, 7), first, "a retry gets the same");
+    state.apply(R1, ControlCommand::ForgetReplica { id: first });
+    assert_eq!(allocate(&mut state, 8), ReplicaId(102));
+}
+
+#[test]
+fn the_minority_of_digests_is_named() {
+    let mut state = ControlState::default();
+    for (id, digest) in [(1, 5), (2, 5), (3, 6)] {
+        state
+            .apply(R1, ControlCommand::Digest { id: ReplicaId(id), group: Group::Cache, index: 256, digest });
+    }
+    assert_eq!(state.take_diverged(), vec![(Group::Cache, 256, ReplicaId(3))]);
+}
+
+#[test]
+fn a_replica_whose_lease_ends_holds_nothing_and_gets_it_back_by_saying_so() {
+    let mut state = CacheState::default();
+    let delta = LoadDelta { requests: 2, prefill_tokens: 100, decode_blocks: 7 };
+    for id in [R1, R2] {
+        state.apply(id, CacheCommand::ReplicaUp { id, incarnation: Incarnation(1) });
+        state.apply(id, CacheCommand::Loads(vec![(WorkerIx(1), delta)]));
+    }
+    assert_eq!(state.total_load(WorkerIx(1)).requests, 4);
+    assert_eq!(state.peers_load(R1, WorkerIx(1)).requests, 2);
+    let tick = |ms| CacheCommand::Tick { elapsed_ms: ms, replicas: vec![R1], lease_ms: 1000 };
+    state.apply(R1, tick(1000));
+    assert!(state.take_released().is_empty());
+    state.apply(R1, tick(1));
+    assert_eq!(state.take_released(), vec![R2]);
+    assert_eq!(state.total_load(WorkerIx(1)).requests, 2);
+    state.apply(R2, CacheCommand::ReplaceLoads(vec![(WorkerIx(1), delta)]));
+    assert_eq!(state.replica(R2), Some((2, true)));
+    // And it can end again: the proposal was a sign of life, not a licence.
+    state.apply(R1, tick(1001));
+    assert_eq!(state.take_released(), vec![R2]);
+    // A new life releases what the last one held.
+    state.apply(R1, CacheCommand::ReplicaUp { id: R1, incarnation: Incarnation(2) });
+    assert!(!state.holds_anything());
+    assert_eq!(state.digest(), 0);
+}
+
+#[test]
+fn a_segment_is_applied_once_in_order_and_only_in_its_life() {
+    let mut r: Replicated<ControlState> = Replicated::default();
+    let noop = || vec![ControlCommand::Noop];
+    let life = Incarnation;
+    assert_eq!(r.apply(R1, life(1), 2, noop()), Applied::Gap);
+    assert_eq!(r.apply(R1, life(1), 1, noop()), Applied::Now(vec![ControlOutcome::Done]));
+    assert_eq!(r.apply(R1, life(1), 1, noop()), Applied::Before);
+    assert_eq!(r.apply(R1, life(1), 2, noop()), Applied::Now(vec![ControlOutcome::Done]));
+    assert_eq!(r.apply(R1, life(2), 1, noop()), Applied::Now(vec![ControlOutcome::Done]));
+    assert_eq!(r.apply(R1, life(1), 3, noop()), Applied::Before);
+    let again = Replicated::<ControlState>::restore(r.records()).unwrap();
+    assert_eq!(again.session(R1).applied, 1);
+    assert_eq!(again.session(R1).incarnation, life(2));
+}
+
+fn any_delta() -> impl Strategy<Value = LoadDelta> + Clone {
+    (-5..5i32, -500..500i64, -50..50i64).prop_map(|(requests, prefill_tokens, decode_blocks)| LoadDelta {
+        requests,
+        prefill_tokens,
+        decode_blocks,
+    })
+}
+
+fn any_cache_command() -> impl Strategy<Value = (ReplicaId, CacheCommand)> {
+    let loads = prop::collection::vec((0..6u32, any_delta()), 0..5)
+        .prop_map(|v| v.into_iter().map(|(w, d)| (WorkerIx(w), d)).collect::<Vec<_>>());
+    let command = prop_oneof![
+        6 => loads.clone().prop_map(CacheCommand::Loads),
+        1 => loads.prop_map(CacheCommand::ReplaceLoads),
+        2 => (0..700u32, prop::collection::vec(1..4u64, 0..3)).prop_map(|(elapsed_ms, ids)| CacheCommand::Tick {
+            elapsed_ms,
+            replicas: ids.into_iter().map(ReplicaId).collect(),
+            lease_ms: 1000,
+        }),
+        1 => (1..4u64, 1..9u64).prop_map(|(id, life)| CacheCommand::ReplicaUp {
+            id: ReplicaId(id),
+            incarnation: Incarnation(life),
+        }),
+        1 => (1..4u64).prop_map(|id| CacheCommand::ForgetReplica { id: ReplicaId(id) }),
+    ];
+    (1..4u64, command).prop_map(|(id, command)| (ReplicaId(id), command))
+}
+
+fn any_control_command() -> impl Strategy<Value = (ReplicaId, ControlCommand)> {
+    let id = (0..5u8).prop_map(|n| format!("w{n}"));
+    let ids = prop::collection::vec(id.clone(), 0..3)
+        .prop_map(|v| v.iter().map(|i| WorkerId::parse(i).unwrap()).collect::<Vec<_>>());
+    let source = prop_oneof![Just(WorkerSource::Node), Just(WorkerSource::Admin), Just(WorkerSource::Config)];
+    let command = prop_oneof![
+        3 => (id.clone(), source, any::<bool>(), 1..4u32).prop_map(|(id, source, heartbeats, weight)| {
+            let mut spec = spec(&id, source);
+            spec.weight = weight;
+            ControlCommand::RegisterWorker { spec, heartbeats }
+        }),
+        1 => id.clone().prop_map(|id| ControlCommand::RemoveWorker { id: WorkerId::parse(&id).unwrap(), only_source: None }),
+        1 => (id, any::<bool>()).prop_map(|(id, drain)| ControlCommand::DrainWorker { id: WorkerId::parse(&id).unwrap(), drain }),
+        3 => (ids.clone(), ids.clone(), ids).prop_map(|(heartbeats, probed, failed)| ControlCommand::Heard { heartbeats, probed, failed }),
+        3 => (0..3000u32, prop::collection::vec(1..4u64, 0..3)).prop_map(|(elapsed_ms, ids)| ControlCommand::Tick {
+            elapsed_ms,
+            replicas: ids.into_iter().map(ReplicaId).collect(),
+            worker_timeout_ms: 5000,
+            lease_ms: 1000,
+        }),
+        1 => (1..4u64, 1..9u64).prop_map(|(id, life)| ControlCommand::ReplicaUp {
+            id: ReplicaId(id),
+            incarnation: Incarnation(life),
+            info: ReplicaInfo::default(),
+        }),
+        1 => any::<u64>().prop_map(|nonce| ControlCommand::AllocateReplicaId { nonce, name: String::new() }),
+        1 => (1..4u64).prop_map(|id| ControlCommand::ForgetReplica { id: ReplicaId(id) }),
+    ];
+    (1..4u64, command).prop_map(|(id, command)| (ReplicaId(id), command))
+}
+
+/// Applies everything; half-way, goes on from what was written to records instead.
+fn run<S: State>(commands: &[(ReplicaId, S::Command)], reload_at: Option<usize>) -> Replicated<S> {
+    let mut r: Replicated<S> = Replicated::default();
+    for (at, (origin, command)) in commands.iter().enumerate() {
+        if reload_at == Some(at) {
+            let digest = r.state.digest();
+            r = Replicated::restore(r.records()).unwrap();
+            assert_eq!(r.state.digest(), digest, "a restored state has the digest it was written with");
+        }
+        // Through the codec, as the log does.
+        let command = crate::codec::decode(&crate::codec::encode(command)).unwrap();
+        r.state.apply(*origin, command);
+    }
+    r
+}
+
+proptest! {
+    #[test]
+    fn a_cache_state_restored_half_way_ends_where_the_other_does(
+        commands in prop::collection::vec(any_cache_command(), 0..60), at in 0..60usize
+    ) {
+        let (a, b) = (run::<CacheState>(&commands, None), run::<CacheState>(&commands, Some(at)));
+        prop_assert_eq!(a.records(), b.records());
+        prop_assert_eq!(a.state.digest(), b.state.digest());
+        for worker in 0..6 {
+            let total = a.state.total_load(WorkerIx(worker));
+            let sum: i64 = (1..4).map(|r| a.state.total_load(WorkerIx(worker)).minus(&a.state.peers_load(ReplicaId(r), WorkerIx(worker))).requests).sum();
+            prop_assert_eq!(total.requests, sum, "the total is the sum of the columns");
+        }
+    }
+
+    #[test]
+    fn a_control_state_restored_half_way_ends_where_the_other_does(
+        commands in prop::collection::vec(any_control_command(), 0..60), at in 0..60usize
+    ) {
+        let (a, b) = (run::<ControlState>(&commands, None), run::<ControlState>(&commands, Some(at)));
+        prop_assert_eq!(a.records(), b.records());
+        prop_assert_eq!(a.state.digest(), b.state.digest());
+    }
+
+    #[test]
+    fn a_sum_is_undone_by_its_undo(requests in -1000..1000i64, p in any::<i32>(), d in any::<i32>()) {
+        let sum = LoadSum { requests, prefill_tokens: p.into(), decode_blocks: d.into() };
+        prop_assert!(sum.plus(&sum.undo()).is_zero());
+    }
+}
