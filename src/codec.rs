@@ -43,6 +43,45 @@ fn encode_onto(value: &(impl Serialize + ?Sized), out: &mut Vec<u8>) {
     }
 }
 
+/// Builds the encoding of a `Vec<T>` piece by piece: what `encode(&vec)` gives, without the vec.
+#[derive(Debug, Default)]
+pub struct ListEncoder {
+    count: u64,
+    items: Vec<u8>,
+}
+
+impl ListEncoder {
+    /// Adds an item.
+    pub fn push(&mut self, item: &impl Serialize) {
+        encode_onto(item, &mut self.items);
+        self.count += 1;
+    }
+
+    /// Items so far.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Bytes so far, without the head.
+    pub fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Whether nothing was added.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The encoded list; the encoder is empty again.
+    pub fn finish(&mut self) -> Vec<u8> {
+        let mut out = vec![VERSION];
+        encode_onto(&self.count, &mut out);
+        out.append(&mut self.items);
+        self.count = 0;
+        out
+    }
+}
+
 /// Decodes a value; all bytes must be used up.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
     let (version, rest) = bytes.split_first().ok_or(CodecError::Empty)?;
@@ -74,6 +113,10 @@ mod tests {
         longer.push(0);
         assert!(matches!(decode::<(u64, String)>(&longer), Err(CodecError::Malformed(_))));
         assert!(matches!(decode::<(u64, String)>(&bytes[..3]), Err(CodecError::Malformed(_))));
+        let mut list = ListEncoder::default();
+        list.push(&7u64);
+        list.push(&300u64);
+        assert_eq!(list.finish(), encode(&vec![7u64, 300]));
         // A length that claims more than there is must not allocate it.
         assert!(decode::<Vec<u64>>(&[VERSION, 253, 255, 255, 255, 255, 255, 255, 255, 127]).is_err());
     }

@@ -1,4 +1,20 @@
 //! The cluster: Raft, its storage and its peer links. The only module that names openraft or
 //! sled.
+//!
+//! Entry point: [`node::Cluster::start`]. Everybody else knows the cluster by [`api::ControlPlane`].
 
 pub mod api;
+pub mod clock;
+pub mod formation;
+pub mod hooks;
+pub mod identity;
+pub mod log_store;
+pub mod machine;
+pub mod membership;
+pub mod network;
+pub mod node;
+pub mod peer;
+pub mod proposer;
+pub mod pulse;
+pub mod storage;
+pub mod types;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::view::WorkerView;
+use super::view::{WorkerLive, WorkerView};
 use crate::ids::WorkerIx;
 use crate::state::load::LoadDelta;
 
@@ -50,8 +50,9 @@ impl Bookings {
         if delta.is_zero() {
             return;
         }
-        worker.live.own.add(&delta);
         let mut pending = self.pending.lock();
+        // Under the lock, so that `restate` sees own loads and deltas of the same moment.
+        worker.live.own.add(&delta);
         let was_empty = pending.deltas.is_empty();
         pending.deltas.entry(worker.record.ix).or_default().merge(&delta);
         drop(pending);
@@ -69,6 +70,20 @@ impl Bookings {
             .collect();
         deltas.sort_unstable_by_key(|(worker, _)| *worker);
         deltas
+    }
+
+    /// Drops what has gathered and says instead all that is held: for when the cluster has
+    /// released this replica's bookings while they were still held.
+    pub fn restate(&self, lives: &HashMap<WorkerIx, Arc<WorkerLive>>) -> Vec<(WorkerIx, LoadDelta)> {
+        let mut pending = self.pending.lock();
+        pending.deltas.clear();
+        let mut held: Vec<_> = lives
+            .iter()
+            .map(|(worker, live)| (*worker, live.own.get().undo().negated()))
+            .filter(|(_, d)| !d.is_zero())
+            .collect();
+        held.sort_unstable_by_key(|(worker, _)| *worker);
+        held
     }
 }
 

@@ -1,0 +1,133 @@
+//! The leader's clock: committed ticks by which leases and timeouts are measured, the same on
+//! every replica. A follower's copy of this task does nothing but look whether it leads.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use openraft::Instant as _;
+use openraft::async_runtime::watch::WatchReceiver;
+
+use super::machine::Cell;
+use super::types::{Proposal, Raft};
+use crate::codec;
+use crate::ids::ReplicaId;
+use crate::state::cache::CacheState;
+use crate::state::command::{CacheCommand, ControlCommand};
+
+/// How often time is told.
+#[derive(Clone, Copy, Debug)]
+pub struct Rhythm {
+    /// In the control group.
+    pub control: Duration,
+    /// In the cache group while anything is booked.
+    pub cache_busy: Duration,
+    /// In the cache group otherwise.
+    pub cache_idle: Duration,
+    /// Life of a replica's lease.
+    pub lease: Duration,
+    /// See [`ControlCommand::Tick`].
+    pub worker_timeout: Duration,
+}
+
+impl Default for Rhythm {
+    fn default() -> Self {
+        Self {
+            control: Duration::from_millis(500),
+            cache_busy: Duration::from_millis(100),
+            cache_idle: Duration::from_millis(1000),
+            lease: Duration::from_millis(750),
+            worker_timeout: Duration::from_millis(5000),
+        }
+    }
+}
+
+fn ms(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+/// Time since the last tick of the same leadership, at most twice the period: when the leader
+/// itself stood still, nobody else was late.
+struct Stopwatch {
+    last: Option<(u64, Instant)>,
+}
+
+impl Stopwatch {
+    fn lap(&mut self, term: u64, period: Duration) -> Duration {
+        let now = Instant::now();
+        let elapsed = match self.last {
+            Some((last_term, last)) if last_term == term => (now - last).min(period * 2),
+            _ => Duration::ZERO,
+        };
+        self.last = Some((term, now));
+        elapsed
+    }
+}
+
+/// An acknowledgement this fresh counts as heard in a tick: six heartbeats at the default. The
+/// lease runs from the last tick that heard the replica, so the two add up.
+const FRESH: Duration = Duration::from_millis(300);
+
+/// Replicas that have acknowledged this leader just now, itself included.
+fn heard(raft: &Raft) -> (u64, BTreeSet<ReplicaId>) {
+    let metrics = raft.metrics();
+    let metrics = metrics.borrow_watched();
+    let mut heard = BTreeSet::from([ReplicaId(metrics.id)]);
+    for (id, at) in metrics.heartbeat.iter().flatten() {
+        if at.as_ref().is_some_and(|at| at.elapsed() < FRESH) {
+            heard.insert(ReplicaId(*id));
+        }
+    }
+    (metrics.current_term, heard)
+}
+
+async fn tick(raft: &Raft, command: Vec<u8>) -> bool {
+    let proposal = Proposal { segments: Vec::new(), clock: Some(Bytes::from(command)) };
+    raft.client_write_ff(proposal, None).await.is_ok()
+}
+
+/// Tells the control group the time, while this replica leads it; ends with the group.
+pub async fn run_control(raft: Raft, rhythm: Rhythm) {
+    let mut watch = Stopwatch { last: None };
+    loop {
+        tokio::time::sleep(rhythm.control).await;
+        if !raft.is_leader() {
+            continue;
+        }
+        let (term, replicas) = heard(&raft);
+        let command = ControlCommand::Tick {
+            elapsed_ms: ms(watch.lap(term, rhythm.control)),
+            replicas: replicas.into_iter().collect(),
+            worker_timeout_ms: ms(rhythm.worker_timeout),
+            lease_ms: ms(rhythm.lease),
+        };
+        if !tick(&raft, codec::encode(&command)).await {
+            return;
+        }
+    }
+}
+
+/// Tells the cache group the time, while this replica leads it; ends with the group.
+pub async fn run_cache(raft: Raft, cell: Arc<Cell<CacheState>>, rhythm: Rhythm) {
+    let mut watch = Stopwatch { last: None };
+    let mut idle_for = Duration::ZERO;
+    loop {
+        tokio::time::sleep(rhythm.cache_busy).await;
+        idle_for += rhythm.cache_busy;
+        let busy = cell.read(CacheState::holds_anything);
+        if !raft.is_leader() || (!busy && idle_for < rhythm.cache_idle) {
+            continue;
+        }
+        idle_for = Duration::ZERO;
+        let (term, replicas) = heard(&raft);
+        let command = CacheCommand::Tick {
+            elapsed_ms: ms(watch.lap(term, rhythm.cache_idle)),
+            replicas: replicas.into_iter().collect(),
+            lease_ms: ms(rhythm.lease),
+        };
+        if !tick(&raft, codec::encode(&command)).await {
+            return;
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! What happens around the two states when they change: proposers get their answers, readers
+//! their views, and a replica learns what the cluster thinks of it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+
+use super::machine::{Cell, Hooks};
+use super::proposer::Proposer;
+use crate::ids::{Group, ReplicaId, WorkerIx};
+use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
+use crate::state::cache::CacheState;
+use crate::state::command::{ControlCommand, ControlOutcome};
+use crate::state::control::ControlState;
+
+/// What readers read, and what connects the groups.
+pub struct Board {
+    /// The registry, replaced when it changes.
+    pub registry: ArcSwap<RegistryView>,
+    /// Load and health of every worker that is registered or still booked on.
+    pub lives: Mutex<HashMap<WorkerIx, Arc<WorkerLive>>>,
+    /// Set when the cluster has released what this replica holds.
+    pub lease_lost: AtomicBool,
+    /// Called with the reason when this replica's state differs from the majority's.
+    pub diverged: Box<dyn Fn(String) + Send + Sync>,
+}
+
+impl Board {
+    /// An empty board.
+    pub fn new(diverged: impl Fn(String) + Send + Sync + 'static) -> Self {
+        Self {
+            registry: ArcSwap::default(),
+            lives: Mutex::default(),
+            lease_lost: AtomicBool::new(false),
+            diverged: Box::new(diverged),
+        }
+    }
+}
+
+fn report_digest(proposer: &Proposer<ControlState>, me: ReplicaId, group: Group, index: u64, digest: u64) {
+    // A report that finds the queue full is not worth waiting for; the next will do.
+    let _ = proposer.submit(&[ControlCommand::Digest { id: me, group, index, digest }]);
+}
+
+/// Around the control state.
+pub struct ControlHooks {
+    /// This replica.
+    pub me: ReplicaId,
+    /// The group's proposer.
+    pub proposer: Proposer<ControlState>,
+    /// See [`Board`].
+    pub board: Arc<Board>,
+    /// The other group's state, for the loads of workers that appear.
+    pub cache: OnceLock<Arc<Cell<CacheState>>>,
+    /// Registry version last published.
+    pub seen: AtomicU64,
+}
+
+impl Hooks<ControlState> for ControlHooks {
+    fn acknowledged(&self, number: u64, outcomes: Vec<ControlOutcome>) {
+        self.proposer.acknowledged(number, outcomes);
+    }
+
+    fn caught_up(&self, number: u64) {
+        self.proposer.caught_up(number);
+    }
+
+    fn published(&self, state: &mut ControlState, index: u64) {
+        for (group, at, id) in state.take_diverged() {
+            if id == self.me {
+                (self.board.diverged)(format!("its {group} state at index {at} differs from the majority's"));
+            } else {
+                tracing::error!(%group, index = at, replica = %id, "a replica's state differs from the majority's");
+            }
+        }
+        if self.seen.swap(state.registry_version(), Ordering::Relaxed) == state.registry_version() {
+            return;
+        }
+        let mut fresh = Vec::new();
+        let workers = {
+            let mut lives = self.board.lives.lock();
+            lives.retain(|ix, live| Arc::strong_count(live) > 1 || state.workers().values().any(|w| w.ix == *ix));
+            let mut view = Vec::with_capacity(state.workers().len());
+            for record in state.workers().values() {
+                let live = lives.entry(record.ix).or_insert_with(|| {
+                    let live = Arc::<WorkerLive>::default();
+                    fresh.push((record.ix, live.clone()));
+                    live
+                });
+                view.push(Arc::new(WorkerView { record: record.clone(), live: live.clone() }));
+            }
+            view
+        };
+        if let (Some(cache), false) = (self.cache.get(), fresh.is_empty()) {
+            // Under the other state's lock, so that no later value is overwritten.
+            cache.read(|cache| fresh.iter().for_each(|(ix, live)| live.peers.set(cache.peers_load(self.me, *ix))));
+        }
+        self.board.registry.store(Arc::new(RegistryView::new(index, workers)));
+    }
+
+    fn digest_due(&self, index: u64, digest: u64) {
+        report_digest(&self.proposer, self.me, Group::Control, index, digest);
+    }
+}
+
+/// Around the cache state.
+pub struct CacheHooks {
+    /// This replica.
+    pub me: ReplicaId,
+    /// The group's proposer.
+    pub proposer: Proposer<CacheState>,
+    /// Digests are reported through the control group.
+    pub control: Proposer<ControlState>,
+    /// See [`Board`].
+    pub board: Arc<Board>,
+}
+
+impl Hooks<CacheState> for CacheHooks {
+    fn acknowledged(&self, number: u64, outcomes: Vec<()>) {
+        self.proposer.acknowledged(number, outcomes);
+    }
+
+    fn caught_up(&self, number: u64) {
+        self.proposer.caught_up(number);
+    }
+
+    fn published(&self, state: &mut CacheState, _index: u64) {
+        if state.take_released().contains(&self.me) {
+            self.board.lease_lost.store(true, Ordering::Release);
+            self.proposer.wake();
+        }
+        let changed = state.take_changed();
+        if changed.is_empty() {
+            return;
+        }
+        let lives = self.board.lives.lock();
+        for worker in changed {
+            if let Some(live) = lives.get(&worker) {
+                live.peers.set(state.peers_load(self.me, worker));
+            }
+        }
+    }
+
+    fn digest_due(&self, index: u64, digest: u64) {
+        report_digest(&self.control, self.me, Group::Cache, index, digest);
+    }
+}

@@ -1,0 +1,259 @@
+//! openraft's state machine over a replicated state: applies proposals, answers this replica's
+//! waiting proposers, publishes to readers, and makes and loads checkpoints.
+
+use std::io;
+use std::sync::Arc;
+
+use futures_util::{Stream, StreamExt};
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend};
+use parking_lot::{Mutex, RwLock};
+
+use super::storage::checkpoint::CheckpointStore;
+use super::types::{LogId, Proposal, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::codec;
+use crate::ids::{Group, Incarnation, ReplicaId};
+use crate::state::replicated::{Applied, Records, Replicated, State};
+
+/// The content of a snapshot: a state's records.
+pub type Image = Arc<Records>;
+
+/// What happens around a state when it changes. Called with the state locked for writing, in
+/// log order, on the Raft runtime: must not block.
+pub trait Hooks<S: State>: Send + Sync + 'static {
+    /// A segment of this replica's current life was applied, for the first time.
+    fn acknowledged(&self, number: u64, outcomes: Vec<S::Outcome>);
+    /// All of this replica's segments up to this number are known to be applied.
+    fn caught_up(&self, number: u64);
+    /// A batch of entries was applied, or a snapshot installed; `index` is the last.
+    fn published(&self, state: &mut S, index: u64);
+    /// `index` is one at which replicas compare digests.
+    fn digest_due(&self, index: u64, digest: u64);
+}
+
+/// A replicated state with its surroundings; shared by the Raft group, its snapshot builder and
+/// all readers.
+pub struct Cell<S: State> {
+    state: RwLock<Replicated<S>>,
+    hooks: Arc<dyn Hooks<S>>,
+    me: ReplicaId,
+    incarnation: Incarnation,
+    digest_every: u64,
+}
+
+impl<S: State> Cell<S> {
+    /// An empty state.
+    pub fn new(hooks: Arc<dyn Hooks<S>>, me: ReplicaId, incarnation: Incarnation, digest_every: u64) -> Self {
+        Self { state: RwLock::default(), hooks, me, incarnation, digest_every: digest_every.max(1) }
+    }
+
+    /// Reads the state; writers wait meanwhile, so be short.
+    pub fn read<R>(&self, look: impl FnOnce(&S) -> R) -> R {
+        look(&self.state.read().state)
+    }
+}
+
+/// [`Cell`] without its type, so that both groups have the same state machine.
+pub trait AnyCell: Send + Sync + 'static {
+    /// Applies an entry's proposal; the error says that the log holds what this build cannot read.
+    fn apply(&self, leader: ReplicaId, index: u64, proposal: Proposal) -> Result<(), codec::CodecError>;
+    /// See [`Hooks::published`].
+    fn publish(&self, index: u64);
+    /// A consistent copy as records; the copy is taken at once, the encoding when called.
+    fn image(&self) -> Box<dyn FnOnce() -> Records + Send>;
+    /// Replaces the state.
+    fn restore(&self, records: Records) -> Result<(), String>;
+    /// The state's digest.
+    fn digest(&self) -> u64;
+}
+
+impl<S: State> AnyCell for Cell<S> {
+    fn apply(&self, leader: ReplicaId, index: u64, proposal: Proposal) -> Result<(), codec::CodecError> {
+        let mut replicated = self.state.write();
+        if let Some(clock) = proposal.clock {
+            replicated.state.apply(leader, codec::decode(&clock)?);
+        }
+        for segment in proposal.segments {
+            let commands: Vec<S::Command> = codec::decode(&segment.commands)?;
+            let mine = segment.origin == self.me && segment.incarnation == self.incarnation;
+            let applied = replicated.apply(segment.origin, segment.incarnation, segment.number, commands);
+            if let (true, Applied::Now(outcomes)) = (mine, applied) {
+                self.hooks.acknowledged(segment.number, outcomes);
+            }
+        }
+        if index.is_multiple_of(self.digest_every) {
+            self.hooks.digest_due(index, replicated.state.digest());
+        }
+        Ok(())
+    }
+
+    fn publish(&self, index: u64) {
+        self.hooks.published(&mut self.state.write().state, index);
+    }
+
+    fn image(&self) -> Box<dyn FnOnce() -> Records + Send> {
+        let copy = self.state.read().clone();
+        Box::new(move || copy.records())
+    }
+
+    fn restore(&self, records: Records) -> Result<(), String> {
+        let restored = Replicated::restore(records)?;
+        let mut state = self.state.write();
+        *state = restored;
+        let session = state.session(self.me);
+        if session.incarnation == self.incarnation {
+            self.hooks.caught_up(session.applied);
+        }
+        Ok(())
+    }
+
+    fn digest(&self) -> u64 {
+        self.state.read().state.digest()
+    }
+}
+
+/// What has been applied, beside the state.
+#[derive(Clone, Default)]
+struct Position {
+    applied: Option<LogId>,
+    membership: StoredMembership,
+}
+
+/// A group's state machine.
+#[derive(Clone)]
+pub struct Machine {
+    group: Group,
+    cell: Arc<dyn AnyCell>,
+    store: Arc<CheckpointStore>,
+    position: Arc<Mutex<Position>>,
+}
+
+impl Machine {
+    /// Loads the newest good checkpoint into `cell`. Returns the machine and, if the newest was
+    /// damaged and the one before was taken, why.
+    pub fn open(
+        group: Group,
+        cell: Arc<dyn AnyCell>,
+        store: Arc<CheckpointStore>,
+    ) -> Result<(Self, Option<String>), String> {
+        let mut position = Position::default();
+        let mut fell_back = None;
+        if let Some(checkpoint) = store.load(group).map_err(|e| e.to_string())? {
+            let meta: SnapshotMeta = codec::decode(&checkpoint.meta).map_err(|e| e.to_string())?;
+            cell.restore(checkpoint.records)?;
+            cell.publish(checkpoint.index);
+            position = Position { applied: meta.last_log_id, membership: meta.last_membership };
+            fell_back = checkpoint.fell_back;
+        }
+        let position = Arc::new(Mutex::new(position));
+        Ok((Self { group, cell, store, position }, fell_back))
+    }
+
+    /// Index of the last entry applied; 0 before the first.
+    pub fn applied_index(&self) -> u64 {
+        self.position.lock().applied.map_or(0, |id| id.index)
+    }
+
+    /// The state's digest.
+    pub fn digest(&self) -> u64 {
+        self.cell.digest()
+    }
+
+    async fn save(&self, meta: &SnapshotMeta, encode: impl FnOnce() -> Image + Send + 'static) -> io::Result<Image> {
+        let (store, group) = (self.store.clone(), self.group);
+        let index = meta.last_log_id.map_or(0, |id| id.index);
+        let meta = codec::encode(meta);
+        let task = tokio::task::spawn_blocking(move || {
+            let image = encode();
+            store.write(group, index, &meta, image.iter().cloned()).map_err(io::Error::other)?;
+            Ok(image)
+        });
+        task.await.map_err(io::Error::other)?
+    }
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for Machine {
+    type SnapshotData = Image;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        // openraft takes the builder between two batches of entries, so that the position
+        // belongs to the state; see `try_create_snapshot_builder`.
+        let (position, image) = {
+            let position = self.position.lock();
+            (position.clone(), self.cell.image())
+        };
+        let meta = SnapshotMeta { last_log_id: position.applied, last_membership: position.membership };
+        let snapshot = self.save(&meta, move || Arc::new(image())).await?;
+        Ok(Snapshot { meta, snapshot })
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for Machine {
+    type SnapshotData = Image;
+    type SnapshotBuilder = Self;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        let position = self.position.lock();
+        Ok((position.applied, position.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> Result<(), io::Error>
+    where
+        Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut last = 0;
+        while let Some(item) = entries.next().await {
+            let (entry, responder) = item?;
+            {
+                // Position and state move together: a checkpoint must not see one without the other.
+                let mut position = self.position.lock();
+                match entry.payload {
+                    EntryPayload::Blank => {}
+                    EntryPayload::Normal(proposal) => {
+                        let leader = ReplicaId(entry.log_id.leader_id.node_id);
+                        self.cell
+                            .apply(leader, entry.log_id.index, proposal)
+                            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+                    }
+                    EntryPayload::Membership(membership) => {
+                        position.membership = StoredMembership::new(Some(entry.log_id), membership);
+                    }
+                }
+                position.applied = Some(entry.log_id);
+            }
+            last = entry.log_id.index;
+            if let Some(responder) = responder {
+                responder.send(());
+            }
+        }
+        self.cell.publish(last);
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Image) -> Result<(), io::Error> {
+        // Disk first: a crash in between finds the checkpoint, not a state without one.
+        let image = self.save(meta, move || snapshot).await?;
+        let mut position = self.position.lock();
+        self.cell
+            .restore(image.as_ref().clone())
+            .map_err(|why| io::Error::new(io::ErrorKind::InvalidData, format!("snapshot of {}: {why}", self.group)))?;
+        *position = Position { applied: meta.last_log_id, membership: meta.last_membership.clone() };
+        self.cell.publish(meta.last_log_id.map_or(0, |id| id.index));
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        let (store, group) = (self.store.clone(), self.group);
+        let loaded = tokio::task::spawn_blocking(move || store.load(group))
+            .await
+            .map_err(io::Error::other)?
+            .map_err(io::Error::other)?;
+        let Some(checkpoint) = loaded else { return Ok(None) };
+        let meta = codec::decode(&checkpoint.meta).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        Ok(Some(Snapshot { meta, snapshot: Arc::new(checkpoint.records) }))
+    }
+}

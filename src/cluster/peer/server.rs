@@ -1,0 +1,253 @@
+//! The answering side of the links: lanes, snapshots and calls, for whichever groups this
+//! replica runs.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use openraft::raft::{AppendEntriesRequest, StreamAppendResult, TransferLeaderRequest, VoteRequest};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::{Request as Rpc, Response, Status, Streaming};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::proto::peer_server::{Peer, PeerServer};
+use super::proto::{Answer, Chunk, Frame, Request};
+use super::wire::{CLUSTER, Call, Kind, MAX_MESSAGE, ProposeReply, ReadIndexReply, Reply, TO};
+use crate::cluster::types::{Raft, Segment, Snapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::codec;
+use crate::ids::{Group, ReplicaId};
+
+/// Appends taken from a lane before the first is answered.
+const APPENDS: usize = 64;
+/// Answers waiting for the connection.
+const ANSWERS: usize = 256;
+/// Most bytes of one snapshot taken.
+const MAX_SNAPSHOT: usize = 4 << 30;
+
+/// What the links serve: the running groups of a member.
+pub struct Served {
+    /// The cluster.
+    pub cluster: u128,
+    /// This member.
+    pub me: ReplicaId,
+    /// Both groups.
+    pub rafts: [Raft; 2],
+    /// Both groups' intakes.
+    pub intakes: [mpsc::Sender<Segment>; 2],
+}
+
+/// Answers calls; and knows what is served, once there is something.
+pub trait Host: Send + Sync + 'static {
+    /// The running groups; `None` before the replica belongs to a cluster.
+    fn served(&self) -> Option<Arc<Served>>;
+    /// Answers a call.
+    fn call(self: Arc<Self>, call: Call) -> Pin<Box<dyn Future<Output = Reply> + Send>>;
+}
+
+/// The gRPC service over a host.
+pub struct Service<H> {
+    host: Arc<H>,
+}
+
+impl<H: Host> Service<H> {
+    /// The service, ready for a tonic server.
+    pub fn serve(host: Arc<H>) -> PeerServer<Self> {
+        PeerServer::new(Self { host })
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Checks that the caller means this member of this cluster.
+    fn served_for<T>(&self, request: &Rpc<T>) -> Result<Arc<Served>, Status> {
+        let served = self.host.served().ok_or_else(|| Status::unavailable("this replica is not a member yet"))?;
+        let text = |key| request.metadata().get(key).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        if text(CLUSTER) != format!("{:032x}", served.cluster) {
+            return Err(Status::failed_precondition("this replica belongs to another cluster"));
+        }
+        if text(TO) != served.me.to_string() {
+            return Err(Status::failed_precondition(format!("this is member {}, not {}", served.me, text(TO))));
+        }
+        Ok(served)
+    }
+}
+
+#[tonic::async_trait]
+impl<H: Host> Peer for Service<H> {
+    type LaneStream = Pin<Box<dyn Stream<Item = Result<Frame, Status>> + Send>>;
+
+    async fn lane(&self, request: Rpc<Streaming<Frame>>) -> Result<Response<Self::LaneStream>, Status> {
+        let served = self.served_for(&request)?;
+        let (answers, outgoing) = mpsc::channel(ANSWERS);
+        // Ends when the caller closes the lane.
+        tokio::spawn(serve_lane(served, request.into_inner(), answers));
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing).map(Ok))))
+    }
+
+    async fn snapshot(&self, request: Rpc<Streaming<Chunk>>) -> Result<Response<Answer>, Status> {
+        let served = self.served_for(&request)?;
+        let mut chunks = request.into_inner();
+        let bad = |e: codec::CodecError| Status::invalid_argument(e.to_string());
+        let mut head: Option<(Group, Vote, SnapshotMeta)> = None;
+        let mut records = Vec::new();
+        let mut bytes = 0;
+        let mut complete = false;
+        while let Some(chunk) = chunks.message().await? {
+            if xxh3_64(&chunk.body) != chunk.checksum {
+                return Err(Status::data_loss("a chunk's checksum does not match"));
+            }
+            bytes += chunk.body.len();
+            if bytes > MAX_SNAPSHOT {
+                return Err(Status::resource_exhausted("snapshot too large"));
+            }
+            if head.is_none() {
+                let group = Group::from_wire(chunk.group).ok_or_else(|| Status::invalid_argument("no such group"))?;
+                let (vote, meta) = codec::decode(&chunk.head).map_err(bad)?;
+                head = Some((group, vote, meta));
+            }
+            let mut part: Vec<(Vec<u8>, Vec<u8>)> = codec::decode(&chunk.body).map_err(bad)?;
+            records.append(&mut part);
+            complete = chunk.last;
+        }
+        let (true, Some((group, vote, meta))) = (complete, head) else {
+            return Err(Status::data_loss("the snapshot ended before its last chunk"));
+        };
+        let snapshot = Snapshot { meta, snapshot: Arc::new(records) };
+        let answer = served.rafts[group.index()]
+            .install_full_snapshot(vote, snapshot)
+            .await
+            .map_err(|fatal| Status::internal(fatal.to_string()))?;
+        Ok(Response::new(Answer { body: codec::encode(&answer).into() }))
+    }
+
+    async fn call(&self, request: Rpc<Request>) -> Result<Response<Answer>, Status> {
+        let call: Call =
+            codec::decode(&request.into_inner().body).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let reply = self.host.clone().call(call).await;
+        Ok(Response::new(Answer { body: codec::encode(&reply).into() }))
+    }
+}
+
+/// One lane: appends go to openraft in order and pipelined, everything else on its own.
+async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: mpsc::Sender<Frame>) {
+    let mut appends: [Option<mpsc::Sender<(u64, AppendEntriesRequest<TypeConfig>)>>; 2] = [None, None];
+    let closed = CancellationToken::new();
+    loop {
+        let message = tokio::select! {
+            message = frames.message() => message,
+            () = closed.cancelled() => return,
+        };
+        let Ok(Some(frame)) = message else { return };
+        let (Some(group), Some(kind)) = (Group::from_wire(frame.group), Kind::from_wire(frame.kind)) else {
+            tracing::warn!(group = frame.group, kind = frame.kind, "frame of an unknown kind; lane closed");
+            return;
+        };
+        match kind {
+            Kind::Append => {
+                let request = match codec::decode(&frame.body) {
+                    Ok(request) => request,
+                    Err(error) => {
+                        tracing::warn!(%group, %error, "append that cannot be read; lane closed");
+                        return;
+                    }
+                };
+                let slot = &mut appends[group.index()];
+                let sender = slot.get_or_insert_with(|| {
+                    let (tx, rx) = mpsc::channel(APPENDS);
+                    let raft = served.rafts[group.index()].clone();
+                    tokio::spawn(serve_appends(raft, rx, answers.clone(), closed.clone().drop_guard()));
+                    tx
+                });
+                if sender.send((frame.id, request)).await.is_err() {
+                    return;
+                }
+            }
+            Kind::Propose => {
+                let Ok(segment) = codec::decode::<Segment>(&frame.body) else { return };
+                let reply = propose(&served, group, segment);
+                if answer(&answers, frame.id, &reply).await.is_err() {
+                    return;
+                }
+            }
+            Kind::Vote | Kind::PreVote | Kind::TransferLeader | Kind::ReadIndex => {
+                let (served, answers) = (served.clone(), answers.clone());
+                tokio::spawn(async move {
+                    if let Some(body) = ask_raft(&served.rafts[group.index()], kind, &frame.body).await {
+                        let _ = answers.send(Frame { id: frame.id, kind: 0, group: 0, body: body.into() }).await;
+                    }
+                });
+            }
+        }
+    }
+}
+
+async fn answer(answers: &mpsc::Sender<Frame>, id: u64, reply: &impl serde::Serialize) -> Result<(), ()> {
+    let frame = Frame { id, kind: 0, group: 0, body: codec::encode(reply).into() };
+    answers.send(frame).await.map_err(|_| ())
+}
+
+fn propose(served: &Served, group: Group, segment: Segment) -> ProposeReply {
+    if !served.rafts[group.index()].is_leader() {
+        return ProposeReply::NotLeader;
+    }
+    match served.intakes[group.index()].try_send(segment) {
+        Ok(()) => ProposeReply::Taken,
+        Err(mpsc::error::TrySendError::Full(_)) => ProposeReply::Busy,
+        Err(mpsc::error::TrySendError::Closed(_)) => ProposeReply::NotLeader,
+    }
+}
+
+/// Feeds appends to openraft's pipeline and answers in order. The first that is refused closes
+/// the lane: whatever is on its way behind it is refused with it, and the leader begins anew.
+async fn serve_appends(
+    raft: Raft,
+    requests: mpsc::Receiver<(u64, AppendEntriesRequest<TypeConfig>)>,
+    answers: mpsc::Sender<Frame>,
+    _closes_lane: DropGuard,
+) {
+    // openraft takes at most its pipeline (64) and a few more before it answers the first.
+    let (ids_tx, mut ids) = mpsc::channel::<u64>(4 * APPENDS);
+    let input = ReceiverStream::new(requests).map(move |(id, request)| {
+        if ids_tx.try_send(id).is_err() {
+            tracing::error!("more appends in openraft's pipeline than it says");
+        }
+        request
+    });
+    let mut results = Box::pin(raft.stream_append(input));
+    while let Some(result) = results.next().await {
+        let Ok(result): Result<StreamAppendResult<TypeConfig>, _> = result else { return };
+        let Some(id) = ids.recv().await else { return };
+        if answer(&answers, id, &result).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn ask_raft(raft: &Raft, kind: Kind, body: &Bytes) -> Option<Vec<u8>> {
+    match kind {
+        Kind::Vote => {
+            let request: VoteRequest<TypeConfig> = codec::decode(body).ok()?;
+            raft.vote(request).await.ok().map(|answer| codec::encode(&answer))
+        }
+        Kind::PreVote => {
+            let request: VoteRequest<TypeConfig> = codec::decode(body).ok()?;
+            raft.pre_vote(request).await.ok().map(|answer| codec::encode(&answer))
+        }
+        Kind::TransferLeader => {
+            let request: TransferLeaderRequest<TypeConfig> = codec::decode(body).ok()?;
+            raft.handle_transfer_leader(request).await.ok().map(|answer| codec::encode(&answer))
+        }
+        Kind::ReadIndex => Some(codec::encode(&read_index(raft).await)),
+        Kind::Append | Kind::Propose => None,
+    }
+}
+
+/// The index a linearizable read must wait for, if this replica leads and a quorum agrees.
+pub async fn read_index(raft: &Raft) -> ReadIndexReply {
+    match raft.get_read_log_id(openraft::ReadPolicy::ReadIndex).await {
+        Ok((read, _)) => ReadIndexReply::Index(read.log_id().index),
+        Err(_) => ReadIndexReply::NotLeader,
+    }
+}

@@ -1,0 +1,389 @@
+//! The batching proposer: gathers a replica's mutations of one group into numbered segments and
+//! sees them into the log, exactly once, whoever leads.
+//!
+//! ```text
+//!  submit ──▶ queue ──seal──▶ in flight (≤ 8) ──▶ leader's intake ──▶ log ──▶ applied here
+//!             bounded          numbered, kept                                  │
+//!                              until applied  ◀──────── acknowledged ──────────┘
+//! ```
+//!
+//! A segment is acknowledged by nothing but its application to *this* replica's state, so a
+//! caller who has its answer also reads its own write. Whenever it is not clear what became of
+//! a segment (another leader, a broken link, silence), it is sent again; the state skips what it
+//! has seen.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use super::api::ClusterError;
+use super::peer::lane::Lane;
+use super::peer::wire::{Kind, ProposeReply};
+use super::types::Segment;
+use crate::codec::{self, ListEncoder};
+use crate::ids::{Group, Incarnation, ReplicaId};
+use crate::state::replicated::State;
+
+/// Segments on their way at most; more would only wait elsewhere.
+const IN_FLIGHT: usize = 8;
+/// Silence after which all in flight is sent again: first and longest.
+const RESEND: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(400));
+
+/// How to batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Batching {
+    /// Gather at most this long while something is in flight.
+    pub window: Duration,
+    /// Seal a segment at this many bytes.
+    pub bytes: usize,
+    /// Refuse more than this many bytes waiting.
+    pub queue_bytes: usize,
+}
+
+impl Default for Batching {
+    fn default() -> Self {
+        Self { window: Duration::from_millis(2), bytes: 64 << 10, queue_bytes: 8 << 20 }
+    }
+}
+
+/// Where the leader is.
+#[derive(Clone)]
+pub enum Route {
+    /// Nobody leads, as far as this replica knows.
+    Nowhere,
+    /// This replica leads.
+    Here,
+    /// The lane to the leader.
+    Peer(Arc<Lane>),
+}
+
+type Waiter<O> = oneshot::Sender<Vec<O>>;
+
+struct Batch<O> {
+    list: ListEncoder,
+    waiters: Vec<(std::ops::Range<usize>, Waiter<O>)>,
+    since: Option<Instant>,
+}
+
+impl<O> Default for Batch<O> {
+    fn default() -> Self {
+        Self { list: ListEncoder::default(), waiters: Vec::new(), since: None }
+    }
+}
+
+struct InFlight<O> {
+    segment: Segment,
+    waiters: Vec<(std::ops::Range<usize>, Waiter<O>)>,
+}
+
+struct Queue<O> {
+    /// Sealed by size, waiting for a place in flight; the last is still open.
+    waiting: VecDeque<Batch<O>>,
+    in_flight: VecDeque<InFlight<O>>,
+    bytes: usize,
+    next_number: u64,
+}
+
+struct Shared<S: State> {
+    queue: Mutex<Queue<S::Outcome>>,
+    batching: Batching,
+    wake: Notify,
+}
+
+/// Handle to a group's proposer. Cheap to clone.
+pub struct Proposer<S: State> {
+    shared: Arc<Shared<S>>,
+}
+
+impl<S: State> Clone for Proposer<S> {
+    fn clone(&self) -> Self {
+        Self { shared: self.shared.clone() }
+    }
+}
+
+impl<S: State> Proposer<S> {
+    /// A proposer that gathers until [`run`] drives it.
+    pub fn new(batching: Batching) -> Self {
+        let queue = Queue { waiting: VecDeque::new(), in_flight: VecDeque::new(), bytes: 0, next_number: 1 };
+        Self { shared: Arc::new(Shared { queue: Mutex::new(queue), batching, wake: Notify::new() }) }
+    }
+
+    /// Puts commands into the queue as one unbroken run. The receiver gets their outcomes when
+    /// they are applied here; dropping it takes nothing back.
+    pub fn submit(&self, commands: &[S::Command]) -> Result<oneshot::Receiver<Vec<S::Outcome>>, ClusterError> {
+        let (tx, rx) = oneshot::channel();
+        let mut queue = self.shared.queue.lock();
+        if queue.bytes >= self.shared.batching.queue_bytes {
+            return Err(ClusterError::Overloaded { bytes: queue.bytes });
+        }
+        let needs_new = queue.waiting.back().is_none_or(|batch| batch.list.len() >= self.shared.batching.bytes);
+        if needs_new {
+            queue.waiting.push_back(Batch::default());
+        }
+        // Invariant: pushed above if there was none.
+        let Some(batch) = queue.waiting.back_mut() else { unreachable!("a batch was just pushed") };
+        let (start, before) = (batch.list.count() as usize, batch.list.len());
+        for command in commands {
+            batch.list.push(command);
+        }
+        batch.since.get_or_insert_with(Instant::now);
+        batch.waiters.push((start..batch.list.count() as usize, tx));
+        let grown = batch.list.len() - before;
+        queue.bytes += grown;
+        drop(queue);
+        self.shared.wake.notify_one();
+        Ok(rx)
+    }
+
+    /// Bytes waiting and in flight.
+    pub fn queued_bytes(&self) -> usize {
+        self.shared.queue.lock().bytes
+    }
+
+    /// Makes the driver look for work that is not in the queue (see `fill` of [`run`]).
+    pub fn wake(&self) {
+        self.shared.wake.notify_one();
+    }
+
+    /// A segment was applied here.
+    pub fn acknowledged(&self, number: u64, mut outcomes: Vec<S::Outcome>) {
+        let mut queue = self.shared.queue.lock();
+        while let Some(front) = queue.in_flight.front() {
+            if front.segment.number > number {
+                break;
+            }
+            let Some(done) = queue.in_flight.pop_front() else { break };
+            queue.bytes = queue.bytes.saturating_sub(done.segment.commands.len());
+            let known = done.segment.number == number;
+            for (range, waiter) in done.waiters {
+                let answer = if known && range.end <= outcomes.len() {
+                    outcomes[range].to_vec()
+                } else {
+                    range.map(|_| S::unknown()).collect()
+                };
+                let _ = waiter.send(answer);
+            }
+            if known {
+                outcomes = Vec::new();
+            }
+        }
+        drop(queue);
+        self.shared.wake.notify_one();
+    }
+
+    /// Everything up to `number` is known to be applied, with unknown outcomes.
+    pub fn caught_up(&self, number: u64) {
+        self.acknowledged(number, Vec::new());
+    }
+}
+
+/// What a driver needs to know of its surroundings.
+pub struct Driver<S: State> {
+    /// The proposer driven.
+    pub proposer: Proposer<S>,
+    /// Its group.
+    pub group: Group,
+    /// This replica.
+    pub me: ReplicaId,
+    /// Its life.
+    pub incarnation: Incarnation,
+    /// Where the leader is.
+    pub route: watch::Receiver<Route>,
+    /// This replica's own intake, for when it leads.
+    pub intake: mpsc::Sender<Segment>,
+    /// Called when a segment is about to be sealed: commands that wait elsewhere, already summed.
+    pub fill: Box<dyn Fn() -> Vec<S::Command> + Send + Sync>,
+}
+
+/// Drives a proposer until the route's sender is gone.
+pub async fn run<S: State>(mut driver: Driver<S>) {
+    let shared = driver.proposer.shared.clone();
+    let mut resend_after = RESEND.0;
+    let mut sent_at = Instant::now();
+    let mut acked = 0u64;
+    let trouble = Arc::new(Notify::new());
+    loop {
+        // Seal and send what is due.
+        let mut due = None;
+        let batching = shared.batching;
+        loop {
+            let (full, ready, age) = {
+                let queue = shared.queue.lock();
+                let first = queue.waiting.front();
+                let size = first.map_or(0, |b| b.list.len());
+                let age = first.and_then(|b| b.since).map(|since| since.elapsed());
+                let idle = queue.in_flight.is_empty();
+                let ready = size >= batching.bytes || idle || age.is_some_and(|age| age >= batching.window);
+                (queue.in_flight.len() >= IN_FLIGHT, ready, age)
+            };
+            if full {
+                break;
+            }
+            if !ready {
+                due = age.map(|age| batching.window.saturating_sub(age));
+                // Nothing queued, yet something may gather elsewhere while others are in flight.
+                due = due.or(Some(batching.window));
+                break;
+            }
+            let Some(segment) = seal(&driver, &shared) else { break };
+            sent_at = Instant::now();
+            send(&driver, &[segment], &trouble).await;
+        }
+
+        // Send again what has been silent for too long.
+        let (front, flying) = {
+            let queue = shared.queue.lock();
+            (queue.in_flight.front().map(|f| f.segment.number), queue.in_flight.len())
+        };
+        if let Some(front) = front {
+            if front != acked {
+                // Progress: patience starts over.
+                acked = front;
+                resend_after = RESEND.0;
+                sent_at = Instant::now();
+            } else if sent_at.elapsed() >= resend_after {
+                resend(&driver, &shared, &trouble).await;
+                sent_at = Instant::now();
+                resend_after = (resend_after * 2).min(RESEND.1);
+            }
+        }
+
+        let nap = match (flying, due) {
+            (0, None) => Duration::from_secs(3600),
+            (0, Some(due)) => due,
+            (_, due) => due.unwrap_or(RESEND.1).min(resend_after.saturating_sub(sent_at.elapsed())),
+        };
+        tokio::select! {
+            // All arms only wake the loop up; nothing is lost when another one wins.
+            () = shared.wake.notified() => {}
+            () = trouble.notified() => {
+                // The leader said no or the link broke: a moment, then again.
+                sent_at = sent_at.min(Instant::now() - resend_after + Duration::from_millis(5));
+            }
+            changed = driver.route.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                resend_after = RESEND.0;
+                resend(&driver, &shared, &trouble).await;
+                sent_at = Instant::now();
+            }
+            () = tokio::time::sleep(nap) => {}
+        }
+    }
+}
+
+/// Numbers the next segment and moves it in flight; `None` when there is nothing to say.
+fn seal<S: State>(driver: &Driver<S>, shared: &Shared<S>) -> Option<Segment> {
+    let extra = (driver.fill)();
+    let mut queue = shared.queue.lock();
+    if queue.waiting.is_empty() && extra.is_empty() {
+        return None;
+    }
+    let mut batch = queue.waiting.pop_front().unwrap_or_default();
+    let before = batch.list.len();
+    for command in &extra {
+        batch.list.push(command);
+    }
+    if batch.list.is_empty() {
+        return None;
+    }
+    let commands = bytes::Bytes::from(batch.list.finish());
+    // From here on the segment counts with its encoded length.
+    queue.bytes = queue.bytes.saturating_sub(before) + commands.len();
+    let number = queue.next_number;
+    queue.next_number += 1;
+    let segment = Segment { origin: driver.me, incarnation: driver.incarnation, number, commands };
+    queue.in_flight.push_back(InFlight { segment: segment.clone(), waiters: batch.waiters });
+    Some(segment)
+}
+
+async fn resend<S: State>(driver: &Driver<S>, shared: &Shared<S>, trouble: &Arc<Notify>) {
+    let segments: Vec<Segment> = shared.queue.lock().in_flight.iter().map(|f| f.segment.clone()).collect();
+    if !segments.is_empty() {
+        send(driver, &segments, trouble).await;
+    }
+}
+
+/// Sends in order, without waiting for answers: those only matter when they are bad.
+async fn send<S: State>(driver: &Driver<S>, segments: &[Segment], trouble: &Arc<Notify>) {
+    let route = driver.route.borrow().clone();
+    match route {
+        Route::Nowhere => {}
+        Route::Here => {
+            for segment in segments {
+                if driver.intake.try_send(segment.clone()).is_err() {
+                    trouble.notify_one();
+                    return;
+                }
+            }
+        }
+        Route::Peer(lane) => {
+            let open = match lane.open().await {
+                Ok(open) => open,
+                Err(error) => {
+                    tracing::debug!(group = %driver.group, %error, "cannot reach the leader");
+                    trouble.notify_one();
+                    return;
+                }
+            };
+            for segment in segments {
+                match open.ask(Kind::Propose, driver.group, codec::encode(segment)) {
+                    Ok(answer) => {
+                        let trouble = trouble.clone();
+                        // Ends with the lane at the latest.
+                        tokio::spawn(async move {
+                            let reply = answer.await.ok().and_then(|b| codec::decode::<ProposeReply>(&b).ok());
+                            if reply != Some(ProposeReply::Taken) {
+                                trouble.notify_one();
+                            }
+                        });
+                    }
+                    Err(_) => {
+                        trouble.notify_one();
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Most segments and bytes put into one log entry.
+const ENTRY_SEGMENTS: usize = 64;
+const ENTRY_BYTES: usize = 1 << 20;
+/// Segments that may wait at a leader.
+pub const INTAKE: usize = 256;
+
+/// The leader's side: gathers what has arrived into one entry after the other, without waiting
+/// for any of them; ends when all senders are gone.
+pub async fn intake(raft: super::types::Raft, mut segments: mpsc::Receiver<Segment>) {
+    let mut next = None;
+    loop {
+        let Some(first) = (match next.take() {
+            Some(segment) => Some(segment),
+            None => segments.recv().await,
+        }) else {
+            return;
+        };
+        let mut bytes = first.commands.len();
+        let mut proposal = super::types::Proposal { segments: vec![first], clock: None };
+        while proposal.segments.len() < ENTRY_SEGMENTS {
+            let Ok(segment) = segments.try_recv() else { break };
+            bytes += segment.commands.len();
+            if bytes > ENTRY_BYTES {
+                next = Some(segment);
+                break;
+            }
+            proposal.segments.push(segment);
+        }
+        // Fire and forget: the proposers watch their own state for the outcome.
+        if raft.client_write_ff(proposal, None).await.is_err() {
+            return;
+        }
+    }
+}
