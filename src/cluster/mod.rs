@@ -2,3 +2,4 @@
 //! sled.
 
 pub mod api;
+pub mod storage;
