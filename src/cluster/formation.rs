@@ -56,7 +56,9 @@ pub async fn look_around(me: &str, peers: &BTreeMap<String, String>, join: &[Str
     let mut missing = Vec::new();
     for ((name, peer), reply) in others.into_iter().zip(replies) {
         match reply {
-            Ok(Reply::Hello { initialized: true, member: Some(_), .. }) => return Finding::Cluster(peer.clone()),
+            Ok(Reply::Hello { initialized: true, member: Some(_), .. }) => {
+                return Finding::Cluster(peer.clone());
+            }
             Ok(Reply::Hello { name: theirs, .. }) => match name {
                 Some(name) if *name != theirs => {
                     missing.push(format!("{name} at {peer} (calls itself {theirs:?}; check the peer list)"));

@@ -82,7 +82,9 @@ impl Hooks<ControlState> for ControlHooks {
         let mut fresh = Vec::new();
         let workers = {
             let mut lives = self.board.lives.lock();
-            lives.retain(|ix, live| Arc::strong_count(live) > 1 || state.workers().values().any(|w| w.ix == *ix));
+            lives.retain(|ix, live| {
+                Arc::strong_count(live) > 1 || state.workers().values().any(|w| w.ix == *ix)
+            });
             let mut view = Vec::with_capacity(state.workers().len());
             for record in state.workers().values() {
                 let live = lives.entry(record.ix).or_insert_with(|| {
@@ -96,7 +98,9 @@ impl Hooks<ControlState> for ControlHooks {
         };
         if let (Some(cache), false) = (self.cache.get(), fresh.is_empty()) {
             // Under the other state's lock, so that no later value is overwritten.
-            cache.read(|cache| fresh.iter().for_each(|(ix, live)| live.peers.set(cache.peers_load(self.me, *ix))));
+            cache.read(|cache| {
+                fresh.iter().for_each(|(ix, live)| live.peers.set(cache.peers_load(self.me, *ix)))
+            });
         }
         self.board.registry.store(Arc::new(RegistryView::new(index, workers)));
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::ids::{Incarnation, ReplicaId};
+use crate::ids::ReplicaId;
 
 const FILE: &str = "identity.json";
 const FORMAT: u32 = 1;
@@ -23,8 +23,6 @@ pub struct Identity {
     pub cluster: Option<String>,
     /// Member id, with the cluster.
     pub id: Option<ReplicaId>,
-    /// Lives so far, this one included.
-    pub incarnation: Incarnation,
     /// The replica came to an existing cluster and is not yet what it wants to be.
     pub joining: bool,
     /// Chosen once, so that a join that is tried again gets the same id.
@@ -36,9 +34,8 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Reads the file, or makes up a newcomer's; counts a new life and writes it back, durably,
-    /// before anything is done in its name.
-    pub fn begin_life(dir: &Path, name: &str, nonce: u64) -> io::Result<Self> {
+    /// Reads the file, or makes up a newcomer's and writes it.
+    pub fn open(dir: &Path, name: &str, nonce: u64) -> io::Result<Self> {
         let mut identity = match Self::read(dir)? {
             Some(identity) => identity,
             None => Self {
@@ -46,14 +43,12 @@ impl Identity {
                 name: name.to_owned(),
                 cluster: None,
                 id: None,
-                incarnation: Incarnation(0),
                 joining: false,
                 nonce,
                 quarantined: None,
             },
         };
         identity.name = name.to_owned();
-        identity.incarnation.0 += 1;
         identity.write(dir)?;
         Ok(identity)
     }
@@ -65,7 +60,8 @@ impl Identity {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let damaged = |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", path.display()));
+        let damaged =
+            |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", path.display()));
         let (body, sum) = text.trim_end().rsplit_once('\n').ok_or_else(|| damaged("no checksum line"))?;
         if format!("{:016x}", xxh3_64(body.as_bytes())) != sum {
             return Err(damaged("the checksum does not match"));
@@ -109,12 +105,11 @@ mod tests {
     #[test]
     fn an_identity_survives_and_its_damage_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
-        let mut first = Identity::begin_life(dir.path(), "r1", 5).unwrap();
-        assert_eq!(first.incarnation, Incarnation(1));
+        let mut first = Identity::open(dir.path(), "r1", 5).unwrap();
         first.become_member(77, ReplicaId(3));
         first.write(dir.path()).unwrap();
-        let second = Identity::begin_life(dir.path(), "r1", 6).unwrap();
-        assert_eq!((second.incarnation, second.nonce, second.member()), (Incarnation(2), 5, Some((77, ReplicaId(3)))));
+        let second = Identity::open(dir.path(), "r1", 6).unwrap();
+        assert_eq!((second.nonce, second.member()), (5, Some((77, ReplicaId(3)))));
         let path = dir.path().join(FILE);
         let whole = fs::read(&path).unwrap();
         for at in 0..whole.len() {

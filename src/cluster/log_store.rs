@@ -4,13 +4,14 @@
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use openraft::OptionalSend;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use tokio::sync::oneshot;
 
-use super::storage::wal::Wal;
+use super::storage::wal::{Done, Wal, WalError};
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use crate::codec;
 use crate::ids::Group;
@@ -22,13 +23,13 @@ const READ_BYTES: usize = 1 << 20;
 /// One group's log.
 #[derive(Clone)]
 pub struct LogStore {
-    wal: Wal,
+    wal: Arc<Wal>,
     group: Group,
 }
 
 impl LogStore {
     /// The log of `group` in `wal`.
-    pub fn new(wal: Wal, group: Group) -> Self {
+    pub fn new(wal: Arc<Wal>, group: Group) -> Self {
         Self { wal, group }
     }
 
@@ -52,12 +53,13 @@ fn decode<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> io::Result<T> {
 }
 
 /// Runs an operation of the log writer and waits until it is on disk.
-async fn durable(start: impl FnOnce(super::storage::wal::Done)) -> io::Result<()> {
+async fn durable(start: impl FnOnce(Done) -> Result<(), WalError>) -> io::Result<()> {
     let (tx, rx) = oneshot::channel();
     start(Box::new(move |result| {
         // The receiver is gone only when the caller was dropped; then nobody wants to know.
         let _ = tx.send(result);
-    }));
+    }))
+    .map_err(io::Error::other)?;
     rx.await.unwrap_or_else(|_| Err(io::Error::other("the log writer has stopped")))
 }
 
@@ -114,7 +116,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
         if let Some(committed) = committed {
-            self.wal.save_committed(self.group, codec::encode(&committed).into());
+            self.wal
+                .save_committed(self.group, codec::encode(&committed).into())
+                .map_err(io::Error::other)?;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use openraft::{EntryPayload, OptionalSend};
 use parking_lot::{Mutex, RwLock};
 
 use super::storage::checkpoint::CheckpointStore;
+use super::storage::wal::Wal;
 use super::types::{LogId, Proposal, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::codec;
 use crate::ids::{Group, Incarnation, ReplicaId};
@@ -126,6 +127,8 @@ pub struct Machine {
     cell: Arc<dyn AnyCell>,
     store: Arc<CheckpointStore>,
     position: Arc<Mutex<Position>>,
+    /// Told what was applied, so that the watermark knows.
+    wal: Arc<Wal>,
 }
 
 impl Machine {
@@ -135,6 +138,7 @@ impl Machine {
         group: Group,
         cell: Arc<dyn AnyCell>,
         store: Arc<CheckpointStore>,
+        wal: Arc<Wal>,
     ) -> Result<(Self, Option<String>), String> {
         let mut position = Position::default();
         let mut fell_back = None;
@@ -146,7 +150,7 @@ impl Machine {
             fell_back = checkpoint.fell_back;
         }
         let position = Arc::new(Mutex::new(position));
-        Ok((Self { group, cell, store, position }, fell_back))
+        Ok((Self { group, cell, store, position, wal }, fell_back))
     }
 
     /// Index of the last entry applied; 0 before the first.
@@ -159,7 +163,11 @@ impl Machine {
         self.cell.digest()
     }
 
-    async fn save(&self, meta: &SnapshotMeta, encode: impl FnOnce() -> Image + Send + 'static) -> io::Result<Image> {
+    async fn save(
+        &self,
+        meta: &SnapshotMeta,
+        encode: impl FnOnce() -> Image + Send + 'static,
+    ) -> io::Result<Image> {
         let (store, group) = (self.store.clone(), self.group);
         let index = meta.last_log_id.map_or(0, |id| id.index);
         let meta = codec::encode(meta);
@@ -227,6 +235,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
             }
         }
         self.cell.publish(last);
+        self.wal.note_applied(self.group, last, self.cell.digest().into());
         Ok(())
     }
 
@@ -238,9 +247,9 @@ impl RaftStateMachine<TypeConfig> for Machine {
         // Disk first: a crash in between finds the checkpoint, not a state without one.
         let image = self.save(meta, move || snapshot).await?;
         let mut position = self.position.lock();
-        self.cell
-            .restore(image.as_ref().clone())
-            .map_err(|why| io::Error::new(io::ErrorKind::InvalidData, format!("snapshot of {}: {why}", self.group)))?;
+        self.cell.restore(image.as_ref().clone()).map_err(|why| {
+            io::Error::new(io::ErrorKind::InvalidData, format!("snapshot of {}: {why}", self.group))
+        })?;
         *position = Position { applied: meta.last_log_id, membership: meta.last_membership.clone() };
         self.cell.publish(meta.last_log_id.map_or(0, |id| id.index));
         Ok(())
@@ -253,7 +262,8 @@ impl RaftStateMachine<TypeConfig> for Machine {
             .map_err(io::Error::other)?
             .map_err(io::Error::other)?;
         let Some(checkpoint) = loaded else { return Ok(None) };
-        let meta = codec::decode(&checkpoint.meta).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        let meta =
+            codec::decode(&checkpoint.meta).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         Ok(Some(Snapshot { meta, snapshot: Arc::new(checkpoint.records) }))
     }
 }

@@ -59,7 +59,9 @@ fn outcome<T>(raft: &Raft, result: Result<T, RaftError<TypeConfig, ClientWriteEr
     match result {
         Ok(_) => Reply::Done,
         Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => not_leader(raft),
-        Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(error))) => Reply::Later(error.to_string()),
+        Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(error))) => {
+            Reply::Later(error.to_string())
+        }
         Err(other) => Reply::Later(other.to_string()),
     }
 }
@@ -85,8 +87,12 @@ pub async fn promote(raft: &Raft, id: ReplicaId, alive: impl Fn(ReplicaId) -> bo
     let Some(node) = members.node(id) else {
         return Reply::Later(format!("member {id} is not a learner yet"));
     };
-    let earlier: BTreeSet<ReplicaId> =
-        members.nodes.iter().filter(|(other, n)| *other != id && n.name == node.name).map(|(id, _)| *id).collect();
+    let earlier: BTreeSet<ReplicaId> = members
+        .nodes
+        .iter()
+        .filter(|(other, n)| *other != id && n.name == node.name)
+        .map(|(id, _)| *id)
+        .collect();
     if let Some(living) = earlier.iter().find(|other| alive(**other)) {
         return Reply::Later(format!(
             "member {living} is also called {:?} and is alive; give one of them another name",
@@ -172,7 +178,9 @@ pub async fn transfer(raft: &Raft, me: ReplicaId, to: Option<ReplicaId>) -> Repl
         .await;
     match done {
         Ok(_) => Reply::Done,
-        Err(_) => Reply::Later(format!("member {to} did not take over within {} ms", TRANSFER_TIMEOUT.as_millis())),
+        Err(_) => {
+            Reply::Later(format!("member {to} did not take over within {} ms", TRANSFER_TIMEOUT.as_millis()))
+        }
     }
 }
 

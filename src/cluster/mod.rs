@@ -6,6 +6,7 @@
 pub mod api;
 pub mod clock;
 pub mod formation;
+mod handle;
 pub mod hooks;
 pub mod identity;
 pub mod log_store;
@@ -14,7 +15,10 @@ pub mod membership;
 pub mod network;
 pub mod node;
 pub mod peer;
+mod place;
 pub mod proposer;
 pub mod pulse;
 pub mod storage;
+#[cfg(test)]
+mod tests;
 pub mod types;

@@ -91,7 +91,8 @@ impl Peer {
         option: &RPCOption,
     ) -> Rpc<T> {
         let body = codec::encode(question);
-        let answer = self.lane()?.call(kind, self.group, body, option.soft_ttl()).await.map_err(|e| failed(&e))?;
+        let answer =
+            self.lane()?.call(kind, self.group, body, option.soft_ttl()).await.map_err(|e| failed(&e))?;
         codec::decode(&answer).map_err(|e| garbled(&e))
     }
 }
@@ -152,11 +153,19 @@ impl RaftNetworkV2<TypeConfig> for Peer {
         })
     }
 
-    async fn vote(&mut self, rpc: VoteRequest<TypeConfig>, option: RPCOption) -> Rpc<VoteResponse<TypeConfig>> {
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Rpc<VoteResponse<TypeConfig>> {
         self.ask(Kind::Vote, &rpc, &option).await
     }
 
-    async fn pre_vote(&mut self, rpc: VoteRequest<TypeConfig>, option: RPCOption) -> Rpc<VoteResponse<TypeConfig>> {
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Rpc<VoteResponse<TypeConfig>> {
         self.ask(Kind::PreVote, &rpc, &option).await
     }
 
@@ -167,7 +176,8 @@ impl RaftNetworkV2<TypeConfig> for Peer {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        let unreachable = |why: String| StreamingError::Unreachable(Unreachable::new(&LaneError::Unreachable(why)));
+        let unreachable =
+            |why: String| StreamingError::Unreachable(Unreachable::new(&LaneError::Unreachable(why)));
         let Some((_, link)) = &self.target else { return Err(unreachable("no valid address".to_owned())) };
         let head = codec::encode(&(vote, &snapshot.meta));
         let group = self.group;

@@ -33,6 +33,9 @@ const IN_FLIGHT: usize = 8;
 /// Silence after which all in flight is sent again: first and longest.
 const RESEND: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(400));
 
+/// How long to wait for the link to the leader before looking again who leads.
+const OPEN_PATIENCE: Duration = Duration::from_millis(200);
+
 /// How to batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Batching {
@@ -66,12 +69,11 @@ type Waiter<O> = oneshot::Sender<Vec<O>>;
 struct Batch<O> {
     list: ListEncoder,
     waiters: Vec<(std::ops::Range<usize>, Waiter<O>)>,
-    since: Option<Instant>,
 }
 
 impl<O> Default for Batch<O> {
     fn default() -> Self {
-        Self { list: ListEncoder::default(), waiters: Vec::new(), since: None }
+        Self { list: ListEncoder::default(), waiters: Vec::new() }
     }
 }
 
@@ -114,13 +116,17 @@ impl<S: State> Proposer<S> {
 
     /// Puts commands into the queue as one unbroken run. The receiver gets their outcomes when
     /// they are applied here; dropping it takes nothing back.
-    pub fn submit(&self, commands: &[S::Command]) -> Result<oneshot::Receiver<Vec<S::Outcome>>, ClusterError> {
+    pub fn submit(
+        &self,
+        commands: &[S::Command],
+    ) -> Result<oneshot::Receiver<Vec<S::Outcome>>, ClusterError> {
         let (tx, rx) = oneshot::channel();
         let mut queue = self.shared.queue.lock();
         if queue.bytes >= self.shared.batching.queue_bytes {
             return Err(ClusterError::Overloaded { bytes: queue.bytes });
         }
-        let needs_new = queue.waiting.back().is_none_or(|batch| batch.list.len() >= self.shared.batching.bytes);
+        let needs_new =
+            queue.waiting.back().is_none_or(|batch| batch.list.len() >= self.shared.batching.bytes);
         if needs_new {
             queue.waiting.push_back(Batch::default());
         }
@@ -130,7 +136,6 @@ impl<S: State> Proposer<S> {
         for command in commands {
             batch.list.push(command);
         }
-        batch.since.get_or_insert_with(Instant::now);
         batch.waiters.push((start..batch.list.count() as usize, tx));
         let grown = batch.list.len() - before;
         queue.bytes += grown;
@@ -204,33 +209,23 @@ pub async fn run<S: State>(mut driver: Driver<S>) {
     let shared = driver.proposer.shared.clone();
     let mut resend_after = RESEND.0;
     let mut sent_at = Instant::now();
+    let mut sealed_at = sent_at;
     let mut acked = 0u64;
     let trouble = Arc::new(Notify::new());
     loop {
         // Seal and send what is due.
         let mut due = None;
-        let batching = shared.batching;
-        loop {
-            let (full, ready, age) = {
-                let queue = shared.queue.lock();
-                let first = queue.waiting.front();
-                let size = first.map_or(0, |b| b.list.len());
-                let age = first.and_then(|b| b.since).map(|since| since.elapsed());
-                let idle = queue.in_flight.is_empty();
-                let ready = size >= batching.bytes || idle || age.is_some_and(|age| age >= batching.window);
-                (queue.in_flight.len() >= IN_FLIGHT, ready, age)
-            };
-            if full {
-                break;
-            }
-            if !ready {
-                due = age.map(|age| batching.window.saturating_sub(age));
-                // Nothing queued, yet something may gather elsewhere while others are in flight.
-                due = due.or(Some(batching.window));
+        while shared.queue.lock().in_flight.len() < IN_FLIGHT {
+            let wait = patience(&shared, sealed_at);
+            if wait > Duration::ZERO {
+                due = Some(wait);
                 break;
             }
             let Some(segment) = seal(&driver, &shared) else { break };
-            sent_at = Instant::now();
+            sealed_at = Instant::now();
+            if shared.queue.lock().in_flight.len() == 1 {
+                sent_at = sealed_at;
+            }
             send(&driver, &[segment], &trouble).await;
         }
 
@@ -275,6 +270,17 @@ pub async fn run<S: State>(mut driver: Driver<S>) {
             () = tokio::time::sleep(nap) => {}
         }
     }
+}
+
+/// How long what has gathered may go on gathering: not at all when nothing is in flight or a
+/// segment is full, else until a window has passed since the last was sealed.
+fn patience<S: State>(shared: &Shared<S>, sealed_at: Instant) -> Duration {
+    let queue = shared.queue.lock();
+    let full = queue.waiting.front().is_some_and(|batch| batch.list.len() >= shared.batching.bytes);
+    if full || queue.in_flight.is_empty() {
+        return Duration::ZERO;
+    }
+    shared.batching.window.saturating_sub(sealed_at.elapsed())
 }
 
 /// Numbers the next segment and moves it in flight; `None` when there is nothing to say.
@@ -323,10 +329,11 @@ async fn send<S: State>(driver: &Driver<S>, segments: &[Segment], trouble: &Arc<
             }
         }
         Route::Peer(lane) => {
-            let open = match lane.open().await {
-                Ok(open) => open,
-                Err(error) => {
-                    tracing::debug!(group = %driver.group, %error, "cannot reach the leader");
+            // Not for long: another leader may be known by then.
+            let open = match tokio::time::timeout(OPEN_PATIENCE, lane.open()).await {
+                Ok(Ok(open)) => open,
+                other => {
+                    tracing::debug!(group = %driver.group, error = ?other.err(), "cannot reach the leader");
                     trouble.notify_one();
                     return;
                 }
@@ -337,7 +344,8 @@ async fn send<S: State>(driver: &Driver<S>, segments: &[Segment], trouble: &Arc<
                         let trouble = trouble.clone();
                         // Ends with the lane at the latest.
                         tokio::spawn(async move {
-                            let reply = answer.await.ok().and_then(|b| codec::decode::<ProposeReply>(&b).ok());
+                            let reply =
+                                answer.await.ok().and_then(|b| codec::decode::<ProposeReply>(&b).ok());
                             if reply != Some(ProposeReply::Taken) {
                                 trouble.notify_one();
                             }

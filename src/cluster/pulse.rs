@@ -43,8 +43,11 @@ impl Pulse {
     pub fn probed(&self, id: &WorkerId, healthy: bool) {
         let mut heard = self.heard.lock();
         let heard = &mut *heard;
-        let (to, from) =
-            if healthy { (&mut heard.probed, &mut heard.failed) } else { (&mut heard.failed, &mut heard.probed) };
+        let (to, from) = if healthy {
+            (&mut heard.probed, &mut heard.failed)
+        } else {
+            (&mut heard.failed, &mut heard.probed)
+        };
         from.remove(id);
         if to.len() < MAX_WORKERS {
             to.insert(id.clone());

@@ -51,7 +51,12 @@ pub struct Open {
 impl Open {
     /// Asks, at once and in order; the answer comes through the receiver, which fails when the
     /// lane does.
-    pub fn ask(&self, kind: Kind, group: Group, body: Vec<u8>) -> Result<oneshot::Receiver<Bytes>, LaneError> {
+    pub fn ask(
+        &self,
+        kind: Kind,
+        group: Group,
+        body: Vec<u8>,
+    ) -> Result<oneshot::Receiver<Bytes>, LaneError> {
         let (tx, rx) = oneshot::channel();
         // Held over both steps, so that numbers go out in order.
         let mut next = self.next.lock();
@@ -134,7 +139,13 @@ impl Lane {
 
     /// Asks and waits for the answer. An answer that does not come in time closes the lane,
     /// because a peer that is frozen answers nothing else on it either.
-    pub async fn call(&self, kind: Kind, group: Group, body: Vec<u8>, within: Duration) -> Result<Bytes, LaneError> {
+    pub async fn call(
+        &self,
+        kind: Kind,
+        group: Group,
+        body: Vec<u8>,
+        within: Duration,
+    ) -> Result<Bytes, LaneError> {
         let answer = async {
             let open = self.open().await?;
             open.ask(kind, group, body)?.await.map_err(|_| LaneError::Closed)

@@ -62,13 +62,18 @@ impl<H: Host> Service<H> {
 
     /// Checks that the caller means this member of this cluster.
     fn served_for<T>(&self, request: &Rpc<T>) -> Result<Arc<Served>, Status> {
-        let served = self.host.served().ok_or_else(|| Status::unavailable("this replica is not a member yet"))?;
+        let served =
+            self.host.served().ok_or_else(|| Status::unavailable("this replica is not a member yet"))?;
         let text = |key| request.metadata().get(key).and_then(|v| v.to_str().ok()).unwrap_or_default();
         if text(CLUSTER) != format!("{:032x}", served.cluster) {
             return Err(Status::failed_precondition("this replica belongs to another cluster"));
         }
         if text(TO) != served.me.to_string() {
-            return Err(Status::failed_precondition(format!("this is member {}, not {}", served.me, text(TO))));
+            return Err(Status::failed_precondition(format!(
+                "this is member {}, not {}",
+                served.me,
+                text(TO)
+            )));
         }
         Ok(served)
     }
@@ -103,7 +108,8 @@ impl<H: Host> Peer for Service<H> {
                 return Err(Status::resource_exhausted("snapshot too large"));
             }
             if head.is_none() {
-                let group = Group::from_wire(chunk.group).ok_or_else(|| Status::invalid_argument("no such group"))?;
+                let group =
+                    Group::from_wire(chunk.group).ok_or_else(|| Status::invalid_argument("no such group"))?;
                 let (vote, meta) = codec::decode(&chunk.head).map_err(bad)?;
                 head = Some((group, vote, meta));
             }
@@ -175,7 +181,8 @@ async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: 
                 let (served, answers) = (served.clone(), answers.clone());
                 tokio::spawn(async move {
                     if let Some(body) = ask_raft(&served.rafts[group.index()], kind, &frame.body).await {
-                        let _ = answers.send(Frame { id: frame.id, kind: 0, group: 0, body: body.into() }).await;
+                        let _ =
+                            answers.send(Frame { id: frame.id, kind: 0, group: 0, body: body.into() }).await;
                     }
                 });
             }

@@ -1,0 +1,247 @@
+//! [`ControlPlane`] over a node: proposals with a deadline, read barriers, and the status.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::{Instant as _, ServerState};
+
+use super::api::{Answer, ClusterError, ClusterStatus, ControlPlane, GroupStatus, MemberOp, MemberStatus};
+use super::membership::Members;
+use super::node::{Inner, Member};
+use super::peer::server::read_index;
+use super::peer::wire::{Kind, ReadIndexReply};
+use super::proposer::Route;
+use super::types::Raft;
+use crate::codec;
+use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::routing::book::Bookings;
+use crate::routing::view::RegistryView;
+use crate::state::command::{ControlCommand, ControlOutcome, ReplicaInfo};
+
+/// A quorum heard of within this is a quorum.
+const QUORUM_FRESH: Duration = Duration::from_millis(1000);
+
+/// Everybody else's handle to the node.
+pub(super) struct Handle {
+    pub(super) inner: Arc<Inner>,
+}
+
+impl Inner {
+    fn down_reason(&self) -> Result<(), ClusterError> {
+        match self.down.lock().clone() {
+            Some(why) => Err(ClusterError::Down(why)),
+            None => Ok(()),
+        }
+    }
+
+    /// Proposes one command and waits until it is applied here.
+    pub(super) async fn propose(&self, command: ControlCommand) -> Result<ControlOutcome, ClusterError> {
+        self.down_reason()?;
+        let waited = self.config.propose_timeout;
+        let answer = self.control.submit(&[command])?;
+        match tokio::time::timeout(waited, answer).await {
+            Ok(Ok(outcomes)) => Ok(outcomes.into_iter().next().unwrap_or(ControlOutcome::Unknown)),
+            Ok(Err(_)) => Err(ClusterError::Down("the proposer has stopped".to_owned())),
+            Err(_) => Err(ClusterError::Unavailable { waited }),
+        }
+    }
+
+    /// Waits until everything committed before the call is applied here.
+    pub(super) async fn read_barrier(&self, group: Group) -> Result<(), ClusterError> {
+        self.down_reason()?;
+        let waited = self.config.propose_timeout;
+        let barrier = async {
+            loop {
+                let Some(member) = self.member.get() else {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    continue;
+                };
+                let raft = &member.rafts[group.index()];
+                if let Some(index) = self.ask_read_index(member, group).await {
+                    let wait =
+                        raft.wait(Some(waited)).applied_index_at_least(Some(index), "read barrier").await;
+                    if wait.is_ok() {
+                        return;
+                    }
+                }
+                // No leader, or one that is not sure of itself yet.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(waited, barrier).await.map_err(|_| ClusterError::Unavailable { waited })
+    }
+
+    async fn ask_read_index(&self, member: &Member, group: Group) -> Option<u64> {
+        let route = member.routes[group.index()].borrow().clone();
+        let reply = match route {
+            Route::Nowhere => return None,
+            Route::Here => read_index(&member.rafts[group.index()]).await,
+            Route::Peer(lane) => {
+                let answer =
+                    lane.call(Kind::ReadIndex, group, Vec::new(), Duration::from_millis(500)).await.ok()?;
+                codec::decode(&answer).ok()?
+            }
+        };
+        match reply {
+            ReadIndexReply::Index(index) => Some(index),
+            ReadIndexReply::NotLeader => None,
+        }
+    }
+
+    /// Pending while the consensus runs; the reason when one of its groups has stopped for good.
+    pub(super) async fn watch_for_failure(&self) -> String {
+        loop {
+            if let Some(member) = self.member.get() {
+                if let Some(why) = member.wal.failed() {
+                    return why;
+                }
+                for (raft, group) in member.rafts.iter().zip(Group::ALL) {
+                    if let Err(fatal) = &raft.metrics().borrow_watched().running_state
+                        && !self.stop.is_cancelled()
+                    {
+                        return format!("{group} consensus has stopped: {fatal}");
+                    }
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    }
+
+    fn status(&self) -> ClusterStatus {
+        let place = self.identity.lock().member();
+        let mut status = ClusterStatus {
+            cluster_id: place.map(|(cluster, _)| format!("{cluster:032x}")).unwrap_or_default(),
+            me: place.map(|(_, id)| id).unwrap_or_default(),
+            name: self.config.info.name.clone(),
+            incarnation: Incarnation::default(),
+            quorum: false,
+            down: self.down.lock().clone(),
+            groups: Vec::new(),
+            members: Vec::new(),
+        };
+        let Some(member) = self.member.get() else { return status };
+        status.incarnation = member.incarnation;
+        status.groups = Group::ALL.map(|group| group_status(member, group)).to_vec();
+        let fresh = QUORUM_FRESH.as_millis() as u64;
+        status.quorum = status.groups[0].quorum_age_ms.is_some_and(|age| age <= fresh);
+        status.members = member_statuses(member);
+        status
+    }
+}
+
+/// Milliseconds since a quorum was known to be there: as leader, since a quorum acknowledged;
+/// as follower of a leader, none (its heartbeats say so, or openraft would forget it).
+fn quorum_age(raft: &Raft) -> Option<u64> {
+    let metrics = raft.metrics();
+    let metrics = metrics.borrow_watched();
+    match (metrics.state, metrics.last_quorum_acked, metrics.current_leader) {
+        (ServerState::Leader, Some(at), _) => Some(at.elapsed().as_millis() as u64),
+        (ServerState::Leader, None, _) => None,
+        (_, _, Some(_)) => Some(0),
+        _ => None,
+    }
+}
+
+fn group_status(member: &Member, group: Group) -> GroupStatus {
+    let raft = &member.rafts[group.index()];
+    let quorum_age_ms = quorum_age(raft);
+    let metrics = raft.metrics();
+    let metrics = metrics.borrow_watched();
+    let role = match (&metrics.running_state, metrics.state) {
+        (Err(_), _) | (_, ServerState::Shutdown) => "down",
+        (_, ServerState::Leader) => "leader",
+        (_, ServerState::Follower) => "follower",
+        (_, ServerState::Candidate) => "candidate",
+        (_, ServerState::Learner) => "learner",
+    };
+    GroupStatus {
+        group: group.name().to_owned(),
+        role: role.to_owned(),
+        term: metrics.current_term,
+        leader: metrics.current_leader.map(ReplicaId),
+        last_log: metrics.last_log_index.unwrap_or(0),
+        committed: metrics.local_committed.map_or(0, |id| id.index),
+        applied: metrics.last_applied.map_or(0, |id| id.index),
+        checkpoint: metrics.snapshot.map_or(0, |id| id.index),
+        first_log: member.wal.bounds(group).0.unwrap_or(0),
+        log_bytes: member.wal.bytes(group),
+        digest: format!("{:016x}", member.machines[group.index()].digest()),
+        quorum_age_ms,
+    }
+}
+
+fn member_statuses(member: &Member) -> Vec<MemberStatus> {
+    let control = Members::of(&member.rafts[0]);
+    let cache = Members::of(&member.rafts[1]);
+    let replication = member.rafts[1].metrics().borrow_watched().replication.clone();
+    let last = member.rafts[1].metrics().borrow_watched().last_log_index.unwrap_or(0);
+    let records = member.control.read(|state| state.replicas().clone());
+    control
+        .nodes
+        .iter()
+        .map(|(id, node)| {
+            let record = records.get(id);
+            let matched = replication.as_ref().and_then(|r| r.get(&id.0)).map(|m| m.map_or(0, |id| id.index));
+            let requests = member.cache.read(|state| state.replica(*id).map_or(0, |(requests, _)| requests));
+            let fallback =
+                ReplicaInfo { name: node.name.clone(), peer: node.peer.clone(), ..Default::default() };
+            MemberStatus {
+                id: *id,
+                info: record.map_or(fallback, |r| r.info.clone()),
+                incarnation: record.map(|r| r.incarnation),
+                membership: if control.voters.contains(id) { "voter" } else { "learner" }.to_owned(),
+                alive: record.is_some_and(|r| r.alive),
+                lag: matched.map(|matched| last.saturating_sub(matched)),
+                leads_control: control.leader == Some(*id),
+                leads_cache: cache.leader == Some(*id),
+                requests,
+            }
+        })
+        .collect()
+}
+
+impl ControlPlane for Handle {
+    fn propose(&self, command: ControlCommand) -> Answer<ControlOutcome> {
+        let inner = self.inner.clone();
+        Box::pin(async move { inner.propose(command).await })
+    }
+
+    fn read_barrier(&self, group: Group) -> Answer<()> {
+        let inner = self.inner.clone();
+        Box::pin(async move { inner.read_barrier(group).await })
+    }
+
+    fn heartbeat(&self, worker: &WorkerId) -> bool {
+        let known = self.registry().worker(worker).is_some();
+        if known {
+            self.inner.pulse.heartbeat(worker);
+        }
+        known
+    }
+
+    fn probed(&self, worker: &WorkerId, healthy: bool) {
+        if self.registry().worker(worker).is_some() {
+            self.inner.pulse.probed(worker, healthy);
+        }
+    }
+
+    fn registry(&self) -> Arc<RegistryView> {
+        self.inner.board.registry.load_full()
+    }
+
+    fn bookings(&self) -> &Bookings {
+        &self.inner.bookings
+    }
+
+    fn member(&self, op: MemberOp) -> Answer<String> {
+        let inner = self.inner.clone();
+        // On the Raft runtime, so that a caller who goes away does not leave it half done.
+        let task = inner.raft_runtime.clone().spawn(inner.member_op(op));
+        Box::pin(async move { task.await.map_err(|e| ClusterError::Down(e.to_string()))? })
+    }
+
+    fn status(&self) -> ClusterStatus {
+        self.inner.status()
+    }
+}

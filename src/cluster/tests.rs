@@ -1,0 +1,262 @@
+//! Whole replicas in one process: real links, real log, real folders.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::api::{ControlPlane, MemberOp};
+use super::node::{Cluster, NodeConfig};
+use crate::ids::{Group, WorkerId};
+use crate::state::command::{ControlCommand, ControlOutcome};
+use crate::state::worker::{WorkerSource, WorkerSpec};
+
+struct Replica {
+    config: NodeConfig,
+    cluster: Option<Cluster>,
+}
+
+impl Replica {
+    fn start(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        // The crashed one lets go of its folder when its last task has ended.
+        self.cluster = loop {
+            match Cluster::start(self.config.clone(), bind(&self.config.info.peer)) {
+                Ok(cluster) => break Some(cluster),
+                Err(error) if error.to_string().contains("in use") && Instant::now() < deadline => {}
+                Err(error) => panic!("{error}"),
+            }
+            std::thread::yield_now();
+        };
+    }
+
+    fn plane(&self) -> Arc<dyn ControlPlane> {
+        self.cluster.as_ref().unwrap().control_plane()
+    }
+
+    /// Like a crash, as far as one process can have one.
+    fn crash(&mut self) {
+        self.cluster = None;
+    }
+}
+
+fn bind(address: &str) -> TcpListener {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let address: std::net::SocketAddr = address.parse().unwrap();
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        match socket.bind(&address.into()).and_then(|()| socket.listen(128)) {
+            Ok(()) => return socket.into(),
+            // The crashed one's runtime is still letting go of it.
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::yield_now();
+    }
+}
+
+struct Replicas {
+    all: Vec<Replica>,
+    runtime: tokio::runtime::Runtime,
+    _dir: tempfile::TempDir,
+}
+
+impl Replicas {
+    fn new(n: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let ports: Vec<TcpListener> = (0..n).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let peers: BTreeMap<String, String> = ports
+            .iter()
+            .enumerate()
+            .map(|(i, port)| (format!("r{}", i + 1), port.local_addr().unwrap().to_string()))
+            .collect();
+        drop(ports);
+        let all = peers
+            .iter()
+            .map(|(name, peer)| {
+                let mut config = NodeConfig::new(name, dir.path().join(name));
+                config.info.peer = peer.clone();
+                config.peers = peers.clone();
+                config.wal_segment_bytes = 1 << 20;
+                config.digest_every = 16;
+                Replica { config, cluster: None }
+            })
+            .collect();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut replicas = Self { all, runtime, _dir: dir };
+        replicas.all.iter_mut().for_each(Replica::start);
+        replicas
+    }
+
+    fn plane(&self, i: usize) -> Arc<dyn ControlPlane> {
+        self.all[i].plane()
+    }
+
+    fn until(&self, what: &str, done: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        self.runtime.block_on(async {
+            while !done() {
+                assert!(Instant::now() < deadline, "waited 20 s for {what}");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+    }
+
+    fn register(&self, i: usize, id: &str) {
+        let command = ControlCommand::RegisterWorker { spec: spec(id), heartbeats: true };
+        let outcome = self.runtime.block_on(self.plane(i).propose(command)).unwrap();
+        assert!(matches!(outcome, ControlOutcome::Registered { .. }), "{outcome:?}");
+        assert!(
+            self.plane(i).registry().worker(&WorkerId::parse(id).unwrap()).is_some(),
+            "reads its own write"
+        );
+    }
+
+    fn leader(&self) -> Option<usize> {
+        let up: Vec<usize> = (0..self.all.len()).filter(|i| self.all[*i].cluster.is_some()).collect();
+        up.iter()
+            .copied()
+            .find(|i| self.plane(*i).status().groups.first().is_some_and(|g| g.role == "leader"))
+    }
+}
+
+fn spec(id: &str) -> WorkerSpec {
+    WorkerSpec {
+        id: WorkerId::parse(id).unwrap(),
+        url: "http://127.0.0.1:9".to_owned(),
+        engine: Default::default(),
+        models: vec![],
+        role: Default::default(),
+        dp_ranks: 1,
+        block_size: None,
+        capacity_blocks: None,
+        labels: Default::default(),
+        weight: 100,
+        source: WorkerSource::Node,
+    }
+}
+
+fn knows(plane: &Arc<dyn ControlPlane>, id: &str) -> bool {
+    plane.registry().worker(&WorkerId::parse(id).unwrap()).is_some()
+}
+
+#[test]
+fn three_replicas_form_agree_survive_their_leader_and_take_it_back() {
+    let mut r = Replicas::new(3);
+    // Each replica takes a registration while the cluster is still forming: held, not refused.
+    for i in 0..3 {
+        r.register(i, &format!("w{i}"));
+    }
+    for i in 0..3 {
+        r.until("all registrations everywhere", || (0..3).all(|w| knows(&r.plane(i), &format!("w{w}"))));
+        r.runtime.block_on(r.plane(i).read_barrier(Group::Control)).unwrap();
+    }
+
+    // Load booked at one shows at the others, and is gone when it is freed.
+    let view = r.plane(0).registry();
+    let worker = view.worker(&WorkerId::parse("w1").unwrap()).unwrap().clone();
+    let booking = r.plane(0).bookings().book(worker, 100, 7);
+    let planes: Vec<_> = (0..3).map(|i| r.plane(i)).collect();
+    let seen = |i: usize| planes[i].registry().worker(&WorkerId::parse("w1").unwrap()).unwrap().live.load();
+    assert_eq!(seen(0).requests, 1, "at once at home");
+    for i in 1..3 {
+        r.until("the booking at the others", || seen(i).requests == 1 && seen(i).prefill_tokens == 100);
+    }
+    drop(booking);
+    for i in 0..3 {
+        r.until("the booking gone", || seen(i) == Default::default());
+    }
+
+    drop(planes);
+
+    // The leader crashes with something booked.
+    r.until("a leader", || r.leader().is_some());
+    let leader = r.leader().unwrap();
+    let other = (leader + 1) % 3;
+    let worker = r.plane(leader).registry().worker(&WorkerId::parse("w1").unwrap()).unwrap().clone();
+    let lost = r.plane(leader).bookings().book(worker, 50, 5);
+    let plane = r.plane(other);
+    let seen = |plane: &Arc<dyn ControlPlane>| {
+        plane.registry().worker(&WorkerId::parse("w1").unwrap()).unwrap().live.load()
+    };
+    r.until("the booking at another", || seen(&plane).requests == 1);
+    r.all[leader].crash();
+    // What it held in memory is gone with it; nobody will free it.
+    std::mem::forget(lost);
+    let crashed = Instant::now();
+    r.register(other, "after");
+    println!("first write {} ms after the leader's crash", crashed.elapsed().as_millis());
+    r.until("its bookings released", || seen(&plane) == Default::default());
+    println!("bookings released after {} ms", crashed.elapsed().as_millis());
+
+    // It comes back with everything.
+    r.all[leader].start();
+    r.until("the returned one has it all", || {
+        (0..3).all(|w| knows(&r.plane(leader), &format!("w{w}"))) && knows(&r.plane(leader), "after")
+    });
+    assert_eq!(r.plane(leader).status().incarnation.0, 2);
+    let digest = |i: usize| {
+        let status = r.plane(i).status();
+        (status.groups[0].applied, status.groups[0].digest.clone())
+    };
+    r.until("equal digests at equal indexes", || digest(0) == digest(1) && digest(1) == digest(2));
+}
+
+#[test]
+fn a_replica_without_its_folder_rejoins_under_a_new_id() {
+    let mut r = Replicas::new(3);
+    r.register(0, "w");
+    r.until("known to the third", || knows(&r.plane(2), "w"));
+    let old = r.plane(2).status().me;
+    r.all[2].crash();
+    let folder = r.all[2].config.data_dir.clone();
+    r.until("the folder gone", || std::fs::remove_dir_all(&folder).is_ok() || !folder.exists());
+    r.all[2].start();
+    r.until("it votes again under a new id", || {
+        let status = r.plane(2).status();
+        status.me != old && status.members.iter().any(|m| m.id == status.me && m.membership == "voter")
+    });
+    assert!(knows(&r.plane(2), "w"));
+    r.until("its old self is forgotten", || {
+        let members = r.plane(0).status().members;
+        members.len() == 3 && members.iter().all(|m| m.id != old)
+    });
+    // And it counts: with another one gone, the two are a quorum.
+    r.all[1].crash();
+    r.register(2, "with-the-newcomers-vote");
+}
+
+#[test]
+fn leadership_moves_on_demand_and_members_come_and_go() {
+    let mut r = Replicas::new(3);
+    r.register(0, "w");
+    r.until("a leader", || r.leader().is_some());
+    let target = r.all.iter().map(|x| x.config.info.name.clone()).nth((r.leader().unwrap() + 1) % 3).unwrap();
+    let asked = Instant::now();
+    r.runtime.block_on(r.plane(0).member(MemberOp::TransferLeader { member: Some(target.clone()) })).unwrap();
+    println!("leadership of both groups moved in {} ms", asked.elapsed().as_millis());
+    r.until("the new leader", || r.leader().is_some_and(|l| r.all[l].config.info.name == target));
+    r.register(1, "after-the-move");
+
+    let gone = (r.leader().unwrap() + 1) % 3;
+    let name = r.all[gone].config.info.name.clone();
+    let asker = r.leader().unwrap();
+    r.runtime.block_on(r.plane(asker).member(MemberOp::Remove { member: name.clone() })).unwrap();
+    r.until("two members", || r.plane(asker).status().members.len() == 2);
+    r.all[gone].crash();
+    r.register(asker, "with-two");
+    let again = r.runtime.block_on(r.plane(asker).member(MemberOp::Remove { member: name }));
+    assert!(again.unwrap_err().to_string().contains("member list"));
+}
+
+#[test]
+fn a_cluster_of_one_survives_its_restarts() {
+    let mut r = Replicas::new(1);
+    for life in 1..=3u64 {
+        r.register(0, &format!("w{life}"));
+        assert_eq!(r.plane(0).status().incarnation.0, life);
+        r.all[0].crash();
+        r.all[0].start();
+        r.until("all registrations back", || (1..=life).all(|w| knows(&r.plane(0), &format!("w{w}"))));
+    }
+}
