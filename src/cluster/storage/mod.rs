@@ -14,6 +14,7 @@
 //!
 //! No async runtime: plain threads, and callers hand over callbacks.
 
+pub mod checkpoint;
 pub mod disk;
 pub mod sim_disk;
 pub mod wal;
