@@ -19,10 +19,10 @@ use crate::state::replicated::{Applied, Records, Replicated, State};
 /// The content of a snapshot: a state's records.
 pub type Image = Arc<Records>;
 
-/// What happens around a state when it changes. Called with the state locked for writing, in
-/// log order, on the Raft runtime: must not block.
+/// What happens around a state when it changes. Called in log order, on the Raft runtime: must
+/// not block.
 pub trait Hooks<S: State>: Send + Sync + 'static {
-    /// A segment of this replica's current life was applied, for the first time.
+    /// A segment of this replica's current life was applied, for the first time, and published.
     fn acknowledged(&self, number: u64, outcomes: Vec<S::Outcome>);
     /// All of this replica's segments up to this number are known to be applied.
     fn caught_up(&self, number: u64);
@@ -36,6 +36,9 @@ pub trait Hooks<S: State>: Send + Sync + 'static {
 /// all readers.
 pub struct Cell<S: State> {
     state: RwLock<Replicated<S>>,
+    /// Own segments applied since the last publication: whoever waits for one must find its
+    /// effect published.
+    acknowledged: Mutex<Vec<(u64, Vec<S::Outcome>)>>,
     hooks: Arc<dyn Hooks<S>>,
     me: ReplicaId,
     incarnation: Incarnation,
@@ -45,7 +48,14 @@ pub struct Cell<S: State> {
 impl<S: State> Cell<S> {
     /// An empty state.
     pub fn new(hooks: Arc<dyn Hooks<S>>, me: ReplicaId, incarnation: Incarnation, digest_every: u64) -> Self {
-        Self { state: RwLock::default(), hooks, me, incarnation, digest_every: digest_every.max(1) }
+        Self {
+            state: RwLock::default(),
+            acknowledged: Mutex::default(),
+            hooks,
+            me,
+            incarnation,
+            digest_every: digest_every.max(1),
+        }
     }
 
     /// Reads the state; writers wait meanwhile, so be short.
@@ -79,7 +89,7 @@ impl<S: State> AnyCell for Cell<S> {
             let mine = segment.origin == self.me && segment.incarnation == self.incarnation;
             let applied = replicated.apply(segment.origin, segment.incarnation, segment.number, commands);
             if let (true, Applied::Now(outcomes)) = (mine, applied) {
-                self.hooks.acknowledged(segment.number, outcomes);
+                self.acknowledged.lock().push((segment.number, outcomes));
             }
         }
         if index.is_multiple_of(self.digest_every) {
@@ -90,6 +100,9 @@ impl<S: State> AnyCell for Cell<S> {
 
     fn publish(&self, index: u64) {
         self.hooks.published(&mut self.state.write().state, index);
+        for (number, outcomes) in self.acknowledged.lock().drain(..) {
+            self.hooks.acknowledged(number, outcomes);
+        }
     }
 
     fn image(&self) -> Box<dyn FnOnce() -> Records + Send> {
