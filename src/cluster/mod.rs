@@ -5,6 +5,8 @@
 
 pub mod api;
 pub mod clock;
+#[cfg(test)]
+mod conformance;
 pub mod formation;
 mod handle;
 pub mod hooks;

@@ -325,7 +325,8 @@ impl Inner {
             proposer: self.control.clone(),
             board: self.board.clone(),
             cache: OnceLock::new(),
-            seen: Default::default(),
+            // No version: the first thing applied is published even if there is no worker in it.
+            seen: u64::MAX.into(),
         });
         let cache_hooks = Arc::new(CacheHooks {
             me: id,

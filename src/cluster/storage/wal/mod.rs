@@ -187,7 +187,7 @@ impl Wal {
         let memory = &core.groups[group.index()];
         let mut expected = memory.entries.next();
         if let (true, Some((found, _))) = (memory.pristine(), entries.first()) {
-            expected = (*found).min(1);
+            expected = *found;
         }
         for (nth, (found, _)) in entries.iter().enumerate() {
             let expected = expected + nth as u64;
