@@ -1,0 +1,79 @@
+//! The planes: which routes each listener has, and serving them until told to stop.
+
+use std::io;
+use std::sync::Arc;
+
+use axum::routing::get;
+use axum::{Json, Router};
+use http::{Method, Uri};
+use tokio_util::sync::CancellationToken;
+
+use super::errors::{ApiError, Code};
+use super::front::{Front, Shard};
+use super::{accept, health, models};
+
+/// Serves clients and nodes on `listener` until `shutdown`, then for the grace time what is in
+/// flight.
+pub async fn serve_client(
+    listener: std::net::TcpListener,
+    front: Arc<Front>,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let shard = Shard::new(front);
+    let router = client_router(&shard);
+    serve(listener, shard, router, true, shutdown).await
+}
+
+async fn serve(
+    listener: std::net::TcpListener,
+    shard: Arc<Shard>,
+    router: Router,
+    proxies: bool,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    accept::run(listener, shard, router, proxies, shutdown).await;
+    Ok(())
+}
+
+fn client_router(shard: &Arc<Shard>) -> Router {
+    let router = Router::new().route("/v1/models", get(list_models));
+    let router = if shard.front.config.metrics_on_client {
+        router.route("/metrics", get(health::metrics))
+    } else {
+        router
+    };
+    finish(router, shard)
+}
+
+/// What every plane has: health routes and errors in one shape.
+fn finish(router: Router<Arc<Shard>>, shard: &Arc<Shard>) -> Router {
+    router
+        .route("/livez", get(health::livez))
+        .route("/readyz", get(health::readyz))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(method_not_allowed)
+        .with_state(Arc::clone(shard))
+}
+
+async fn list_models(
+    axum::extract::State(shard): axum::extract::State<Arc<Shard>>,
+) -> Json<serde_json::Value> {
+    Json(models::list(&shard.front.control.registry()))
+}
+
+async fn unknown_route(method: Method, uri: Uri) -> ApiError {
+    // The proxied routes are not in the router: they get here with another method only.
+    if matches!(uri.path(), "/v1/chat/completions" | "/v1/completions" | "/v1/embeddings") {
+        return method_not_allowed(method).await;
+    }
+    let text = "there is no such route on this listener; clients use /v1/chat/completions, /v1/completions, \
+                /v1/embeddings and /v1/models, operators the admin listener";
+    ApiError::new(Code::UnknownRoute, text)
+}
+
+async fn method_not_allowed(method: Method) -> ApiError {
+    let method = if method.as_str().len() > 16 { "that method" } else { method.as_str() };
+    ApiError::new(Code::MethodNotAllowed, format!("this route does not serve {method}"))
+}
