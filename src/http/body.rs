@@ -14,7 +14,7 @@ use super::errors::{ApiError, Code};
 use super::relay::Relay;
 
 /// An error inside a body; hyper answers it by breaking the connection or the h2 stream.
-pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What a response carries. Holds the connection's in-flight mark until the last byte is
 /// handed over, so that idle timeouts do not run meanwhile.
@@ -107,7 +107,7 @@ impl BodyLimits {
 }
 
 /// Reads a whole body. A body of one frame is not copied.
-pub async fn collect<B>(mut body: B, limits: &BodyLimits) -> Result<Bytes, ApiError>
+pub(super) async fn collect<B>(mut body: B, limits: &BodyLimits) -> Result<Bytes, ApiError>
 where
     B: Body<Data = Bytes> + Unpin,
 {

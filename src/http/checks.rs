@@ -8,7 +8,7 @@ use super::errors::{ApiError, Code};
 use super::head::Verdict;
 
 /// Refuses a head that two parsers could read in two ways. The connection is closed after.
-pub fn check_head<B>(request: &Request<B>, verdict: Verdict) -> Result<(), ApiError> {
+pub(super) fn check_head<B>(request: &Request<B>, verdict: Verdict) -> Result<(), ApiError> {
     if verdict.two_lengths {
         let text = "Content-Length and Transfer-Encoding must not be sent together; send one of them";
         return Err(ApiError::new(Code::AmbiguousFraming, text).close());

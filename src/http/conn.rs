@@ -28,7 +28,7 @@ pub struct ConnTimeouts {
 
 /// Shared between a connection's socket and its service.
 #[derive(Debug, Default)]
-pub struct ConnState {
+pub(super) struct ConnState {
     in_flight: AtomicU32,
     /// Counts requests ended, so that the socket notices even between two polls.
     ended: AtomicU32,
@@ -37,20 +37,20 @@ pub struct ConnState {
 
 impl ConnState {
     /// Marks a request as in flight until the returned mark is dropped.
-    pub fn begin(self: &Arc<Self>) -> InFlight {
+    pub(super) fn begin(self: &Arc<Self>) -> InFlight {
         self.in_flight.fetch_add(1, Ordering::AcqRel);
         InFlight(Arc::clone(self))
     }
 
     /// What the scanner thought of the head just parsed.
-    pub fn take_verdict(&self) -> Verdict {
+    pub(super) fn take_verdict(&self) -> Verdict {
         Verdict::from_bits(self.verdict.swap(0, Ordering::AcqRel))
     }
 }
 
 /// A request in flight on a connection.
 #[derive(Debug)]
-pub struct InFlight(Arc<ConnState>);
+pub(super) struct InFlight(Arc<ConnState>);
 
 impl Drop for InFlight {
     fn drop(&mut self) {
@@ -70,7 +70,7 @@ enum Waiting {
 /// A socket with the timeouts of [`ConnTimeouts`]. An expired one reads (or writes) as
 /// [`io::ErrorKind::TimedOut`], which makes hyper drop the connection and all it serves.
 #[derive(Debug)]
-pub struct GuardedIo<S> {
+pub(super) struct GuardedIo<S> {
     io: S,
     state: Arc<ConnState>,
     timeouts: ConnTimeouts,
@@ -85,7 +85,7 @@ pub struct GuardedIo<S> {
 
 impl<S> GuardedIo<S> {
     /// Guards a socket just accepted.
-    pub fn new(io: S, state: Arc<ConnState>, timeouts: ConnTimeouts) -> Self {
+    pub(super) fn new(io: S, state: Arc<ConnState>, timeouts: ConnTimeouts) -> Self {
         Self {
             io,
             state,

@@ -8,7 +8,7 @@
 
 /// What is wrong with a head.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Verdict {
+pub(super) struct Verdict {
     /// Both Content-Length and Transfer-Encoding are there.
     pub two_lengths: bool,
     /// A line ends with a bare line feed.
@@ -17,12 +17,12 @@ pub struct Verdict {
 
 impl Verdict {
     /// Packs it into a byte.
-    pub fn bits(self) -> u8 {
+    pub(super) fn bits(self) -> u8 {
         u8::from(self.two_lengths) | u8::from(self.bare_line_feed) << 1
     }
 
     /// The inverse of [`Verdict::bits`].
-    pub fn from_bits(bits: u8) -> Self {
+    pub(super) fn from_bits(bits: u8) -> Self {
         Self { two_lengths: bits & 1 != 0, bare_line_feed: bits & 2 != 0 }
     }
 }
@@ -34,7 +34,7 @@ const VERSION: &[u8] = b"HTTP/1.";
 
 /// Reads a head in pieces of any size.
 #[derive(Debug, Default)]
-pub struct HeadScanner {
+pub(super) struct HeadScanner {
     done: bool,
     /// Header lines seen, counting the request line.
     lines: u32,
@@ -51,7 +51,7 @@ pub struct HeadScanner {
 
 impl HeadScanner {
     /// Takes more bytes; a verdict once the head is complete, and only then.
-    pub fn feed(&mut self, bytes: &[u8]) -> Option<Verdict> {
+    pub(super) fn feed(&mut self, bytes: &[u8]) -> Option<Verdict> {
         for &byte in bytes {
             if self.done {
                 return None;

@@ -9,7 +9,7 @@ use crate::state::worker::ServedModel;
 
 /// The list. A model served by several workers appears once, with the shortest of their
 /// contexts, since any of them may get a request. `created` is 0: a router does not know.
-pub fn list(view: &RegistryView) -> Value {
+pub(super) fn list(view: &RegistryView) -> Value {
     let mut merged: BTreeMap<&str, ServedModel> = BTreeMap::new();
     for worker in view.workers.iter().filter(|worker| worker.is_routable()) {
         for model in &worker.record.spec.models {

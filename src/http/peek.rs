@@ -12,7 +12,7 @@ use super::errors::{ApiError, Code};
 
 /// A request as routing sees it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Peek<'a> {
+pub(super) struct Peek<'a> {
     /// Model or adapter asked for.
     pub model: Cow<'a, str>,
     /// Whether the client wants events.
@@ -25,7 +25,7 @@ pub struct Peek<'a> {
 }
 
 /// Reads a body. Never quotes any part of it in an error.
-pub fn peek(body: &[u8]) -> Result<Peek<'_>, ApiError> {
+pub(super) fn peek(body: &[u8]) -> Result<Peek<'_>, ApiError> {
     let raw: Raw<'_> = serde_json::from_slice(body).map_err(|error| invalid(&error))?;
     let model = match raw.model {
         Model::Named(name) if !name.is_empty() => name,

@@ -20,7 +20,7 @@ use super::proxy;
 
 /// The address a request came from, as a request extension.
 #[derive(Clone, Copy, Debug)]
-pub struct Peer(pub SocketAddr);
+pub(super) struct Peer(pub SocketAddr);
 
 /// Serves the requests of one connection.
 #[derive(Clone, Debug)]
