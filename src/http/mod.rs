@@ -26,6 +26,8 @@ mod proxy;
 mod relay;
 mod server;
 mod service;
+#[cfg(test)]
+mod tests;
 mod upstream;
 
 pub use accept::{FrontOptions, bind};

@@ -1,0 +1,4 @@
+//! The front over real sockets on loopback.
+
+mod proxy;
+mod support;
