@@ -9,25 +9,32 @@
 //! `service` (one request) → `proxy` → `upstream` and `relay`.
 
 mod accept;
+mod admin;
 mod allowed;
 mod auth;
 mod body;
 mod checks;
 mod conn;
 mod errors;
+mod fetch;
 mod front;
 mod head;
 mod headers;
 mod health;
 mod metrics;
 mod models;
+mod nodes;
 mod peek;
+mod probe;
 mod proxy;
+mod register;
 mod relay;
 mod server;
 mod service;
+mod status;
 #[cfg(test)]
 mod tests;
+pub mod types;
 mod upstream;
 
 pub use accept::{FrontOptions, bind};
@@ -39,5 +46,6 @@ pub use errors::{ApiError, Code};
 pub use front::{Front, FrontConfig, NodeOptions, ProxyOptions, Shard};
 pub use health::ClusterGauges;
 pub use metrics::{Metrics, RecentErrors};
-pub use server::serve_client;
+pub use probe::run_prober;
+pub use server::{serve_admin, serve_client};
 pub use upstream::{Pool, PoolOptions};

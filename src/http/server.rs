@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::errors::{ApiError, Code};
 use super::front::{Front, Shard};
-use super::{accept, health, models};
+use super::{accept, admin, health, models, nodes};
 
 /// Serves clients and nodes on `listener` until `shutdown`, then for the grace time what is in
 /// flight.
@@ -22,6 +22,18 @@ pub async fn serve_client(
     let shard = Shard::new(front);
     let router = client_router(&shard);
     serve(listener, shard, router, true, shutdown).await
+}
+
+/// Serves operators on `listener` until `shutdown`.
+pub async fn serve_admin(
+    listener: std::net::TcpListener,
+    front: Arc<Front>,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let shard = Shard::new(front);
+    let router = admin::router(&shard).route("/metrics", get(health::metrics));
+    let router = finish(router, &shard);
+    serve(listener, shard, router, false, shutdown).await
 }
 
 async fn serve(
@@ -38,7 +50,7 @@ async fn serve(
 }
 
 fn client_router(shard: &Arc<Shard>) -> Router {
-    let router = Router::new().route("/v1/models", get(list_models));
+    let router = nodes::router(shard).route("/v1/models", get(list_models));
     let router = if shard.front.config.metrics_on_client {
         router.route("/metrics", get(health::metrics))
     } else {
