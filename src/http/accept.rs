@@ -174,7 +174,7 @@ pub(super) async fn run(
             turn_away(&stream);
             continue;
         };
-        let service = FrontService::new(Arc::clone(&shard), router.clone(), proxies, peer);
+        let service = FrontService::new(Arc::clone(&shard), router.clone(), proxies);
         let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
         connections.spawn(async move {
             serve(stream, service, &options, shutdown, force).await;

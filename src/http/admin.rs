@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, RawQuery, Request, State};
+use axum::extract::{RawQuery, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::errors::{ApiError, Code};
 use super::front::Shard;
-use super::nodes::{find, not_found, parse_id, remove};
+use super::nodes::{PathId, find, not_found, remove};
 use super::register::{read_json, register};
 use super::status::{status, worker_status};
 use super::types::{RegisterRequest, StatusReply, WorkerStatus};
@@ -78,11 +78,11 @@ async fn list_workers(
 
 async fn show_worker(
     State(shard): State<Arc<Shard>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
     RawQuery(query): RawQuery,
 ) -> Result<Json<WorkerStatus>, ApiError> {
     settle(&shard, query).await?;
-    Ok(Json(worker_status(&*find(&shard, &id)?)))
+    Ok(Json(worker_status(&*find(&shard, id)?)))
 }
 
 async fn add_worker(State(shard): State<Arc<Shard>>, request: Request) -> Result<Response, ApiError> {
@@ -95,9 +95,9 @@ async fn add_worker(State(shard): State<Arc<Shard>>, request: Request) -> Result
 
 async fn remove_worker(
     State(shard): State<Arc<Shard>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<serde_json::Value>, ApiError> {
-    remove(&shard, parse_id(&id)?, None).await
+    remove(&shard, id, None).await
 }
 
 #[derive(Deserialize)]
@@ -108,10 +108,9 @@ struct DrainRequest {
 
 async fn drain_worker(
     State(shard): State<Arc<Shard>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
     request: Request,
 ) -> Result<Json<serde_json::Value>, ApiError> {
-    let id = parse_id(&id)?;
     let DrainRequest { drain } = read_json(request.into_body(), MAX_ADMIN_BODY).await?;
     let command = ControlCommand::DrainWorker { id: id.clone(), drain };
     match shard.front.control.propose(command).await? {

@@ -8,7 +8,7 @@ use http_body_util::Full;
 use tokio::time::timeout;
 
 use super::body::{BodyLimits, collect};
-use super::upstream::Pool;
+use super::upstream::{Pool, SendError};
 
 /// Largest answer read: metrics of an engine with many ranks run to hundreds of KiB.
 const MAX_ANSWER: usize = 4 << 20;
@@ -34,8 +34,12 @@ pub(super) async fn get(pool: &Pool, url: &str, path: &str, limit: Duration) -> 
             format!("{url}{path}").parse().map_err(|_| FetchError::Bad("not a valid url".into()))?;
         let mut request = Request::new(Full::new(Bytes::new()));
         *request.uri_mut() = uri;
-        let response = pool.send(request).await.map_err(|error| match error {
-            super::upstream::SendError::Connect(why) => FetchError::Connect(why),
+        let mut answer = pool.send(request.clone()).await;
+        if matches!(answer, Err(SendError::Stale)) {
+            answer = pool.send(request).await;
+        }
+        let response = answer.map_err(|error| match error {
+            SendError::Connect(why) => FetchError::Connect(why),
             other => FetchError::Bad(other.to_string()),
         })?;
         let status: StatusCode = response.status();

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -15,7 +15,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 /// A route template.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, EncodeLabelValue)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[allow(missing_docs)]
 pub enum Route {
     ChatCompletions,
@@ -39,9 +39,9 @@ impl Route {
             Route::Models => "/v1/models",
             Route::Nodes => "/v1/nodes",
             Route::Admin => "/v1/admin",
-            Route::Health => "/readyz",
+            Route::Health => "health",
             Route::Metrics => "/metrics",
-            Route::Unknown => "/",
+            Route::Unknown => "unknown",
         }
     }
 
@@ -63,8 +63,14 @@ impl Route {
     }
 }
 
+impl EncodeLabelValue for Route {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
+        self.path().encode(encoder)
+    }
+}
+
 /// How a request ended.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, EncodeLabelValue)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Outcome {
     /// Answered with a status below 400, to the last byte.
     Ok,
@@ -92,6 +98,21 @@ impl Outcome {
             400.. => Outcome::ClientError,
             _ => Outcome::Ok,
         }
+    }
+}
+
+impl EncodeLabelValue for Outcome {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
+        let text = match self {
+            Outcome::Ok => "ok",
+            Outcome::ClientError => "client_error",
+            Outcome::NoWorker => "no_worker",
+            Outcome::UpstreamError => "upstream_error",
+            Outcome::Timeout => "timeout",
+            Outcome::Canceled => "canceled",
+            Outcome::ServerError => "server_error",
+        };
+        text.encode(encoder)
     }
 }
 

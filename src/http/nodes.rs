@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{FromRequestParts, Path, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -50,9 +50,8 @@ async fn join(State(shard): State<Arc<Shard>>, request: Request) -> Result<Respo
 
 async fn heartbeat(
     State(shard): State<Arc<Shard>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<serde_json::Value>, ApiError> {
-    let id = parse_id(&id)?;
     let control = &shard.front.control;
     let mut known = control.heartbeat(&id);
     if !known {
@@ -72,9 +71,8 @@ async fn heartbeat(
 
 async fn leave(
     State(shard): State<Arc<Shard>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<serde_json::Value>, ApiError> {
-    let id = parse_id(&id)?;
     remove(&shard, id, Some(WorkerSource::Node)).await
 }
 
@@ -98,20 +96,29 @@ async fn list(State(shard): State<Arc<Shard>>) -> Json<serde_json::Value> {
     Json(json!({"object": "list", "data": nodes}))
 }
 
-async fn show(State(shard): State<Arc<Shard>>, Path(id): Path<String>) -> Result<Response, ApiError> {
-    let worker = find(&shard, &id)?;
+async fn show(State(shard): State<Arc<Shard>>, PathId(id): PathId) -> Result<Response, ApiError> {
+    let worker = find(&shard, id)?;
     Ok(Json(worker_status(&worker)).into_response())
 }
 
 /// Finds a worker by the id in a path.
-pub(super) fn find(shard: &Shard, id: &str) -> Result<Arc<WorkerView>, ApiError> {
-    let id = parse_id(id)?;
+pub(super) fn find(shard: &Shard, id: WorkerId) -> Result<Arc<WorkerView>, ApiError> {
     shard.front.control.registry().worker(&id).cloned().ok_or_else(|| not_found(&id))
 }
 
-/// Checks an id from a path.
-pub(super) fn parse_id(id: &str) -> Result<WorkerId, ApiError> {
-    WorkerId::parse(id).map_err(|why| ApiError::new(Code::InvalidValue, why).param("id"))
+/// A worker id from a path; what cannot be one is refused in the front's own shape.
+pub(super) struct PathId(pub(super) WorkerId);
+
+impl<S: Send + Sync> FromRequestParts<S> for PathId {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut http::request::Parts, state: &S) -> Result<Self, ApiError> {
+        let invalid = |why: String| ApiError::new(Code::InvalidValue, why).param("id");
+        let Path(id) = Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|_| invalid("the worker id in the path is not valid text".to_owned()))?;
+        Ok(Self(WorkerId::parse(&id).map_err(invalid)?))
+    }
 }
 
 /// No such worker.

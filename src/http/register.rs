@@ -12,8 +12,9 @@ use super::errors::{ApiError, Code};
 use super::fetch;
 use super::front::Shard;
 use super::types::RegisterRequest;
+use super::upstream::port_of;
 use crate::engines::probe::{EngineFacts, parse_metrics, parse_models};
-use crate::ids::WorkerId;
+use crate::ids::{Group, WorkerId};
 use crate::routing::view::WorkerView;
 use crate::state::command::{ControlCommand, ControlOutcome};
 use crate::state::worker::{WorkerSource, WorkerSpec};
@@ -47,6 +48,8 @@ pub(super) async fn register(
     let probe = request.probe;
     let (mut spec, engine_given) = spec_of(request, source)?;
     if source == WorkerSource::Node {
+        // Another replica may have registered the id a moment ago.
+        shard.front.control.read_barrier(Group::Control).await?;
         refuse_takeover(shard.front.control.registry().worker(&spec.id), &spec)?;
     }
     check_address(shard, &spec.url).await?;
@@ -125,13 +128,9 @@ async fn check_address(shard: &Shard, url: &str) -> Result<(), ApiError> {
     }
     let host = uri.host().filter(|host| !host.is_empty());
     let host = host.ok_or_else(|| invalid("`url` must be http://host:port".to_owned()))?;
-    if uri.authority().is_some_and(|a| a.as_str().ends_with(':') || a.port_u16() == Some(0)) {
-        return Err(invalid("`url` has an invalid port".to_owned()));
-    }
+    let port = port_of(&uri).ok_or_else(|| invalid("`url` has an invalid port".to_owned()))?;
     let limit = shard.front.config.nodes.probe_timeout;
-    let resolved =
-        tokio::time::timeout(limit, shard.front.config.allow.resolve(host, uri.port_u16().unwrap_or(80)))
-            .await;
+    let resolved = tokio::time::timeout(limit, shard.front.config.allow.resolve(host, port)).await;
     match resolved {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::PermissionDenied => {

@@ -3,13 +3,14 @@
 use std::io;
 use std::sync::Arc;
 
-use axum::routing::get;
+use axum::routing::{any, get};
 use axum::{Json, Router};
-use http::{Method, Uri};
+use http::Method;
 use tokio_util::sync::CancellationToken;
 
 use super::errors::{ApiError, Code};
 use super::front::{Front, Shard};
+use super::metrics::Route;
 use super::{accept, admin, health, models, nodes};
 
 /// Serves clients and nodes on `listener` until `shutdown`, then for the grace time what is in
@@ -45,12 +46,23 @@ async fn serve(
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    accept::run(listener, shard, router, proxies, shutdown).await;
+    let front = Arc::clone(&shard.front);
+    let announce = async {
+        shutdown.cancelled().await;
+        if proxies {
+            front.draining.cancel();
+        }
+    };
+    tokio::join!(accept::run(listener, shard, router, proxies, shutdown.clone()), announce);
     Ok(())
 }
 
 fn client_router(shard: &Arc<Shard>) -> Router {
     let router = nodes::router(shard).route("/v1/models", get(list_models));
+    // A POST to these never gets here: the proxy path takes it before the router.
+    let router = [Route::ChatCompletions, Route::Completions, Route::Embeddings]
+        .into_iter()
+        .fold(router, |router, proxied| router.route(proxied.path(), any(only_post)));
     let router = if shard.front.config.metrics_on_client {
         router.route("/metrics", get(health::metrics))
     } else {
@@ -75,14 +87,14 @@ async fn list_models(
     Json(models::list(&shard.front.control.registry()))
 }
 
-async fn unknown_route(method: Method, uri: Uri) -> ApiError {
-    // The proxied routes are not in the router: they get here with another method only.
-    if matches!(uri.path(), "/v1/chat/completions" | "/v1/completions" | "/v1/embeddings") {
-        return method_not_allowed(method).await;
-    }
+async fn unknown_route() -> ApiError {
     let text = "there is no such route on this listener; clients use /v1/chat/completions, /v1/completions, \
                 /v1/embeddings and /v1/models, operators the admin listener";
     ApiError::new(Code::UnknownRoute, text)
+}
+
+async fn only_post(method: Method) -> ApiError {
+    ApiError { allow: Some("POST"), ..method_not_allowed(method).await }
 }
 
 async fn method_not_allowed(method: Method) -> ApiError {

@@ -2,7 +2,6 @@
 //! everything else to the router.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -18,23 +17,18 @@ use super::front::Shard;
 use super::metrics::{Outcome, Route};
 use super::proxy;
 
-/// The address a request came from, as a request extension.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Peer(pub SocketAddr);
-
 /// Serves the requests of one connection.
 #[derive(Clone, Debug)]
 pub(super) struct FrontService {
     shard: Arc<Shard>,
     router: Router,
     proxies: bool,
-    peer: SocketAddr,
     state: Arc<ConnState>,
 }
 
 impl FrontService {
-    pub(super) fn new(shard: Arc<Shard>, router: Router, proxies: bool, peer: SocketAddr) -> Self {
-        Self { shard, router, proxies, peer, state: Arc::default() }
+    pub(super) fn new(shard: Arc<Shard>, router: Router, proxies: bool) -> Self {
+        Self { shard, router, proxies, state: Arc::default() }
     }
 
     pub(super) fn state(&self) -> &Arc<ConnState> {
@@ -63,8 +57,7 @@ impl FrontService {
             return proxy::forward(&self.shard, route, request).await;
         }
         let mut tracked = self.shard.front.metrics.track(Route::of(request.uri().path()));
-        let mut request = request.map(axum::body::Body::new);
-        request.extensions_mut().insert(Peer(self.peer));
+        let request = request.map(axum::body::Body::new);
         let response = match self.router.oneshot(request).await {
             Ok(response) => response,
             Err(never) => match never {},

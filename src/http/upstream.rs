@@ -181,13 +181,23 @@ impl tower::Service<Uri> for Connector {
     }
 }
 
+/// The port of a worker's URL, 80 when it names none; `None` when it names one that cannot be.
+pub(super) fn port_of(uri: &Uri) -> Option<u16> {
+    let authority = uri.authority()?;
+    match authority.port_u16() {
+        Some(port) => Some(port).filter(|port| *port != 0),
+        None => (authority.as_str() == authority.host()).then_some(80),
+    }
+}
+
 async fn connect(allowed: &Allowed, uri: &Uri) -> io::Result<UpstreamIo> {
     if uri.scheme_str() != Some("http") {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "only http:// workers can be connected to"));
     }
     let host = uri.host().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no host"))?;
+    let port = port_of(uri).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "invalid port"))?;
     let mut last = None;
-    for address in allowed.resolve(host, uri.port_u16().unwrap_or(80)).await? {
+    for address in allowed.resolve(host, port).await? {
         match TcpStream::connect(address).await {
             Ok(stream) => {
                 stream.set_nodelay(true)?;

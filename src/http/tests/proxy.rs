@@ -416,3 +416,42 @@ async fn a_worker_outside_the_allowed_networks_gets_no_prompt() {
     assert!(response.contains("outside workers.allow"), "{response}");
     assert!(reached.try_recv().is_err_and(|e| e == oneshot::error::TryRecvError::Empty), "no connection");
 }
+
+#[tokio::test]
+async fn http2_clients_get_events_and_cancel_alike() {
+    use http_body_util::{BodyExt, Full};
+    use hyper_util::client::legacy::Client;
+    use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+    let front = start(FrontConfig::default());
+    let events = format!("{SSE_HEAD}{}{}0\r\n\r\n", chunk("data: {}\n\n"), chunk("data: [DONE]\n\n"));
+    front.cluster.add("w", answering(events).await);
+    let client = Client::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .http2_only(true)
+        .build_http::<Full<bytes::Bytes>>();
+    let ask = || {
+        let uri = format!("http://{}/v1/completions", front.address);
+        http::Request::post(uri).body(Full::from(r#"{"model":"m","stream":true}"#)).unwrap()
+    };
+    let response = client.request(ask()).await.unwrap();
+    assert_eq!((response.status().as_u16(), response.version()), (200, http::Version::HTTP_2));
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body, "data: {}\n\ndata: [DONE]\n\n");
+
+    // A reset stream closes the worker's connection; the h2 connection lives on.
+    let endless = worker(|mut stream| async move {
+        read_message(&mut stream).await;
+        let begin = format!("{SSE_HEAD}{}", chunk("data: {}\n\n"));
+        let _ = stream.write_all(begin.as_bytes()).await;
+        let _ = stream.read(&mut [0; 1]).await;
+    });
+    front.cluster.add("w", endless.await);
+    let live = front.cluster.worker("w").unwrap().live.clone();
+    let mut response = client.request(ask()).await.unwrap();
+    assert!(response.body_mut().frame().await.unwrap().is_ok());
+    assert_eq!(live.own.get().requests, 1);
+    drop(response);
+    eventually("freed", || live.own.get() == LoadSum::default()).await;
+    assert_eq!(front.front.metrics.connections.get(), 1);
+}

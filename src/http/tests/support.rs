@@ -201,8 +201,11 @@ pub(super) fn loopback() -> SocketAddr {
 
 /// Starts a client listener on a free port.
 pub(super) fn start(config: FrontConfig) -> Running {
-    let cluster = MemoryCluster::new();
-    let front = Front::new(config, cluster.clone(), Arc::new(Metrics::default()));
+    start_with(config, MemoryCluster::new(), Metrics::default())
+}
+
+pub(super) fn start_with(config: FrontConfig, cluster: Arc<MemoryCluster>, metrics: Metrics) -> Running {
+    let front = Front::new(config, cluster.clone(), Arc::new(metrics));
     let listener = bind(loopback(), false).unwrap();
     let address = listener.local_addr().unwrap();
     let stop = CancellationToken::new();
