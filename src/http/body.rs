@@ -167,3 +167,25 @@ fn too_slow(limits: &BodyLimits) -> ApiError {
     let text = format!("the body must arrive within {seconds} s and no slower than {floor} bytes a second");
     ApiError::new(Code::BodyTimeout, text).close()
 }
+
+/// Longest time spent on [`discard`].
+const DISCARD_TOTAL: Duration = Duration::from_secs(2);
+/// Longest pause in a body that is being discarded.
+const DISCARD_PAUSE: Duration = Duration::from_millis(100);
+
+/// Reads on for a little while after a body was refused for its size, at most as much again,
+/// because closing a socket with unread bytes resets it and the client may never see why.
+pub(super) async fn discard<B>(mut body: B, limits: &BodyLimits)
+where
+    B: Body<Data = Bytes> + Unpin,
+{
+    let end = Instant::now() + DISCARD_TOTAL;
+    let mut left = limits.max_bytes;
+    while let Ok(Some(Ok(frame))) = timeout_at(end.min(Instant::now() + DISCARD_PAUSE), body.frame()).await {
+        let length = frame.data_ref().map_or(0, Bytes::len);
+        if length > left {
+            return;
+        }
+        left -= length;
+    }
+}

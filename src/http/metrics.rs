@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
@@ -13,6 +13,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
+
+use crate::ids::WorkerId;
 
 /// A route template.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -101,9 +103,10 @@ impl Outcome {
     }
 }
 
-impl EncodeLabelValue for Outcome {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
-        let text = match self {
+impl Outcome {
+    /// The name in metrics and logs.
+    fn as_str(self) -> &'static str {
+        match self {
             Outcome::Ok => "ok",
             Outcome::ClientError => "client_error",
             Outcome::NoWorker => "no_worker",
@@ -111,8 +114,13 @@ impl EncodeLabelValue for Outcome {
             Outcome::Timeout => "timeout",
             Outcome::Canceled => "canceled",
             Outcome::ServerError => "server_error",
-        };
-        text.encode(encoder)
+        }
+    }
+}
+
+impl EncodeLabelValue for Outcome {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
+        self.as_str().encode(encoder)
     }
 }
 
@@ -221,6 +229,9 @@ impl Metrics {
             route,
             started: Instant::now(),
             status: http::StatusCode::OK,
+            first_byte: None,
+            request_id: None,
+            worker: None,
             finished: false,
         }
     }
@@ -233,6 +244,9 @@ pub struct Tracked {
     route: Route,
     started: Instant,
     status: http::StatusCode,
+    first_byte: Option<Duration>,
+    request_id: Option<http::HeaderValue>,
+    worker: Option<WorkerId>,
     finished: bool,
 }
 
@@ -247,10 +261,22 @@ impl Tracked {
         self.status = status;
     }
 
+    /// How the request is called in the log.
+    pub(super) fn set_request_id(&mut self, id: http::HeaderValue) {
+        self.request_id = Some(id);
+    }
+
+    /// The worker that answers.
+    pub(super) fn set_worker(&mut self, id: WorkerId) {
+        self.worker = Some(id);
+    }
+
     /// The first body byte arrived from a worker.
-    pub fn first_byte(&self) {
+    pub(super) fn first_byte(&mut self) {
+        let elapsed = self.started.elapsed();
+        self.first_byte = Some(elapsed);
         let labels = RouteLabels { route: self.route };
-        self.metrics.first_byte.get_or_create(&labels).observe(self.started.elapsed().as_secs_f64());
+        self.metrics.first_byte.get_or_create(&labels).observe(elapsed.as_secs_f64());
     }
 
     /// Ended, as well as its status says.
@@ -269,8 +295,19 @@ impl Tracked {
         }
         let route = self.route;
         self.metrics.requests.get_or_create(&RequestLabels { route, outcome }).inc();
-        let elapsed = self.started.elapsed().as_secs_f64();
-        self.metrics.duration.get_or_create(&RouteLabels { route }).observe(elapsed);
+        let elapsed = self.started.elapsed();
+        self.metrics.duration.get_or_create(&RouteLabels { route }).observe(elapsed.as_secs_f64());
+        // One line a request, without anything of its content.
+        tracing::info!(
+            target: "everline::access",
+            route = route.path(),
+            outcome = outcome.as_str(),
+            status = self.status.as_u16(),
+            request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok()),
+            worker = self.worker.as_ref().map(WorkerId::as_str),
+            first_byte_ms = self.first_byte.map(|t| t.as_millis() as u64),
+            ms = elapsed.as_millis() as u64,
+        );
     }
 
     /// Remembers an error for the status page.

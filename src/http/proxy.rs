@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::time::{Instant, timeout_at};
 
-use super::body::{FrontBody, collect};
+use super::body::{FrontBody, collect, discard};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::headers::{self, REPLICA, REQUEST_ID, WORKER};
@@ -30,8 +30,9 @@ const ORDINARY_BLOCK: u32 = 16;
 /// Serves one proxied request. Dropping the future, as hyper does when the client goes away,
 /// frees the booking and closes the connection to the worker.
 pub(super) async fn forward(shard: &Shard, route: Route, request: Request<Incoming>) -> Response<FrontBody> {
-    let tracked = shard.front.metrics.track(route);
+    let mut tracked = shard.front.metrics.track(route);
     let request_id = headers::request_id(request.headers());
+    tracked.set_request_id(request_id.clone());
     let mut response = match try_forward(shard, tracked, request, &request_id).await {
         Ok(response) => response,
         Err(failed) => failed.into_response(shard),
@@ -55,6 +56,7 @@ impl Failed {
             Code::NoWorkers | Code::NoWorkerAvailable => Outcome::NoWorker,
             _ => Outcome::of(code.status()),
         };
+        self.tracked.set_status(code.status());
         self.tracked.finish(outcome);
         shard.front.metrics.reject(code.as_str());
         if code.status().is_server_error() {
@@ -72,15 +74,21 @@ async fn try_forward(
 ) -> Result<Response<FrontBody>, Failed> {
     let options = &shard.front.config.proxy;
     let deadline = Instant::now() + options.total_timeout;
-    let (head, body) = request.into_parts();
+    let (head, mut body) = request.into_parts();
     if head.headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
         let text = "compressed request bodies are not accepted; send the body without Content-Encoding";
         let error = ApiError::new(Code::UnsupportedEncoding, text).close();
         return Err(Failed { error, tracked });
     }
-    let body = match collect(body, &options.body).await {
+    let body = match collect(&mut body, &options.body).await {
         Ok(body) => body,
-        Err(error) => return Err(Failed { error, tracked }),
+        Err(error) => {
+            // Who expects a 100 has not sent the body yet, and reading would ask for it.
+            if error.code == Code::BodyTooLarge && !head.headers.contains_key(EXPECT) {
+                discard(&mut body, &options.body).await;
+            }
+            return Err(Failed { error, tracked });
+        }
     };
     let asked = match peek(&body) {
         Ok(asked) => asked,
@@ -273,6 +281,7 @@ fn relayed(
 ) -> Response<FrontBody> {
     let (mut head, body) = response.into_parts();
     tracked.set_status(head.status);
+    tracked.set_worker(booking.worker().id().clone());
     let content_type = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
     let events = content_type.starts_with(b"text/event-stream")
         && head.status.is_success()

@@ -52,7 +52,7 @@ impl Relay {
             tail: Tail::default(),
             seen_data: false,
         };
-        if relay.upstream.as_ref().is_some_and(Body::is_end_stream) {
+        if !relay.limits.events && relay.upstream.as_ref().is_some_and(Body::is_end_stream) {
             // hyper never polls a body that says it is over.
             relay.tracked.finish_with_status();
         }
@@ -129,7 +129,7 @@ impl Body for Relay {
                         this.tail.push(data);
                     }
                 }
-                if this.upstream.as_ref().is_some_and(Body::is_end_stream) {
+                if !this.limits.events && this.upstream.as_ref().is_some_and(Body::is_end_stream) {
                     // A body of known length: hyper may not poll again.
                     this.tracked.finish_with_status();
                 }

@@ -62,6 +62,7 @@ impl FrontService {
             Ok(response) => response,
             Err(never) => match never {},
         };
+        tracked.set_status(response.status());
         tracked.finish(Outcome::of(response.status()));
         response.map(FrontBody::axum)
     }
