@@ -206,3 +206,19 @@ impl From<ClusterError> for ApiError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_is_in_the_reference_with_its_status() {
+        let reference = include_str!("../../docs/reference/errors.md");
+        for code in Code::ALL {
+            let row = format!("| `{}` | {} |", code.as_str(), code.status().as_u16());
+            assert!(reference.contains(&row), "docs/reference/errors.md lacks the row {row}");
+        }
+        let rows = reference.lines().filter(|line| line.starts_with("| `")).count();
+        assert_eq!(rows, Code::ALL.len(), "docs/reference/errors.md lists codes that do not exist");
+    }
+}

@@ -297,6 +297,10 @@ impl Tracked {
         self.metrics.requests.get_or_create(&RequestLabels { route, outcome }).inc();
         let elapsed = self.started.elapsed();
         self.metrics.duration.get_or_create(&RouteLabels { route }).observe(elapsed.as_secs_f64());
+        let is_routine = matches!(route, Route::Health | Route::Metrics | Route::Nodes);
+        if is_routine && outcome == Outcome::Ok {
+            return;
+        }
         // One line a request, without anything of its content.
         tracing::info!(
             target: "everline::access",
