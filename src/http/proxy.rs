@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
+use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -96,7 +97,7 @@ async fn try_forward(
     };
     let attempts = Attempts {
         shard,
-        path: tracked.route().path(),
+        target: head.uri.path_and_query().map_or(tracked.route().path(), PathAndQuery::as_str),
         asked: &asked,
         headers: headers::to_worker(&head.headers, request_id.clone()),
         body: body.clone(),
@@ -115,7 +116,8 @@ async fn try_forward(
 /// Attempts at workers, one after the other, for one request.
 struct Attempts<'a> {
     shard: &'a Shard,
-    path: &'static str,
+    /// Path and query, as the client sent them.
+    target: &'a str,
     asked: &'a Peek<'a>,
     headers: HeaderMap,
     body: Bytes,
@@ -185,7 +187,7 @@ impl Attempts<'_> {
     }
 
     async fn send(&self, worker: &WorkerView) -> Result<Response<Incoming>, Attempt> {
-        let uri: Uri = format!("{}{}", worker.record.spec.url, self.path)
+        let uri: Uri = format!("{}{}", worker.record.spec.url, self.target)
             .parse()
             .map_err(|_| Attempt::Failed(SendError::Connect("its url is not valid".to_owned())))?;
         let mut request = Request::new(Full::new(self.body.clone()));

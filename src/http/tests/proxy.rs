@@ -79,9 +79,9 @@ async fn a_request_reaches_the_worker_untouched_but_without_credentials() {
     let body = "{\"model\" : \"m\" , \"prompt\":[1,2,3], \"unknown\": {\"a\": 1.50}}  ";
     let extra = "authorization: Bearer secret\r\nx-request-id: mine-1\r\nx-forwarded-for: 1.2.3.4\r\n\
                  content-type: application/json\r\nx-session-id: s\r\n";
-    let response = exchange(front.address, request("POST", "/v1/completions", extra, body)).await;
+    let response = exchange(front.address, request("POST", "/v1/completions?v=1%202", extra, body)).await;
     let (head, got) = seen.recv().await.unwrap();
-    assert!(head.starts_with("POST /v1/completions HTTP/1.1\r\n"), "{head}");
+    assert!(head.starts_with("POST /v1/completions?v=1%202 HTTP/1.1\r\n"), "{head}");
     assert_eq!(got, body.as_bytes());
     assert_eq!(header(&head, "host"), Some(address.to_string().as_str()));
     assert_eq!(header(&head, "authorization"), None);
