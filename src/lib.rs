@@ -2,6 +2,8 @@
 
 pub mod cluster;
 pub mod codec;
+pub mod engines;
+pub mod http;
 pub mod ids;
 pub mod routing;
 pub mod state;

@@ -1,4 +1,8 @@
 //! Choosing a worker: pure cost over a read view. Microseconds, no I/O, no await.
 
 pub mod book;
+pub mod policy;
+pub mod select;
+#[cfg(test)]
+mod tests;
 pub mod view;

@@ -1,0 +1,3 @@
+//! What is known of the engines behind the workers.
+
+pub mod probe;

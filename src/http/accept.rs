@@ -1,0 +1,252 @@
+//! The accept loop: bounds on connections before anything is read, and a graceful end.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use ipnet::IpNet;
+use parking_lot::Mutex;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::conn::{ConnState, ConnTimeouts, GuardedIo};
+use super::errors::{ApiError, Code};
+use super::front::Shard;
+use super::service::FrontService;
+
+/// Bounds on connections of one listener.
+#[derive(Clone, Debug)]
+pub struct FrontOptions {
+    /// Timeouts while reading heads and writing: first byte 10 s, head 10 s, idle 75 s, write
+    /// stall 30 s.
+    pub timeouts: ConnTimeouts,
+    /// Most header fields of a request: 64.
+    pub max_headers: usize,
+    /// Longest request head, and the read buffer: 64 KiB.
+    pub max_head_bytes: usize,
+    /// Most open connections: 10,000.
+    pub max_connections: usize,
+    /// Most open connections from one address: 256.
+    pub max_connections_per_ip: usize,
+    /// Networks to which the per-address limit does not apply, such as that of a load balancer
+    /// that works on layer 4: loopback.
+    pub per_ip_exempt: Vec<IpNet>,
+    /// Most concurrent h2 streams of a connection: 128.
+    pub max_h2_streams: u32,
+    /// How long requests in flight may take to finish at shutdown: 30 s.
+    pub grace: Duration,
+}
+
+impl Default for FrontOptions {
+    fn default() -> Self {
+        Self {
+            timeouts: ConnTimeouts {
+                first_byte: Duration::from_secs(10),
+                head: Duration::from_secs(10),
+                idle: Duration::from_secs(75),
+                write_stall: Duration::from_secs(30),
+            },
+            max_headers: 64,
+            max_head_bytes: 64 * 1024,
+            max_connections: 10_000,
+            max_connections_per_ip: 256,
+            per_ip_exempt: ["127.0.0.0/8", "::1/128"].iter().filter_map(|net| net.parse().ok()).collect(),
+            max_h2_streams: 128,
+            grace: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Pause after a failed accept (mostly: no file descriptors left), so that the loop does not
+/// spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Connections the kernel holds before they are accepted.
+const BACKLOG: i32 = 1024;
+
+/// Binds a listener. With `reuse_port` several may share one address, one for each thread.
+pub fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if reuse_port {
+        socket.set_reuse_port(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+/// Open connections, counted in all and by address.
+#[derive(Debug, Default)]
+struct Census {
+    open: AtomicUsize,
+    by_ip: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// A place in the census; given back when dropped.
+struct Place {
+    census: Arc<Census>,
+    counted_ip: Option<IpAddr>,
+    gauge: prometheus_client::metrics::gauge::Gauge,
+}
+
+impl Census {
+    fn enter(
+        self: &Arc<Self>,
+        ip: IpAddr,
+        options: &FrontOptions,
+        gauge: &prometheus_client::metrics::gauge::Gauge,
+    ) -> Option<Place> {
+        let ip = ip.to_canonical();
+        if self.open.fetch_add(1, Ordering::AcqRel) >= options.max_connections {
+            self.open.fetch_sub(1, Ordering::AcqRel);
+            return None;
+        }
+        gauge.inc();
+        let mut place = Place { census: Arc::clone(self), counted_ip: None, gauge: gauge.clone() };
+        if !options.per_ip_exempt.iter().any(|net| net.contains(&ip)) {
+            let mut by_ip = self.by_ip.lock();
+            let open = by_ip.entry(ip).or_default();
+            if *open >= options.max_connections_per_ip {
+                drop(by_ip);
+                return None;
+            }
+            *open += 1;
+            place.counted_ip = Some(ip);
+        }
+        Some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.gauge.dec();
+        self.census.open.fetch_sub(1, Ordering::AcqRel);
+        let Some(ip) = self.counted_ip else { return };
+        let mut by_ip = self.census.by_ip.lock();
+        if let Some(open) = by_ip.get_mut(&ip) {
+            *open -= 1;
+            if *open == 0 {
+                by_ip.remove(&ip);
+            }
+        }
+    }
+}
+
+/// Accepts until `shutdown`, then lets requests in flight finish for the grace time, then
+/// closes what is left. Returns when the last connection is closed.
+pub(super) async fn run(
+    listener: TcpListener,
+    shard: Arc<Shard>,
+    router: Router,
+    proxies: bool,
+    shutdown: CancellationToken,
+) {
+    let options = Arc::new(shard.front.config.accept.clone());
+    let census = Arc::new(Census::default());
+    let connections = TaskTracker::new();
+    let force = CancellationToken::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = shutdown.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::debug!(%error, "accept failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Some(place) = census.enter(peer.ip(), &options, &shard.front.metrics.connections) else {
+            shard.front.metrics.reject(Code::TooManyConnections.as_str());
+            turn_away(&stream);
+            continue;
+        };
+        let service = FrontService::new(Arc::clone(&shard), router.clone(), proxies);
+        let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
+        connections.spawn(async move {
+            serve(stream, service, &options, shutdown, force).await;
+            drop(place);
+        });
+    }
+    drop(listener);
+    connections.close();
+    if tokio::time::timeout(options.grace, connections.wait()).await.is_err() {
+        force.cancel();
+        connections.wait().await;
+    }
+}
+
+/// Says why before closing; a courtesy, so nothing waits for it.
+fn turn_away(stream: &TcpStream) {
+    let error = ApiError::new(Code::TooManyConnections, "too many open connections; try again").json();
+    let text = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n\
+         connection: close\r\ncontent-length: {}\r\n\r\n{error}",
+        error.len()
+    );
+    let _ = stream.try_write(text.as_bytes());
+}
+
+async fn serve(
+    stream: TcpStream,
+    service: FrontService,
+    options: &FrontOptions,
+    shutdown: CancellationToken,
+    force: CancellationToken,
+) {
+    if stream.set_nodelay(true).is_err() {
+        return;
+    }
+    let state: Arc<ConnState> = Arc::clone(service.state());
+    let io = TokioIo::new(GuardedIo::new(stream, state, options.timeouts));
+    let mut builder = Builder::new(TokioExecutor::new());
+    // hyper's own head timer is the second line: it cannot tell an idle connection from a slow
+    // head, which the guarded socket does.
+    let backstop = options.timeouts.idle.max(options.timeouts.first_byte) + options.timeouts.head;
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(backstop)
+        .max_headers(options.max_headers)
+        .max_buf_size(options.max_head_bytes)
+        .half_close(false);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(options.max_h2_streams)
+        .max_header_list_size(options.max_head_bytes as u32)
+        .keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(20));
+    let connection = builder.serve_connection(io, service);
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => Some(ended),
+        () = shutdown.cancelled() => None,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            connection.as_mut().graceful_shutdown();
+            tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = force.cancelled() => return,
+            }
+        }
+    };
+    if let Err(error) = ended {
+        tracing::trace!(%error, "connection ended");
+    }
+}

@@ -1,0 +1,170 @@
+//! What the front's parts share: its configuration, the cluster, the policy, the counters; and
+//! what each listener has to itself.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use super::accept::FrontOptions;
+use super::allowed::Allowed;
+use super::auth::TokenDigests;
+use super::body::BodyLimits;
+use super::metrics::Metrics;
+use super::upstream::{Pool, PoolOptions};
+use crate::cluster::api::ControlPlane;
+use crate::routing::policy::{Policy, PowerOfTwo};
+
+/// Time limits and retries of the proxy path.
+#[derive(Clone, Debug)]
+pub struct ProxyOptions {
+    /// Largest request body: 32 MiB. Its times as in [`BodyLimits::of`].
+    pub body: BodyLimits,
+    /// Attempts after the first at workers that could not be connected to: 2.
+    pub retries: u32,
+    /// Most workers that may see one request: 2, so that a request that kills engines kills
+    /// few of them.
+    pub max_workers_reached: u32,
+    /// From sending to the response head: 10 min, because an engine that does not stream
+    /// answers when it is done.
+    pub first_byte_timeout: Duration,
+    /// Longest pause inside a response: 5 min.
+    pub idle_timeout: Duration,
+    /// A whole request: 30 min.
+    pub total_timeout: Duration,
+}
+
+impl Default for ProxyOptions {
+    fn default() -> Self {
+        Self {
+            body: BodyLimits::of(32 << 20),
+            retries: 2,
+            max_workers_reached: 2,
+            first_byte_timeout: Duration::from_secs(600),
+            idle_timeout: Duration::from_secs(300),
+            total_timeout: Duration::from_secs(1800),
+        }
+    }
+}
+
+/// The node plane and health probing.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// SHA-256 of each accepted node token; none means no authentication.
+    pub tokens: TokenDigests,
+    /// How often a node should heartbeat; told to it with each answer: 1 s.
+    pub heartbeat_interval: Duration,
+    /// How often a worker that does not heartbeat is probed: 2 s.
+    pub probe_interval: Duration,
+    /// Longest wait for one answer to a probe: 2 s.
+    pub probe_timeout: Duration,
+}
+
+impl Default for NodeOptions {
+    fn default() -> Self {
+        Self {
+            tokens: TokenDigests::default(),
+            heartbeat_interval: Duration::from_secs(1),
+            probe_interval: Duration::from_secs(2),
+            probe_timeout: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Everything the front can be told.
+#[derive(Clone)]
+pub struct FrontConfig {
+    /// Goes out as `Everline-Replica`; visible ASCII.
+    pub replica: String,
+    /// Connections.
+    pub accept: FrontOptions,
+    /// The proxy path.
+    pub proxy: ProxyOptions,
+    /// Connections to workers.
+    pub pool: PoolOptions,
+    /// Where workers may be.
+    pub allow: Arc<Allowed>,
+    /// Node plane and probing.
+    pub nodes: NodeOptions,
+    /// SHA-256 of each accepted admin token; none means no authentication.
+    pub admin_tokens: TokenDigests,
+    /// Whether `/metrics` is served on the client listener too: true.
+    pub metrics_on_client: bool,
+    /// Chooses among workers: power of two choices.
+    pub policy: Arc<dyn Policy>,
+}
+
+impl Default for FrontConfig {
+    fn default() -> Self {
+        Self {
+            replica: "everline".to_owned(),
+            accept: FrontOptions::default(),
+            proxy: ProxyOptions::default(),
+            pool: PoolOptions::default(),
+            allow: Arc::default(),
+            nodes: NodeOptions::default(),
+            admin_tokens: TokenDigests::default(),
+            metrics_on_client: true,
+            policy: Arc::new(PowerOfTwo),
+        }
+    }
+}
+
+/// One replica's front: shared by all its listeners.
+pub struct Front {
+    /// As configured.
+    pub config: FrontConfig,
+    /// The cluster.
+    pub control: Arc<dyn ControlPlane>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Cancelled when this replica should get no new work: `/readyz` then answers 503.
+    pub draining: CancellationToken,
+    /// Since when.
+    pub started: Instant,
+    replica: http::HeaderValue,
+}
+
+impl std::fmt::Debug for Front {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Front").field("replica", &self.config.replica).finish_non_exhaustive()
+    }
+}
+
+impl Front {
+    /// Puts a front together; nothing runs yet.
+    pub fn new(config: FrontConfig, control: Arc<dyn ControlPlane>, metrics: Arc<Metrics>) -> Arc<Self> {
+        let replica = http::HeaderValue::from_str(&config.replica)
+            .unwrap_or_else(|_| http::HeaderValue::from_static("unprintable"));
+        Arc::new(Self {
+            config,
+            control,
+            metrics,
+            draining: CancellationToken::new(),
+            started: Instant::now(),
+            replica,
+        })
+    }
+
+    /// The value of `Everline-Replica`.
+    pub(super) fn replica_header(&self) -> http::HeaderValue {
+        self.replica.clone()
+    }
+}
+
+/// What one listener (later: one I/O thread) has to itself.
+#[derive(Debug)]
+pub struct Shard {
+    /// What it shares with the others.
+    pub front: Arc<Front>,
+    /// Its connections to workers.
+    pub pool: Pool,
+}
+
+impl Shard {
+    /// A shard with an empty pool.
+    pub fn new(front: Arc<Front>) -> Arc<Self> {
+        let pool = Pool::new(&front.config.pool, Arc::clone(&front.config.allow));
+        Arc::new(Self { front, pool })
+    }
+}

@@ -1,0 +1,309 @@
+//! What routing needs of a request body, read in one pass without copying; the rest is the
+//! engine's business and passes through untouched.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::error::Category;
+
+use super::errors::{ApiError, Code};
+
+/// A request as routing sees it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Peek<'a> {
+    /// Model or adapter asked for.
+    pub model: Cow<'a, str>,
+    /// Whether the client wants events.
+    pub stream: bool,
+    /// `max_tokens` or `max_completion_tokens`.
+    pub max_tokens: Option<u32>,
+    /// Length of the prompt, estimated: text counts a token for four bytes, ids count as
+    /// they are.
+    pub prompt_tokens: u32,
+}
+
+/// Reads a body. Never quotes any part of it in an error.
+pub(super) fn peek(body: &[u8]) -> Result<Peek<'_>, ApiError> {
+    let raw: Raw<'_> = serde_json::from_slice(body).map_err(|error| invalid(&error))?;
+    let model = match raw.model {
+        Model::Named(name) if !name.is_empty() => name,
+        Model::Absent => return Err(missing("you must provide a `model`: the name of a served model")),
+        _ => return Err(missing("`model` must be text: the name of a served model")),
+    };
+    let prompt_tokens = raw.size.ids.saturating_add(raw.size.text_bytes.div_ceil(4));
+    Ok(Peek {
+        model,
+        stream: raw.stream,
+        max_tokens: raw.max_tokens,
+        prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
+    })
+}
+
+fn missing(text: &'static str) -> ApiError {
+    ApiError::new(Code::MissingModel, text).param("model")
+}
+
+fn invalid(error: &serde_json::Error) -> ApiError {
+    let (line, column) = (error.line(), error.column());
+    let text = match error.classify() {
+        Category::Eof => "the body is not valid JSON: it ends early".to_owned(),
+        Category::Data if line <= 1 && column <= 1 => "the body must be a JSON object".to_owned(),
+        Category::Data => {
+            format!("the body must be a JSON object with each member once (line {line}, column {column})")
+        }
+        _ => format!("the body is not valid JSON (line {line}, column {column})"),
+    };
+    ApiError::new(Code::InvalidJson, text)
+}
+
+enum Model<'a> {
+    Absent,
+    NotText,
+    Named(Cow<'a, str>),
+}
+
+struct Raw<'a> {
+    model: Model<'a>,
+    stream: bool,
+    max_tokens: Option<u32>,
+    size: PromptSize,
+}
+
+#[derive(Deserialize)]
+struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for Raw<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(RawVisitor)
+    }
+}
+
+struct RawVisitor;
+
+impl<'de> Visitor<'de> for RawVisitor {
+    type Value = Raw<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Raw<'de>, A::Error> {
+        let mut raw =
+            Raw { model: Model::Absent, stream: false, max_tokens: None, size: PromptSize::default() };
+        while let Some(Key(key)) = map.next_key()? {
+            match key.as_ref() {
+                "model" => {
+                    // Two models would let an engine serve another than the one routed by.
+                    if !matches!(raw.model, Model::Absent) {
+                        return Err(serde::de::Error::duplicate_field("model"));
+                    }
+                    raw.model = match map.next_value::<Scalar<'de>>()? {
+                        Scalar::Text(name) => Model::Named(name),
+                        _ => Model::NotText,
+                    };
+                }
+                "stream" => raw.stream = matches!(map.next_value()?, Scalar::Bool(true)),
+                "max_tokens" | "max_completion_tokens" => {
+                    if let Scalar::Count(count) = map.next_value()? {
+                        raw.max_tokens = Some(u32::try_from(count).unwrap_or(u32::MAX));
+                    }
+                }
+                "prompt" | "input" | "messages" => raw.size.add(map.next_value()?),
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        Ok(raw)
+    }
+}
+
+/// A value of which only simple kinds matter.
+enum Scalar<'a> {
+    Text(Cow<'a, str>),
+    Bool(bool),
+    Count(u64),
+    Other,
+}
+
+impl<'de> Deserialize<'de> for Scalar<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ScalarVisitor)
+    }
+}
+
+struct ScalarVisitor;
+
+impl<'de> Visitor<'de> for ScalarVisitor {
+    type Value = Scalar<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any value")
+    }
+
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Self::Value, E> {
+        Ok(Scalar::Text(Cow::Borrowed(text)))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(Scalar::Text(Cow::Owned(text.to_owned())))
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Self::Value, E> {
+        Ok(Scalar::Bool(value))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Self::Value, E> {
+        Ok(Scalar::Count(value))
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
+        Ok(Scalar::Other)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Self::Value, E> {
+        Ok(Scalar::Other)
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(Scalar::Other)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Scalar::Other)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Scalar::Other)
+    }
+}
+
+/// Size of a prompt in any of its shapes: text, ids, lists of either, messages with parts.
+#[derive(Clone, Copy, Default)]
+struct PromptSize {
+    text_bytes: u64,
+    ids: u64,
+}
+
+impl PromptSize {
+    fn add(&mut self, other: PromptSize) {
+        self.text_bytes += other.text_bytes;
+        self.ids += other.ids;
+    }
+}
+
+impl<'de> Deserialize<'de> for PromptSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(SizeVisitor)
+    }
+}
+
+struct SizeVisitor;
+
+impl<'de> Visitor<'de> for SizeVisitor {
+    type Value = PromptSize;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any value")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<PromptSize, E> {
+        Ok(PromptSize { text_bytes: text.len() as u64, ids: 0 })
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<PromptSize, E> {
+        Ok(PromptSize { text_bytes: 0, ids: 1 })
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<PromptSize, E> {
+        Ok(PromptSize::default())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<PromptSize, E> {
+        Ok(PromptSize::default())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<PromptSize, E> {
+        Ok(PromptSize::default())
+    }
+
+    fn visit_unit<E>(self) -> Result<PromptSize, E> {
+        Ok(PromptSize::default())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<PromptSize, A::Error> {
+        let mut size = PromptSize::default();
+        while let Some(element) = seq.next_element()? {
+            size.add(element);
+        }
+        Ok(size)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<PromptSize, A::Error> {
+        let mut size = PromptSize::default();
+        while let Some(Key(key)) = map.next_key()? {
+            // Of a message its text counts; image data and tool schemas are no prompt text.
+            if matches!(key.as_ref(), "content" | "text") {
+                size.add(map.next_value()?);
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(size)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(body: &str) -> u32 {
+        peek(body.as_bytes()).unwrap().prompt_tokens
+    }
+
+    #[test]
+    fn prompts_of_every_shape_are_measured() {
+        assert_eq!(tokens(r#"{"model":"m","prompt":"12345678"}"#), 2);
+        assert_eq!(tokens(r#"{"model":"m","prompt":[1,2,3]}"#), 3);
+        assert_eq!(tokens(r#"{"model":"m","prompt":[[1,2],[3]]}"#), 3);
+        assert_eq!(tokens(r#"{"model":"m","input":["1234","12"]}"#), 2);
+        assert_eq!(tokens(r#"{"model":"m","messages":[{"role":"user","content":"1234"}]}"#), 1);
+        let parts = r#"{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"12345"},
+            {"type":"image_url","image_url":{"url":"data:aaaaaaaaaaaaaaaaaaaaa"}}]}]}"#;
+        assert_eq!(tokens(parts), 2);
+    }
+
+    #[test]
+    fn odd_values_are_left_to_the_engine() {
+        let odd = br#"{"model":"m\u00e9","stream":"yes","max_tokens":-1,"prompt":null,"x":{"stream":true}}"#;
+        let peek = peek(odd).unwrap();
+        assert_eq!((peek.model.as_ref(), peek.stream, peek.max_tokens), ("mé", false, None));
+    }
+
+    #[test]
+    fn errors_name_the_fault_and_never_quote_the_body() {
+        for (body, code) in [
+            ("", Code::InvalidJson),
+            ("{", Code::InvalidJson),
+            ("[]", Code::InvalidJson),
+            ("\"secret\"", Code::InvalidJson),
+            ("{\"prompt\":\"secret}", Code::InvalidJson),
+            ("{\"model\":\"secret\",\"model\":\"m\"}", Code::InvalidJson),
+            ("{\"model\":\"m\"} secret", Code::InvalidJson),
+            ("{}", Code::MissingModel),
+            ("{\"model\":7}", Code::MissingModel),
+            ("{\"model\":[\"secret\"]}", Code::MissingModel),
+            ("{\"model\":\"\"}", Code::MissingModel),
+        ] {
+            let error = peek(body.as_bytes()).unwrap_err();
+            assert_eq!(error.code, code, "{body}");
+            assert!(!error.message.contains("secret"), "{}", error.message);
+        }
+        let deep = format!("{{\"model\":\"m\",\"prompt\":{}{}}}", "[".repeat(300), "]".repeat(300));
+        assert_eq!(peek(deep.as_bytes()).unwrap_err().code, Code::InvalidJson);
+    }
+}

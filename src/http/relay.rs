@@ -1,0 +1,227 @@
+//! An upstream response body on its way to the client: frame by frame as it comes, with the
+//! worker's booking held until the end and a decent ending when the worker breaks off.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::body::BodyError;
+use super::errors::{ApiError, Code};
+use super::metrics::{Outcome, Tracked};
+use crate::routing::book::Booking;
+
+/// How a relayed body is watched over.
+#[derive(Debug)]
+pub(super) struct RelayLimits {
+    /// Longest pause between two frames.
+    pub(super) idle: Duration,
+    /// When the whole request must be over.
+    pub(super) deadline: Instant,
+    /// The response is an event stream whose failure can be told in an event.
+    pub(super) events: bool,
+}
+
+/// A body on its way. Dropping it drops the upstream body, which closes that connection and so
+/// aborts the request there.
+#[derive(Debug)]
+pub(super) struct Relay {
+    upstream: Option<Incoming>,
+    booking: Booking,
+    tracked: Tracked,
+    limits: RelayLimits,
+    last_frame: Instant,
+    timer: Option<Pin<Box<Sleep>>>,
+    tail: Tail,
+    seen_data: bool,
+}
+
+impl Relay {
+    pub(super) fn new(upstream: Incoming, booking: Booking, tracked: Tracked, limits: RelayLimits) -> Self {
+        let mut relay = Self {
+            upstream: Some(upstream),
+            booking,
+            tracked,
+            limits,
+            last_frame: Instant::now(),
+            timer: None,
+            tail: Tail::default(),
+            seen_data: false,
+        };
+        if !relay.limits.events && relay.upstream.as_ref().is_some_and(Body::is_end_stream) {
+            // hyper never polls a body that says it is over.
+            relay.tracked.finish_with_status();
+        }
+        relay
+    }
+
+    /// The body ended well.
+    fn end(&mut self) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.upstream = None;
+        self.tracked.finish_with_status();
+        Poll::Ready(None)
+    }
+
+    /// The worker broke off or fell silent: the last event of an event stream, an error (which
+    /// truncates the response visibly) of anything else.
+    fn fail(&mut self, error: ApiError, outcome: Outcome) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.upstream = None;
+        self.tracked.note_error(format!("worker {}: {}", self.booking.worker().id(), error.message));
+        self.tracked.finish(outcome);
+        if !self.limits.events {
+            return Poll::Ready(Some(Err(error.into())));
+        }
+        let event = error.sse();
+        if self.tail.at_event_boundary() {
+            return Poll::Ready(Some(Ok(Frame::data(event))));
+        }
+        let ended = [b"\n\n", event.as_ref()].concat();
+        Poll::Ready(Some(Ok(Frame::data(ended.into()))))
+    }
+
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<ApiError> {
+        loop {
+            let deadline = self.limits.deadline.min(self.last_frame + self.limits.idle);
+            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+            if timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            // The timer is not moved with every frame: it looks up when it rings.
+            let now = Instant::now();
+            if now < deadline {
+                timer.as_mut().reset(deadline);
+                continue;
+            }
+            let text = if now >= self.limits.deadline {
+                "the request took longer than the total time allowed".to_owned()
+            } else {
+                format!("the worker sent nothing for {} ms", self.limits.idle.as_millis())
+            };
+            return Poll::Ready(ApiError::new(Code::UpstreamTimeout, text));
+        }
+    }
+}
+
+impl Body for Relay {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        let Some(upstream) = &mut this.upstream else { return Poll::Ready(None) };
+        match Pin::new(upstream).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                this.last_frame = Instant::now();
+                if let Some(data) = frame.data_ref() {
+                    if !this.seen_data && !data.is_empty() {
+                        this.seen_data = true;
+                        this.booking.prefill_done();
+                        this.tracked.first_byte();
+                    }
+                    if this.limits.events {
+                        this.tail.push(data);
+                    }
+                }
+                if !this.limits.events && this.upstream.as_ref().is_some_and(Body::is_end_stream) {
+                    // A body of known length: hyper may not poll again.
+                    this.tracked.finish_with_status();
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(None) if this.limits.events && !this.tail.is_done() => {
+                let text = "the worker ended the stream without [DONE]";
+                this.fail(ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
+            }
+            Poll::Ready(None) => this.end(),
+            Poll::Ready(Some(Err(_))) => {
+                let text = "the worker broke off in the middle of its answer";
+                this.fail(ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
+            }
+            Poll::Pending => match this.poll_silence(cx) {
+                Poll::Ready(error) => {
+                    let error = if this.limits.events {
+                        ApiError { code: Code::UpstreamFailed, ..error }
+                    } else {
+                        error
+                    };
+                    this.fail(error, Outcome::Timeout)
+                }
+                Poll::Pending => Poll::Pending,
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        // An event stream is not over before it was looked at for its [DONE].
+        self.upstream.as_ref().is_none_or(|u| u.is_end_stream() && !self.limits.events)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.upstream {
+            Some(upstream) if !self.limits.events => upstream.size_hint(),
+            Some(_) => SizeHint::default(),
+            None => SizeHint::with_exact(0),
+        }
+    }
+}
+
+/// The last bytes of an event stream, enough to see how it ends.
+#[derive(Debug, Default)]
+struct Tail {
+    bytes: [u8; Tail::ROOM],
+    length: usize,
+}
+
+impl Tail {
+    const ROOM: usize = 24;
+
+    fn push(&mut self, data: &[u8]) {
+        let data = &data[data.len().saturating_sub(Self::ROOM)..];
+        let keep = self.length.min(Self::ROOM - data.len());
+        self.bytes.copy_within(self.length - keep..self.length, 0);
+        self.bytes[keep..keep + data.len()].copy_from_slice(data);
+        self.length = keep + data.len();
+    }
+
+    fn seen(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+
+    fn at_event_boundary(&self) -> bool {
+        let seen = self.seen();
+        seen.is_empty() || seen.ends_with(b"\n\n") || seen.ends_with(b"\r\n\r\n")
+    }
+
+    fn is_done(&self) -> bool {
+        self.seen().trim_ascii_end().ends_with(b"[DONE]")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_keeps_the_last_bytes_however_they_come() {
+        let text = b"data: {\"a\":1}\n\ndata: {\"b\":22222222222222222222}\n\ndata: [DONE]\n\n";
+        for step in 1..text.len() {
+            let mut tail = Tail::default();
+            for chunk in text.chunks(step) {
+                tail.push(chunk);
+            }
+            assert!(tail.is_done() && tail.at_event_boundary(), "{step}");
+            assert_eq!(tail.seen(), &text[text.len() - Tail::ROOM..], "{step}");
+        }
+        let mut tail = Tail::default();
+        assert!(tail.at_event_boundary() && !tail.is_done());
+        tail.push(b"data: {");
+        assert!(!tail.at_event_boundary());
+    }
+}

@@ -1,0 +1,46 @@
+//! What the admin plane tells of workers and of this replica.
+
+use std::sync::atomic::Ordering;
+
+use super::front::Front;
+use super::types::{RecentError, StatusReply, WorkerStatus};
+use crate::routing::view::WorkerView;
+
+/// One worker for people and tools. `last_heard_ms_ago` is not given: cluster time is not in
+/// the view.
+pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
+    let record = &worker.record;
+    let load = worker.live.load();
+    WorkerStatus {
+        id: record.spec.id.clone(),
+        url: record.spec.url.clone(),
+        engine: record.spec.engine,
+        role: record.spec.role,
+        models: record.spec.models.clone(),
+        online: record.online,
+        drain: record.drain,
+        source: record.spec.source,
+        liveness: record.liveness,
+        requests: load.requests,
+        prefill_tokens: load.prefill_tokens,
+        decode_blocks: load.decode_blocks,
+        reachable: !worker.live.unreachable.load(Ordering::Relaxed),
+        generation: record.generation,
+        weight: record.spec.weight,
+        block_size: record.spec.block_size,
+        capacity_blocks: record.spec.capacity_blocks,
+        last_heard_ms_ago: None,
+    }
+}
+
+/// Everything about this replica and the cluster as it sees it.
+pub(super) fn status(front: &Front) -> StatusReply {
+    let errors = front.metrics.recent().list();
+    StatusReply {
+        cluster: front.control.status(),
+        workers: front.control.registry().workers.iter().map(|worker| worker_status(worker)).collect(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        uptime_s: front.started.elapsed().as_secs(),
+        recent_errors: errors.into_iter().map(|(at_ms_ago, what)| RecentError { at_ms_ago, what }).collect(),
+    }
+}

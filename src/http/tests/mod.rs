@@ -1,0 +1,6 @@
+//! The front over real sockets on loopback.
+
+mod limits;
+mod planes;
+mod proxy;
+mod support;
