@@ -1,6 +1,9 @@
 //! Everline: an LLM-inference router cluster whose output streams outlive its replicas.
 
+pub mod admin_types;
 pub mod cluster;
+pub mod config;
 pub mod ids;
 pub mod routing;
+pub mod serve;
 pub mod state;
