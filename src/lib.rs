@@ -1,6 +1,8 @@
 //! Everline: an LLM-inference router cluster whose output streams outlive its replicas.
 
 pub mod admin_types;
+pub mod balancer;
+pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod ids;

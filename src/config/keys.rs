@@ -176,7 +176,7 @@ pub fn find(dotted: &str) -> Option<&'static KeyDoc> {
 }
 
 /// Keys of a `[[worker]]` entry.
-pub const WORKER_KEYS: &[&str] = crate::admin_types::RegisterRequest::FIELDS;
+pub(super) const WORKER_KEYS: &[&str] = crate::admin_types::RegisterRequest::FIELDS;
 
 /// The candidate that `typed` was most likely meant to be, if one is near enough.
 pub fn suggest<'a>(typed: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
