@@ -1,3 +1,5 @@
 //! The `everline` binary; see the library for everything.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    everline::cli::main()
+}

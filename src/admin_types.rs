@@ -1,0 +1,303 @@
+//! What the admin listener says and takes, as JSON: shared by the server, the CLI and tests.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cluster::api::{ClusterStatus, MemberStatus};
+use crate::ids::WorkerId;
+use crate::state::worker::{EngineKind, Liveness, ServedModel, WorkerRole, WorkerSource, WorkerSpec};
+
+/// `GET /v1/admin/status`
+#[derive(Clone, Serialize, Deserialize, Debug)]
+pub struct StatusReply {
+    /// The cluster as the answering replica sees it.
+    pub cluster: ClusterStatus,
+    /// The registry with loads.
+    pub workers: Vec<WorkerStatus>,
+    /// Everline's version.
+    pub version: String,
+    /// Seconds since the answering replica started.
+    pub uptime_s: u64,
+    /// Client requests the answering replica has taken since it started.
+    #[serde(default)]
+    pub requests_total: u64,
+    /// What went wrong lately at the answering replica, newest first; at most 16.
+    #[serde(default)]
+    pub recent_errors: Vec<RecentError>,
+}
+
+/// Something that went wrong.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct RecentError {
+    /// How long ago.
+    pub at_ms_ago: u64,
+    /// What; never prompts or outputs.
+    pub what: String,
+}
+
+/// A worker with its load and health.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq)]
+pub struct WorkerStatus {
+    /// Its id.
+    pub id: WorkerId,
+    /// Its base URL.
+    pub url: String,
+    /// The dialect spoken there.
+    pub engine: EngineKind,
+    /// The part of a request it does.
+    pub role: WorkerRole,
+    /// Names of the models and adapters it serves.
+    pub models: Vec<String>,
+    /// Alive, by committed decision.
+    pub online: bool,
+    /// Gets no new requests.
+    pub drain: bool,
+    /// Who registered it.
+    pub source: WorkerSource,
+    /// How it is told to be alive.
+    pub liveness: Liveness,
+    /// Requests in flight, cluster-wide.
+    pub requests: i64,
+    /// Prompt tokens whose prefill is outstanding.
+    pub prefill_tokens: i64,
+    /// KV blocks held by running requests, predicted.
+    pub decode_blocks: i64,
+    /// Whether the answering replica could connect lately.
+    pub reachable: bool,
+    /// Counts registrations.
+    pub generation: u64,
+    /// Relative share of traffic; 100 is ordinary.
+    pub weight: u32,
+    /// Tokens in a KV block, where known.
+    pub block_size: Option<u32>,
+    /// KV blocks the engine can hold, where known.
+    pub capacity_blocks: Option<u64>,
+    /// Milliseconds since the last sign of life.
+    pub last_heard_ms_ago: u64,
+}
+
+/// `GET /v1/admin/workers`
+#[derive(Clone, Serialize, Deserialize, Debug)]
+pub struct WorkersReply {
+    /// All workers, by id.
+    pub workers: Vec<WorkerStatus>,
+}
+
+/// `GET /v1/admin/members`
+#[derive(Clone, Serialize, Deserialize, Debug)]
+pub struct MembersReply {
+    /// All members, by id.
+    pub members: Vec<MemberStatus>,
+}
+
+/// What a change answers: a sentence for the operator.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct MessageReply {
+    /// The sentence.
+    pub message: String,
+}
+
+/// `POST /v1/admin/workers/ID/drain`
+#[derive(Clone, Copy, Serialize, Deserialize, Debug, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct DrainRequest {
+    /// Whether new requests stay away.
+    pub drain: bool,
+}
+
+/// An error as OpenAI's clients understand it.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct ErrorReply {
+    /// The error.
+    pub error: ErrorBody,
+}
+
+/// The inside of an [`ErrorReply`].
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct ErrorBody {
+    /// What, why and what to do.
+    pub message: String,
+    /// Family, such as `invalid_request_error`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The parameter at fault.
+    #[serde(default)]
+    pub param: Option<String>,
+    /// Stable code.
+    #[serde(default)]
+    pub code: Option<String>,
+}
+
+impl ErrorReply {
+    /// An error with a message and a family.
+    pub fn new(kind: &str, message: impl Into<String>) -> Self {
+        Self { error: ErrorBody { message: message.into(), kind: kind.to_owned(), param: None, code: None } }
+    }
+}
+
+/// A model in a [`RegisterRequest`]: its name, or everything about it.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+#[serde(untagged)]
+pub enum ModelEntry {
+    /// Only the name.
+    Name(String),
+    /// All of it.
+    Full(ServedModel),
+}
+
+impl ModelEntry {
+    /// As the registry keeps it.
+    pub fn served(&self) -> ServedModel {
+        match self {
+            ModelEntry::Name(name) => ServedModel { name: name.clone(), lora_of: None, max_model_len: None },
+            ModelEntry::Full(model) => model.clone(),
+        }
+    }
+}
+
+/// A worker to register: the body of `POST /v1/admin/workers` and an entry of `[[worker]]`.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterRequest {
+    /// `http://host:port`, nothing behind it.
+    pub url: String,
+    /// Unique over the cluster; `host:port` of the URL where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The dialect spoken there; vllm where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineKind>,
+    /// Models served; asked of the engine where left out and `probe` is set.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<ModelEntry>,
+    /// The part of a request it does; aggregated where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role: Option<WorkerRole>,
+    /// Data-parallel ranks, 1 to 1024; 1 where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dp_ranks: Option<u32>,
+    /// Tokens in a KV block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<u32>,
+    /// KV blocks the engine can hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity_blocks: Option<u64>,
+    /// Free-form pairs.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Relative share of traffic, 1 to 1000; 100 where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
+    /// Whether the replica asks the engine for its health and models before it registers it;
+    /// true where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<bool>,
+}
+
+impl RegisterRequest {
+    /// The names of its fields.
+    pub const FIELDS: &[&str] = &[
+        "url",
+        "id",
+        "engine",
+        "models",
+        "role",
+        "dp_ranks",
+        "block_size",
+        "capacity_blocks",
+        "labels",
+        "weight",
+        "probe",
+    ];
+
+    /// A request with nothing but an address.
+    pub fn new(url: impl Into<String>) -> Self {
+        Self {
+            url: url.into(),
+            id: None,
+            engine: None,
+            models: Vec::new(),
+            role: None,
+            dp_ranks: None,
+            block_size: None,
+            capacity_blocks: None,
+            labels: BTreeMap::new(),
+            weight: None,
+            probe: None,
+        }
+    }
+
+    /// Whether to ask the engine before registering.
+    pub fn wants_probe(&self) -> bool {
+        self.probe.unwrap_or(true)
+    }
+
+    /// The record to register, with defaults filled in and every bound checked. A trailing
+    /// slash of the URL is dropped.
+    pub fn to_spec(&self, source: WorkerSource) -> Result<WorkerSpec, String> {
+        let url = self.url.trim_end_matches('/').to_owned();
+        let derived = || url.split_once("://").map_or(url.as_str(), |(_, rest)| rest).replace(['[', ']'], "");
+        let id = self.id.clone().unwrap_or_else(derived);
+        let spec = WorkerSpec {
+            id: WorkerId::parse(&id).map_err(|e| match self.id {
+                Some(_) => e,
+                None => format!("url {:?} must be http://host:port, or give an id ({e})", self.url),
+            })?,
+            url,
+            engine: self.engine.unwrap_or_default(),
+            models: self.models.iter().map(ModelEntry::served).collect(),
+            role: self.role.unwrap_or_default(),
+            dp_ranks: self.dp_ranks.unwrap_or(1),
+            block_size: self.block_size,
+            capacity_blocks: self.capacity_blocks,
+            labels: self.labels.clone(),
+            weight: self.weight.unwrap_or(100),
+            source,
+        };
+        spec.validate()?;
+        Ok(spec)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_with_only_a_url_becomes_a_whole_record() {
+        let spec = RegisterRequest::new("http://127.0.0.1:8000/").to_spec(WorkerSource::Admin).unwrap();
+        assert_eq!(spec.id.as_str(), "127.0.0.1:8000");
+        assert_eq!((spec.url.as_str(), spec.weight, spec.dp_ranks), ("http://127.0.0.1:8000", 100, 1));
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        assert!(serde_json::from_str::<RegisterRequest>(r#"{"url":"http://a:1","modles":[]}"#).is_err());
+    }
+
+    #[test]
+    fn the_list_of_fields_is_complete() {
+        let mut full = RegisterRequest::new("http://a:1");
+        full.id = Some("a".into());
+        full.engine = Some(EngineKind::Vllm);
+        full.models = vec![ModelEntry::Name("m".into())];
+        full.role = Some(WorkerRole::Decode);
+        (full.dp_ranks, full.block_size, full.capacity_blocks) = (Some(1), Some(1), Some(1));
+        full.labels.insert("a".into(), "b".into());
+        (full.weight, full.probe) = (Some(1), Some(true));
+        let json = serde_json::to_value(&full).unwrap();
+        let mut names: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
+        let mut fields = RegisterRequest::FIELDS.to_vec();
+        names.sort_unstable();
+        fields.sort_unstable();
+        assert_eq!(names, fields);
+    }
+
+    #[test]
+    fn a_model_is_a_name_or_a_table() {
+        let json = r#"{"url":"http://a:1","models":["m",{"name":"l","lora_of":"m"}]}"#;
+        let request: RegisterRequest = serde_json::from_str(json).unwrap();
+        assert_eq!(request.models[1].served().lora_of.as_deref(), Some("m"));
+    }
+}

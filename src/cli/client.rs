@@ -1,0 +1,158 @@
+//! A small HTTP client for the admin API: five seconds, one answer, errors a person can act on.
+
+use std::error::Error as _;
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::output::Failure;
+use crate::admin_types::ErrorReply;
+
+/// How long connecting and answering may take.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Largest answer read.
+const MAX_BODY: usize = 64 << 20;
+
+/// Where the admin API is.
+#[derive(clap::Args, Debug, Clone)]
+pub(crate) struct Server {
+    /// Admin address of any replica
+    #[arg(long, env = "EVERLINE_SERVER", value_name = "URL", default_value = "http://127.0.0.1:8081")]
+    pub(crate) server: String,
+}
+
+/// A connection pool to one server.
+pub(crate) struct Client {
+    base: String,
+    timeout: Duration,
+    inner: hyper_util::client::legacy::Client<HttpConnector, Full<Bytes>>,
+}
+
+impl Client {
+    /// A client for `http://host:port`; the scheme may be left out.
+    pub(crate) fn new(server: &str) -> Result<Self, Failure> {
+        let base = server.trim_end_matches('/');
+        let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
+        if !base.starts_with("http://") {
+            return Err(Failure::Usage(format!("--server {server}: only http:// URLs are spoken here")));
+        }
+        let mut connector = HttpConnector::new();
+        connector.set_connect_timeout(Some(TIMEOUT));
+        connector.set_nodelay(true);
+        let inner = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
+        Ok(Self { base, timeout: TIMEOUT, inner })
+    }
+
+    /// The same with another time limit.
+    pub(crate) fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// `GET path`, answered with JSON.
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.call(Method::GET, path, None::<&()>).await
+    }
+
+    /// A request with an optional JSON body, answered with JSON.
+    pub(crate) async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, Failure> {
+        let (status, bytes) = self.raw(method.clone(), path, body).await?;
+        if !status.is_success() {
+            return Err(Failure::Failed(self.refusal(&method, path, status, &bytes)));
+        }
+        serde_json::from_slice(&bytes).map_err(|e| {
+            let url = format!("{}{path}", self.base);
+            Failure::Failed(format!("{url} answered something else than expected ({e}); is it an Everline admin address?"))
+        })
+    }
+
+    /// A request, answered with whatever there is.
+    pub(crate) async fn raw(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<(StatusCode, Bytes), Failure> {
+        let mut request = Request::builder().method(method).uri(format!("{}{path}", self.base));
+        let body = match body {
+            None => Bytes::new(),
+            Some(body) => {
+                request = request.header(header::CONTENT_TYPE, "application/json");
+                serde_json::to_vec(body).map_err(|e| Failure::Failed(e.to_string()))?.into()
+            }
+        };
+        let request = request
+            .body(Full::new(body))
+            .map_err(|e| Failure::Usage(format!("{}{path} is no URL: {e}", self.base)))?;
+        let exchange = async {
+            let reply = self.inner.request(request).await.map_err(|e| self.unreachable(&reason(&e)))?;
+            let status = reply.status();
+            let read = Limited::new(reply.into_body(), MAX_BODY).collect().await;
+            let body = read.map_err(|e| self.unreachable(&format!("the answer broke off ({e})")))?;
+            Ok((status, body.to_bytes()))
+        };
+        match tokio::time::timeout(self.timeout, exchange).await {
+            Ok(result) => result,
+            Err(_) => Err(self.unreachable(&format!("no answer within {} s", self.timeout.as_secs_f32()))),
+        }
+    }
+
+    fn unreachable(&self, why: &str) -> Failure {
+        Failure::Unreachable(format!(
+            "cannot reach {}: {why}; is a replica running there? name another with --server",
+            self.base
+        ))
+    }
+
+    fn refusal(&self, method: &Method, path: &str, status: StatusCode, body: &[u8]) -> String {
+        match serde_json::from_slice::<ErrorReply>(body) {
+            Ok(reply) => reply.error.message,
+            Err(_) => format!("{method} {}{path} answered {status}; is it an Everline admin address?", self.base),
+        }
+    }
+}
+
+fn reason(error: &hyper_util::client::legacy::Error) -> String {
+    let mut cause = error.source();
+    let mut last = error.to_string();
+    while let Some(inner) = cause {
+        if let Some(io) = inner.downcast_ref::<io::Error>()
+            && io.kind() == io::ErrorKind::ConnectionRefused
+        {
+            return "connection refused".to_owned();
+        }
+        last = inner.to_string();
+        cause = inner.source();
+    }
+    last
+}
+
+/// Percent-encodes a path segment.
+pub(crate) fn segment(text: &str) -> String {
+    text.bytes().fold(String::new(), |mut out, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~:".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+        out
+    })
+}
+
+/// Runs a future on a runtime of this thread.
+pub(crate) fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(future)
+}

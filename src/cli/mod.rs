@@ -1,0 +1,113 @@
+//! The command line: one subcommand a file, output through [`output`], the admin API through
+//! [`client`].
+
+mod balancer;
+mod client;
+mod completions;
+mod config;
+mod demo;
+mod engine_sim;
+mod member;
+mod output;
+mod parent;
+mod repair;
+mod serve;
+mod status;
+mod table;
+mod worker;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use output::{Failure, Out};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  wrong usage or configuration
+  3  cannot reach the cluster
+
+Start here:
+  everline demo                                  a whole cluster on this machine, to play with
+  everline config default > everline.toml        a commented configuration to start from
+  everline serve --config everline.toml          one replica
+  everline status                                what the cluster is doing";
+
+/// Everline routes LLM requests over a cluster of replicas that has no single point of failure.
+#[derive(Parser, Debug)]
+#[command(name = "everline", version, about, after_help = EXIT_CODES, propagate_version = true)]
+#[command(disable_help_subcommand = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Stop when standard input ends: how the demo's children notice that it is gone
+    #[arg(long, global = true, hide = true)]
+    exit_with_parent: bool,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run a replica
+    Serve(Box<serve::Args>),
+    /// Run a whole cluster on this machine: replicas, simulated engines and a balancer
+    Demo(demo::Args),
+    /// Run a simulated engine that speaks like vLLM
+    EngineSim(engine_sim::Args),
+    /// Run the TCP balancer that the demo puts in front of its replicas
+    Balancer(balancer::Args),
+    /// Show the cluster: replicas, workers, loads, recent errors
+    Status(status::Args),
+    /// Add, remove, drain and list workers (engines)
+    Worker(worker::Args),
+    /// Add, remove, promote and list members (replicas)
+    Member(member::Args),
+    /// Print, check and explain the configuration
+    Config(config::Args),
+    /// Print a completion script for a shell
+    Completions(completions::Args),
+}
+
+/// Parses the command line, does what it says and returns the exit code.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing is left to be done about a pipe that closed before the help text.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    if cli.exit_with_parent {
+        parent::follow();
+    }
+    let mut out = Out::stdout();
+    match cli.command.run(&mut out) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.report();
+            failure.exit_code()
+        }
+    }
+}
+
+impl Command {
+    fn run(self, out: &mut Out) -> Result<(), Failure> {
+        match self {
+            Command::Serve(args) => args.run(),
+            Command::Demo(args) => args.run(out),
+            Command::EngineSim(args) => args.run(out),
+            Command::Balancer(args) => args.run(out),
+            Command::Status(args) => args.run(out),
+            Command::Worker(args) => args.run(out),
+            Command::Member(args) => args.run(out),
+            Command::Config(args) => args.run(out),
+            Command::Completions(args) => args.run(out),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

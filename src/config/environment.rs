@@ -1,0 +1,19 @@
+//! The process's environment, read here and nowhere else in the library.
+
+use std::path::PathBuf;
+
+/// All variables that are valid Unicode.
+pub fn variables() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}
+
+/// Whether `NO_COLOR` asks for plain output.
+pub fn no_color() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
+/// Where temporary files go.
+pub fn temporary_folder() -> PathBuf {
+    std::env::temp_dir()
+}

@@ -1,0 +1,182 @@
+//! Configuration: typed, documented, with the origin of every value.
+//!
+//! One TOML file, overridden by `EVERLINE_<SECTION>__<KEY>` in the environment, overridden by
+//! flags. Errors are collected, not just the first reported, and each names its place and a
+//! remedy. This module and `main` are the only places that read the environment.
+
+mod environment;
+mod errors;
+mod keys;
+mod render;
+mod schema;
+mod sources;
+#[cfg(test)]
+mod tests;
+mod validate;
+mod values;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Deserialize as _;
+use toml::{Table, Value};
+
+pub use environment::{no_color, temporary_folder, variables};
+pub use errors::{ConfigError, ConfigErrors, Origin, Place};
+pub use keys::{KeyDoc, Kind, SectionDoc, all as all_keys, find as find_key, suggest};
+pub use render::{default_toml, reference_markdown, to_toml_with_origins};
+pub use schema::{
+    AdminConfig, ClusterConfig, Config, HttpConfig, LogConfig, NodesConfig, PeerConfig, ProxyConfig,
+    ReplicaConfig, SECTIONS, WorkersConfig,
+};
+pub use sources::{ENV_PREFIX, Override};
+pub use values::{LogFormat, PeerSeed, Policy, TokenDigest, check_host_port, check_name};
+
+use sources::Found;
+
+/// A configuration that is whole and valid, and where its values come from.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The configuration.
+    pub config: Config,
+    /// Dotted key to origin, for every key; `[[worker]]` entries as `worker[0]` and on.
+    pub origins: BTreeMap<String, Origin>,
+}
+
+impl Config {
+    /// Reads `file`, then the environment, then flags, each over the one before, and checks the
+    /// result.
+    pub fn load(
+        file: Option<&Path>,
+        env: &mut dyn Iterator<Item = (String, String)>,
+        overrides: &[Override],
+    ) -> Result<Loaded, ConfigErrors> {
+        let mut found = Found::default();
+        if let Some(path) = file {
+            match std::fs::read_to_string(path) {
+                Ok(text) => found.file(path, &text),
+                Err(e) => found.errors.push(ConfigError {
+                    key: None,
+                    place: None,
+                    message: format!("cannot read {}: {e}", path.display()),
+                    remedy: Some(
+                        "`everline config default > everline.toml` writes one to start from".to_owned(),
+                    ),
+                }),
+            }
+        }
+        found.environment(env);
+        found.overrides(overrides);
+        assemble(found)
+    }
+
+    /// Checks ranges and the rules between keys.
+    pub fn validate(&self) -> Result<(), ConfigErrors> {
+        match validate::problems(self) {
+            problems if problems.is_empty() => Ok(()),
+            problems => Err(ConfigErrors(problems)),
+        }
+    }
+}
+
+fn assemble(found: Found) -> Result<Loaded, ConfigErrors> {
+    let Found { settings, mut errors } = found;
+    let mut table = Table::new();
+    let mut workers = Vec::new();
+    let mut places: BTreeMap<String, Place> = BTreeMap::new();
+    for setting in settings {
+        if let Err(error) = check_alone(&setting.key, &setting.value) {
+            errors.push(error.at(&setting.place));
+            continue;
+        }
+        match setting.key.split_once('.') {
+            Some((section, name)) if !setting.key.starts_with("worker[") => {
+                let section = table.entry(section).or_insert_with(|| Table::new().into());
+                if let Value::Table(section) = section {
+                    section.insert(name.to_owned(), setting.value);
+                }
+            }
+            _ => workers.push(setting.value),
+        }
+        places.insert(setting.key, setting.place);
+    }
+    if !workers.is_empty() {
+        table.insert("worker".to_owned(), workers.into());
+    }
+    let mut config = match Config::deserialize(Value::Table(table)) {
+        Ok(config) => config,
+        Err(e) => {
+            errors.push(ConfigError::about("config", e.message()));
+            return Err(ConfigErrors(errors));
+        }
+    };
+    if let Err(error) = read_tokens(&mut config) {
+        errors.push(error);
+    }
+    // A value that was refused above stands at its default here: rules between keys would
+    // speak about something nobody wrote, so they wait until every value is right.
+    if errors.is_empty() {
+        errors = validate::problems(&config);
+    }
+    if errors.is_empty() {
+        return Ok(Loaded { origins: origins(&config, &places), config });
+    }
+    for error in &mut errors {
+        if error.place.is_none() {
+            error.place = error.key.as_ref().and_then(|key| places.get(key)).cloned();
+        }
+    }
+    Err(ConfigErrors(errors))
+}
+
+/// Tries one value by itself, so that an error can name its place.
+fn check_alone(key: &str, value: &Value) -> Result<(), ConfigError> {
+    if key.starts_with("worker[") {
+        return crate::admin_types::RegisterRequest::deserialize(value.clone())
+            .map(|_| ())
+            .map_err(|e| ConfigError::about(key, e.message()));
+    }
+    let Some(doc) = keys::find(key) else { return Ok(()) };
+    doc.kind.check(value).map_err(|message| ConfigError::about(key, message))?;
+    let section = Table::from_iter([(doc.name.to_owned(), value.clone())]);
+    let whole = Table::from_iter([(doc.section.to_owned(), Value::Table(section))]);
+    Config::deserialize(Value::Table(whole)).map(|_| ()).map_err(|e| {
+        let error = ConfigError::about(key, e.message());
+        match doc.kind {
+            Kind::Address => error.fix("write an address and a port, such as \"127.0.0.1:8080\""),
+            Kind::List("CIDR network") => error.fix("write networks, such as [\"10.0.0.0/8\", \"::1/128\"]"),
+            _ => error,
+        }
+    })
+}
+
+/// Adds the digests of `nodes.token_file`.
+fn read_tokens(config: &mut Config) -> Result<(), ConfigError> {
+    let Some(path) = &config.nodes.token_file else { return Ok(()) };
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        ConfigError::about("nodes.token_file", format!("cannot read {}: {e}", path.display()))
+    })?;
+    let tokens = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let digests: Vec<TokenDigest> = tokens.map(TokenDigest::of).collect();
+    if digests.is_empty() {
+        let message = format!("{} has no token in it", path.display());
+        return Err(ConfigError::about("nodes.token_file", message)
+            .fix("write one token a line: openssl rand -hex 32"));
+    }
+    for digest in digests {
+        if !config.nodes.token_sha256.contains(&digest) {
+            config.nodes.token_sha256.push(digest);
+        }
+    }
+    Ok(())
+}
+
+fn origins(config: &Config, places: &BTreeMap<String, Place>) -> BTreeMap<String, Origin> {
+    let workers = (0..config.worker.len()).map(|at| format!("worker[{at}]"));
+    let keys = keys::all().map(KeyDoc::dotted).chain(workers);
+    keys.map(|key| {
+        let origin = places.get(&key).map_or(Origin::Default, |place| place.origin.clone());
+        (key, origin)
+    })
+    .collect()
+}

@@ -1,0 +1,125 @@
+//! Writes configurations: the commented default file, an effective one with origins, and the
+//! reference page.
+
+use std::fmt::Write as _;
+
+use toml::{Table, Value};
+
+use super::keys::{KeyDoc, SectionDoc};
+use super::schema::{Config, SECTIONS};
+use super::{ENV_PREFIX, Loaded};
+
+/// Writing into a `String` cannot fail; the result is dropped on that ground.
+macro_rules! line {
+    ($out:expr, $($text:tt)*) => {{ let _ = writeln!($out, $($text)*); }};
+}
+
+const WORKER_EXAMPLE: &str = r#"# Workers registered at start; repeat the block for each. Everything but `url` may be left out.
+# [[worker]]
+# url = "http://127.0.0.1:8000"     # scheme://host:port, nothing behind it
+# id = "gpu-1"                      # default: host:port of the url
+# engine = "vllm"                   # vllm, sglang or openai-compatible
+# models = ["llama-3"]              # default: what the engine's /v1/models lists
+# role = "aggregated"               # aggregated, prefill or decode
+# dp_ranks = 1                      # data-parallel ranks, 1 to 1024
+# block_size = 16                   # tokens in a KV block
+# capacity_blocks = 10000           # KV blocks the engine can hold
+# labels = { zone = "a" }           # free-form pairs for filters
+# weight = 100                      # relative share of traffic, 1 to 1000
+# probe = true                      # ask the engine for health and models first
+"#;
+
+/// A complete file with every key at its default and explained.
+pub fn default_toml() -> String {
+    let defaults = table_of(&Config::default());
+    let mut out = String::from(
+        "# Everline's configuration with every key at its default.\n\
+         # Precedence: this file < environment EVERLINE_<SECTION>__<KEY> < flags (--set section.key=value).\n",
+    );
+    for section in SECTIONS {
+        line!(out, "\n# {}\n[{}]", section.doc.trim(), section.name);
+        for key in section.keys {
+            line!(out, "# {} ({})", key.doc.trim(), key.kind.describe());
+            match value_of(&defaults, key) {
+                Some(value) => line!(out, "{} = {value}", key.name),
+                None => line!(out, "# {} =", key.name),
+            };
+        }
+    }
+    out.push('\n');
+    out.push_str(WORKER_EXAMPLE);
+    out
+}
+
+/// The effective configuration as a file; with `origins`, each value says where it is from.
+pub fn to_toml_with_origins(loaded: &Loaded, origins: bool) -> String {
+    let table = table_of(&loaded.config);
+    let mut out = String::new();
+    for section in SECTIONS {
+        line!(out, "{}[{}]", if out.is_empty() { "" } else { "\n" }, section.name);
+        for key in section.keys {
+            let Some(value) = value_of(&table, key) else { continue };
+            let setting = format!("{} = {value}", key.name);
+            match loaded.origins.get(&key.dotted()).filter(|_| origins) {
+                Some(origin) => line!(out, "{setting:<44}  # {origin}"),
+                None => line!(out, "{setting}"),
+            };
+        }
+    }
+    for (at, worker) in table.get("worker").and_then(Value::as_array).into_iter().flatten().enumerate() {
+        let origin = loaded.origins.get(&format!("worker[{at}]")).filter(|_| origins);
+        let note = origin.map(|origin| format!("  # {origin}")).unwrap_or_default();
+        line!(out, "\n[[worker]]{note}");
+        for (name, value) in worker.as_table().into_iter().flatten() {
+            line!(out, "{name} = {value}");
+        }
+    }
+    out
+}
+
+/// `docs/reference/configuration.md`
+pub fn reference_markdown() -> String {
+    let defaults = table_of(&Config::default());
+    let mut out = String::from(
+        "# Configuration\n\n\
+         <!-- Generated from src/config/schema.rs: EVERLINE_REGENERATE_DOCS=1 cargo test docs_are_up_to_date -->\n\n\
+         One TOML file (`everline serve --config FILE`). The environment overrides the file, flags override the \
+         environment:\n\n\
+         | source | example |\n|---|---|\n\
+         | file | `[http]`, `listen = \"127.0.0.1:9000\"` |\n\
+         | environment | `EVERLINE_HTTP__LISTEN=127.0.0.1:9000`; lists comma separated or as TOML |\n\
+         | flag | `--http 127.0.0.1:9000`, or for any key `--set http.listen=127.0.0.1:9000` |\n\n\
+         `RUST_LOG` sets `log.filter` unless `EVERLINE_LOG__FILTER` is there. Unknown keys are errors. \
+         `everline config check` reports everything that is wrong with its place, `everline config print --origins` \
+         shows where each value comes from, `everline config default` prints a commented file to start from.\n",
+    );
+    for section in SECTIONS {
+        reference_section(&mut out, section, &defaults);
+    }
+    line!(out, "\n## `[[worker]]`\n\nWorkers registered at start; repeat the block for each.\n\n```toml");
+    for text in WORKER_EXAMPLE.lines().skip(1) {
+        line!(out, "{}", text.trim_start_matches("# "));
+    }
+    line!(out, "```");
+    out
+}
+
+fn reference_section(out: &mut String, section: &SectionDoc, defaults: &Table) {
+    line!(out, "\n## `[{}]`\n\n{}\n", section.name, section.doc.trim());
+    line!(out, "| key | default | takes | what it does |\n|---|---|---|---|");
+    for key in section.keys {
+        let default = value_of(defaults, key).map(|value| format!("`{value}`")).unwrap_or_default();
+        line!(out, "| `{}` | {default} | {} | {} |", key.name, key.kind.describe(), key.doc.trim());
+    }
+    let example = section.keys[0].name.to_ascii_uppercase();
+    line!(out, "\nEnvironment: `{ENV_PREFIX}{}__{example}` and so on.", section.name.to_ascii_uppercase());
+}
+
+fn value_of<'a>(table: &'a Table, key: &KeyDoc) -> Option<&'a Value> {
+    table.get(key.section)?.get(key.name)
+}
+
+fn table_of(config: &Config) -> Table {
+    // Only a number above 2^63 or a path that is not Unicode cannot be written as TOML.
+    Table::try_from(config).unwrap_or_default()
+}

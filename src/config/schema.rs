@@ -1,0 +1,257 @@
+//! The shape of the configuration: one declaration gives the types, the defaults and the
+//! reference documentation.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::keys::{KeyDoc, Kind, SectionDoc};
+use super::values::{LogFormat, PeerSeed, Policy, TokenDigest};
+use crate::admin_types::RegisterRequest;
+
+fn loopback(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
+
+fn loopback_networks() -> Vec<IpNet> {
+    let v4 = ipnet::Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
+    let v6 = ipnet::Ipv6Net::new_assert(std::net::Ipv6Addr::LOCALHOST, 128);
+    vec![v4.into(), v6.into()]
+}
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+const GIB: u64 = 1024 * MIB;
+const HOUR_MS: u64 = 3_600_000;
+
+/// Declares the sections: each becomes a struct with serde, `Default` and an entry in
+/// [`SECTIONS`]. The first text of a field is its documentation everywhere.
+macro_rules! sections {
+    ($(
+        $(#[doc = $about:literal])+
+        $section:literal => $Name:ident {
+            $( $(#[doc = $doc:literal])+ $field:ident: $ty:ty = $default:expr, $kind:expr; )*
+        }
+    )*) => {
+        $(
+            $(#[doc = $about])+
+            #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+            #[serde(deny_unknown_fields, default)]
+            pub struct $Name {
+                $(
+                    $(#[doc = $doc])+
+                    #[doc = ""]
+                    #[doc = concat!("Default: `", stringify!($default), "`. Takes: `", stringify!($kind), "`.")]
+                    pub $field: $ty,
+                )*
+            }
+
+            impl Default for $Name {
+                fn default() -> Self {
+                    Self { $( $field: $default, )* }
+                }
+            }
+        )*
+
+        /// Every section with its keys, in the order they are documented in.
+        pub static SECTIONS: &[SectionDoc] = &[ $(
+            SectionDoc {
+                name: $section,
+                doc: concat!($($about),+),
+                keys: &[ $(
+                    KeyDoc { section: $section, name: stringify!($field), doc: concat!($($doc),+), kind: $kind },
+                )* ],
+            },
+        )* ];
+    };
+}
+
+sections! {
+    /// Who this replica is and where it keeps its data.
+    "replica" => ReplicaConfig {
+        /// Name of this replica: unique in the cluster, 1 to 63 letters, digits, `-`, `_` or `.`.
+        name: String = "r1".to_owned(), Kind::Text;
+        /// Folder for the log, checkpoints and identity. One replica only; it is locked while in use.
+        data_dir: PathBuf = PathBuf::from("./everline-data"), Kind::Path;
+    }
+
+    /// The client listener: OpenAI routes, node registration, streams.
+    "http" => HttpConfig {
+        /// Address of the client listener.
+        listen: SocketAddr = loopback(8080), Kind::Address;
+        /// `host:port` under which clients and other replicas reach it, where that is not `listen`.
+        advertise: Option<String> = None, Kind::HostPort;
+        /// Largest request body.
+        max_body_bytes: u64 = 32 * MIB, Kind::int("bytes", KIB, 4 * GIB);
+        /// A request's head must be complete within this time after its first byte.
+        header_timeout_ms: u64 = 10_000, Kind::int("ms", 1, HOUR_MS);
+        /// A new connection must send its first byte within this time.
+        first_byte_timeout_ms: u64 = 10_000, Kind::int("ms", 1, HOUR_MS);
+        /// A kept-alive connection is closed after this time without a request.
+        idle_timeout_ms: u64 = 75_000, Kind::int("ms", 1, 24 * HOUR_MS);
+        /// Most header fields of one request.
+        max_headers: u32 = 64, Kind::int("fields", 8, 1024);
+        /// Largest request head.
+        max_header_bytes: u32 = 65_536, Kind::int("bytes", 8 * KIB, 16 * MIB);
+        /// Most connections at once; further ones wait in the kernel's backlog.
+        max_connections: u32 = 10_000, Kind::int("connections", 1, 1_000_000);
+        /// Most connections at once from one address; 0 means no limit.
+        max_connections_per_ip: u32 = 0, Kind::int("connections", 0, 1_000_000);
+        /// After SIGTERM running requests may take this long before they are cut.
+        shutdown_grace_ms: u64 = 30_000, Kind::int("ms", 0, HOUR_MS);
+        /// Allow listeners that other machines can reach although they have neither authentication nor TLS.
+        insecure: bool = false, Kind::Bool;
+    }
+
+    /// The admin listener: status, workers, members, metrics, health.
+    "admin" => AdminConfig {
+        /// Address of the admin listener.
+        listen: SocketAddr = loopback(8081), Kind::Address;
+        /// `host:port` under which operators reach it, where that is not `listen`.
+        advertise: Option<String> = None, Kind::HostPort;
+    }
+
+    /// The peer listener: Raft and everything else between replicas.
+    "peer" => PeerConfig {
+        /// Address of the peer listener.
+        listen: SocketAddr = loopback(8082), Kind::Address;
+        /// `host:port` under which other replicas reach it, where that is not `listen`.
+        advertise: Option<String> = None, Kind::HostPort;
+    }
+
+    /// The cluster: who is in it, and the rhythm of consensus.
+    "cluster" => ClusterConfig {
+        /// Founding members as `name=host:port` of their peer listeners, the same list on each of them. Empty: a cluster of one.
+        peers: Vec<PeerSeed> = Vec::new(), Kind::List("name=host:port");
+        /// Peer addresses (`host:port`) of an existing cluster to join as a learner, instead of founding one.
+        join: Vec<String> = Vec::new(), Kind::List("host:port");
+        /// Make a learner a voter once it has caught up.
+        auto_promote: bool = true, Kind::Bool;
+        /// Time between a leader's heartbeats. Less than half of `election_min_ms`.
+        heartbeat_ms: u64 = 50, Kind::int("ms", 5, 60_000);
+        /// A follower that hears no leader calls an election after a random time of at least this.
+        election_min_ms: u64 = 150, Kind::int("ms", 20, 120_000);
+        /// ... and at most this. At least twice `election_min_ms`, or elections collide.
+        election_max_ms: u64 = 300, Kind::int("ms", 40, 240_000);
+        /// What a replica has booked is released after it was silent for this long.
+        lease_ms: u64 = 1_000, Kind::int("ms", 100, 600_000);
+        /// A change that finds no quorum fails after this time.
+        propose_timeout_ms: u64 = 3_000, Kind::int("ms", 100, 600_000);
+        /// Changes are gathered for at most this long before they are proposed as one.
+        batch_window_us: u64 = 2_000, Kind::int("us", 0, 1_000_000);
+        /// ... or until they fill this much.
+        batch_bytes: u64 = 65_536, Kind::int("bytes", KIB, 64 * MIB);
+        /// Most bytes of proposals that wait for a leader; more are refused.
+        queue_bytes: u64 = 8 * MIB, Kind::int("bytes", 64 * KIB, 4 * GIB);
+        /// Write a checkpoint after this much log.
+        checkpoint_log_bytes: u64 = 64 * MIB, Kind::int("bytes", 64 * KIB, 64 * GIB);
+        /// ... or after this time, if anything changed.
+        checkpoint_interval_s: u64 = 60, Kind::int("s", 1, 86_400);
+        /// Size of one pre-allocated segment of the write-ahead log.
+        wal_segment_bytes: u64 = 16 * MIB, Kind::int("bytes", 64 * KIB, GIB);
+        /// Replicas compare digests of their state after each so many log entries; 0 turns that off.
+        digest_every: u64 = 256, Kind::int("entries", 0, 1_000_000_000);
+    }
+
+    /// How workers are admitted and watched.
+    "workers" => WorkersConfig {
+        /// Networks a worker's address must lie in before a prompt is sent there.
+        allow: Vec<IpNet> = loopback_networks(), Kind::List("CIDR network");
+        /// A worker is offline after this time without a sign of life.
+        timeout_ms: u64 = 5_000, Kind::int("ms", 100, HOUR_MS);
+        /// Time between two health probes of a worker that sends no heartbeats.
+        probe_interval_ms: u64 = 1_000, Kind::int("ms", 10, HOUR_MS);
+        /// A health probe fails after this time.
+        probe_timeout_ms: u64 = 1_000, Kind::int("ms", 10, HOUR_MS);
+    }
+
+    /// Credentials of engines and agents that register themselves.
+    "nodes" => NodesConfig {
+        /// SHA-256 digests (hexadecimal) of accepted node tokens. Empty: anybody, which is only allowed on loopback.
+        token_sha256: Vec<TokenDigest> = Vec::new(), Kind::List("64 hex digits");
+        /// File with accepted node tokens in clear text, one a line; read at start and added to `token_sha256`.
+        token_file: Option<PathBuf> = None, Kind::Path;
+    }
+
+    /// How requests are routed and forwarded.
+    "proxy" => ProxyConfig {
+        /// How a worker is chosen among those that serve the model.
+        policy: Policy = Policy::LeastLoaded, Kind::Choice(Policy::NAMES);
+        /// Connecting to a worker fails after this time.
+        connect_timeout_ms: u64 = 1_000, Kind::int("ms", 1, 600_000);
+        /// A worker must send the first byte of its answer within this time.
+        first_byte_timeout_ms: u64 = 600_000, Kind::int("ms", 1, 24 * HOUR_MS);
+        /// Longest silence between two bytes of an answer.
+        idle_timeout_ms: u64 = 300_000, Kind::int("ms", 1, 24 * HOUR_MS);
+        /// Longest time for a whole request.
+        total_timeout_ms: u64 = 1_800_000, Kind::int("ms", 1, 168 * HOUR_MS);
+        /// Further workers to try when one fails before its first byte.
+        retries: u32 = 2, Kind::int("attempts", 0, 16);
+        /// Idle connections kept open to each worker.
+        pool_idle_per_worker: u32 = 256, Kind::int("connections", 0, 65_536);
+    }
+
+    /// Log output.
+    "log" => LogConfig {
+        /// Form of log lines; `auto` is pretty on a terminal and json elsewhere.
+        format: LogFormat = LogFormat::Auto, Kind::Choice(LogFormat::NAMES);
+        /// What is logged: a level, or `module=level` pairs separated by commas, as in RUST_LOG.
+        filter: String = "info".to_owned(), Kind::Text;
+    }
+}
+
+/// The whole configuration of a replica.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// `[replica]`
+    pub replica: ReplicaConfig,
+    /// `[http]`
+    pub http: HttpConfig,
+    /// `[admin]`
+    pub admin: AdminConfig,
+    /// `[peer]`
+    pub peer: PeerConfig,
+    /// `[cluster]`
+    pub cluster: ClusterConfig,
+    /// `[workers]`
+    pub workers: WorkersConfig,
+    /// `[nodes]`
+    pub nodes: NodesConfig,
+    /// `[proxy]`
+    pub proxy: ProxyConfig,
+    /// `[log]`
+    pub log: LogConfig,
+    /// `[[worker]]`: workers registered at start, with source `config`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub worker: Vec<RegisterRequest>,
+}
+
+impl Config {
+    /// `host:port` under which other replicas reach this one: what is advertised, else this
+    /// replica's own entry in `cluster.peers`, else the listener's address.
+    pub fn peer_address(&self) -> String {
+        let own = || self.cluster.peers.iter().find(|p| p.name == self.replica.name);
+        self.peer
+            .advertise
+            .clone()
+            .or_else(|| own().map(|p| p.address.clone()))
+            .unwrap_or_else(|| self.peer.listen.to_string())
+    }
+
+    /// `http://host:port` of the client listener as others know it.
+    pub fn http_url(&self) -> String {
+        advertised(self.http.advertise.as_deref(), self.http.listen)
+    }
+
+    /// `http://host:port` of the admin listener as others know it.
+    pub fn admin_url(&self) -> String {
+        advertised(self.admin.advertise.as_deref(), self.admin.listen)
+    }
+}
+
+fn advertised(advertise: Option<&str>, listen: SocketAddr) -> String {
+    advertise.map_or_else(|| format!("http://{listen}"), |address| format!("http://{address}"))
+}

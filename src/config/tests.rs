@@ -1,0 +1,166 @@
+//! Precedence, origins, errors and the generated texts.
+
+use std::path::Path;
+
+use super::*;
+
+fn load(file: &str, env: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Loaded, ConfigErrors> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("everline.toml");
+    std::fs::write(&path, file).unwrap();
+    let overrides: Vec<Override> = flags
+        .iter()
+        .map(|(key, value)| Override { key: (*key).into(), value: (*value).into(), flag: "--set".into() })
+        .collect();
+    let mut env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    Config::load(Some(&path), &mut env, &overrides)
+}
+
+fn errors(file: &str) -> Vec<ConfigError> {
+    load(file, &[], &[]).unwrap_err().0
+}
+
+fn the_error(file: &str) -> String {
+    let errors = errors(file);
+    assert_eq!(errors.len(), 1, "{errors:#?}");
+    let text = errors[0].to_string();
+    text[text.find("everline.toml").expect("names the file")..].to_owned()
+}
+
+#[test]
+fn flags_beat_the_environment_beats_the_file_beats_defaults() {
+    let file = "[http]\nlisten = \"127.0.0.1:1001\"\nmax_headers = 100\nidle_timeout_ms = 5\n";
+    let env = [("EVERLINE_HTTP__MAX_HEADERS", "101"), ("EVERLINE_HTTP__LISTEN", "127.0.0.1:1002")];
+    let loaded = load(file, &env, &[("http.listen", "127.0.0.1:1003")]).unwrap();
+    let http = &loaded.config.http;
+    assert_eq!((http.listen.port(), http.max_headers, http.idle_timeout_ms), (1003, 101, 5));
+    assert_eq!(loaded.origins["http.listen"], Origin::Flag { flag: "--set".into() });
+    assert_eq!(loaded.origins["http.max_headers"], Origin::Env { var: "EVERLINE_HTTP__MAX_HEADERS".into() });
+    assert!(matches!(loaded.origins["http.idle_timeout_ms"], Origin::File { line: 4, .. }));
+    assert_eq!(loaded.origins["http.insecure"], Origin::Default);
+}
+
+#[test]
+fn lists_come_from_the_environment_in_both_forms() {
+    for text in ["r1=a:1,r2=b:2", r#"["r1=a:1", "r2=b:2"]"#] {
+        let loaded = load("", &[("EVERLINE_CLUSTER__PEERS", text)], &[]).unwrap();
+        assert_eq!(loaded.config.cluster.peers.len(), 2);
+        assert_eq!(loaded.config.peer_address(), "a:1");
+    }
+}
+
+#[test]
+fn other_peoples_variables_are_left_alone_but_slips_are_not() {
+    load("", &[("EVERLINE_PORT", "tcp://1"), ("EVERLINE_SERVER", "x")], &[]).unwrap();
+    let errors = load("", &[("EVERLINE_HTTP__LISTENN", "x")], &[]).unwrap_err().0;
+    assert!(errors[0].to_string().contains("did you mean \"listen\""), "{}", errors[0]);
+}
+
+#[test]
+fn rust_log_sets_the_filter_unless_our_own_variable_does() {
+    let loaded = load("", &[("EVERLINE_LOG__FILTER", "warn"), ("RUST_LOG", "debug")], &[]).unwrap();
+    assert_eq!(loaded.config.log.filter, "warn");
+    assert_eq!(load("", &[("RUST_LOG", "debug")], &[]).unwrap().config.log.filter, "debug");
+}
+
+#[test]
+fn errors_name_file_line_column_key_and_remedy() {
+    assert_eq!(
+        the_error("[http]\n  lisetn = 1\n"),
+        "everline.toml:2:3: http.lisetn: unknown key\n    did you mean \"listen\"?"
+    );
+    assert_eq!(the_error("[htpp]\n"), "everline.toml:1:2: htpp: unknown section\n    did you mean \"http\"?");
+    assert_eq!(
+        the_error("[http]\nmax_headers = \"many\"\n"),
+        "everline.toml:2:15: http.max_headers: expected a whole number (8 to 1024 fields), this is \"many\" (string)"
+    );
+    assert_eq!(
+        the_error("[http]\nmax_headers = 7\n"),
+        "everline.toml:2:15: http.max_headers: 7 is out of range, allowed are 8 to 1024 fields"
+    );
+    assert_eq!(
+        the_error("[[worker]]\nurl = \"http://a:1\"\nmodles = []\n"),
+        "everline.toml:3:1: worker[0].modles: unknown key\n    did you mean \"models\"?"
+    );
+    assert!(the_error("[http\n").contains("everline.toml:1:"));
+    assert!(the_error("[proxy]\npolicy = \"fastest\"\n").contains("least_loaded"));
+    assert!(the_error("[workers]\nallow = [\"10.0.0.0/99\"]\n").contains("10.0.0.0/8"));
+    assert!(the_error("insecure = true\n").contains("did you mean \"http.insecure\""));
+    assert!(the_error("[[worker]]\nurl = \"127.0.0.1:1\"\n").contains("must start with http://"));
+}
+
+#[test]
+fn all_errors_are_collected() {
+    let found = errors("[http]\na_key_of_nobody = 1\nmax_headers = 1\n[replica]\nname = 3\n");
+    assert_eq!(found.len(), 3, "{found:#?}");
+}
+
+#[test]
+fn rules_between_keys_are_kept() {
+    assert!(the_error("[cluster]\nelection_max_ms = 299\n").contains("at least 300"));
+    assert!(the_error("[cluster]\nheartbeat_ms = 75\n").contains("more than 150"));
+    assert!(the_error("[cluster]\npeers = [\"r2=a:1\"]\n").contains("r1 is not among them"));
+    assert!(the_error("[admin]\nlisten = \"127.0.0.1:8080\"\n").contains("also http.listen"));
+    assert_eq!(errors("[cluster]\npeers = [\"r1=a:1\", \"r1=a:1\"]\n").len(), 2);
+    let twice = "[[worker]]\nurl = \"http://a:1\"\n[[worker]]\nurl = \"http://a:1\"\n";
+    assert!(the_error(twice).contains("id of its own"));
+}
+
+#[test]
+fn listeners_open_to_the_network_want_a_written_word_and_node_tokens() {
+    let open = "[http]\nlisten = \"10.0.0.1:80\"\n";
+    let found = errors(open);
+    assert!(found.iter().any(|e| e.to_string().contains("http.insecure = true")));
+    assert!(found.iter().any(|e| e.key.as_deref() == Some("nodes.token_sha256")));
+    let digest = TokenDigest::of("t");
+    load(&format!("{open}insecure = true\n[nodes]\ntoken_sha256 = [\"{digest}\"]\n"), &[], &[]).unwrap();
+    assert!(
+        the_error("[http]\ninsecure = true\n[peer]\nlisten = \"0.0.0.0:82\"\n").contains("peer.advertise")
+    );
+}
+
+#[test]
+fn tokens_are_read_from_a_file_and_kept_as_digests() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokens");
+    std::fs::write(&path, "# for gpu nodes\nsecret\n\n").unwrap();
+    let loaded = load("", &[("EVERLINE_NODES__TOKEN_FILE", path.to_str().unwrap())], &[]).unwrap();
+    assert_eq!(loaded.config.nodes.token_sha256, [TokenDigest::of("secret")]);
+}
+
+#[test]
+fn the_default_file_is_the_default() {
+    let loaded = load(&default_toml(), &[], &[]).unwrap();
+    assert_eq!(loaded.config, Config::default());
+}
+
+#[test]
+fn the_worker_example_is_accepted() {
+    let text = default_toml();
+    let example = text.split("# [[worker]]").nth(1).unwrap().replace("\n# ", "\n");
+    let loaded = load(&format!("[[worker]]{example}"), &[], &[]).unwrap();
+    assert_eq!(loaded.config.worker[0].id.as_deref(), Some("gpu-1"));
+}
+
+#[test]
+fn what_is_printed_can_be_read_back() {
+    let file = "[http]\nadvertise = \"x:1\"\n[[worker]]\nurl = \"http://a:1\"\nlabels = { zone = \"a\" }\n";
+    let loaded = load(file, &[], &[]).unwrap();
+    let printed = to_toml_with_origins(&loaded, true);
+    assert_eq!(load(&printed, &[], &[]).unwrap().config, loaded.config, "{printed}");
+    assert!(printed.contains("everline.toml:2"));
+}
+
+#[test]
+fn docs_are_up_to_date() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference/configuration.md");
+    if variables().any(|(name, _)| name == "EVERLINE_REGENERATE_DOCS") {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, reference_markdown()).unwrap();
+    }
+    let written = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        written == reference_markdown(),
+        "run: EVERLINE_REGENERATE_DOCS=1 cargo test docs_are_up_to_date"
+    );
+}

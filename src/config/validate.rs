@@ -1,0 +1,168 @@
+//! The rules that a whole configuration must keep.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use super::errors::ConfigError;
+use super::keys;
+use super::schema::Config;
+use super::values::{check_host_port, check_name};
+use crate::state::worker::WorkerSource;
+
+/// Everything wrong with `config`; each error names the key to change.
+pub(super) fn problems(config: &Config) -> Vec<ConfigError> {
+    let mut problems = ranges(config);
+    identity(config, &mut problems);
+    listeners(config, &mut problems);
+    cluster(config, &mut problems);
+    workers(config, &mut problems);
+    problems
+}
+
+fn ranges(config: &Config) -> Vec<ConfigError> {
+    let Ok(table) = toml::Table::try_from(config) else {
+        return vec![ConfigError::about("config", "a number does not fit into 63 bits")];
+    };
+    keys::all()
+        .filter_map(|key| {
+            let value = table.get(key.section)?.get(key.name)?;
+            key.kind.check(value).err().map(|message| ConfigError::about(&key.dotted(), message))
+        })
+        .collect()
+}
+
+fn identity(config: &Config, problems: &mut Vec<ConfigError>) {
+    if let Err(message) = check_name(&config.replica.name) {
+        problems.push(ConfigError::about("replica.name", message));
+    }
+    if config.replica.data_dir.as_os_str().is_empty() {
+        problems.push(ConfigError::about("replica.data_dir", "must not be empty"));
+    }
+}
+
+fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
+    let listeners = [
+        ("http", config.http.listen, &config.http.advertise, "clients could send prompts without a key"),
+        (
+            "admin",
+            config.admin.listen,
+            &config.admin.advertise,
+            "anybody could add and remove workers and members",
+        ),
+        ("peer", config.peer.listen, &config.peer.advertise, "anybody could speak as a replica"),
+    ];
+    for (section, listen, advertise, danger) in listeners {
+        let key = format!("{section}.listen");
+        if !listen.ip().is_loopback() && !config.http.insecure {
+            problems.push(
+                ConfigError::about(
+                    &key,
+                    format!(
+                        "{listen} can be reached from other machines without authentication or TLS: {danger}"
+                    ),
+                )
+                .fix("listen on 127.0.0.1; or, on a network you trust, write http.insecure = true"),
+            );
+        }
+        let known_otherwise =
+            section == "peer" && config.cluster.peers.iter().any(|p| p.name == config.replica.name);
+        if listen.ip().is_unspecified() && advertise.is_none() && !known_otherwise {
+            problems.push(
+                ConfigError::about(&key, format!("{listen} is no address that others could connect to"))
+                    .fix(format!("say how others reach it: {section}.advertise = \"host:port\"")),
+            );
+        }
+        if let Some(Err(message)) = advertise.as_deref().map(check_host_port) {
+            problems.push(ConfigError::about(&format!("{section}.advertise"), message));
+        }
+    }
+    let mut taken: BTreeMap<SocketAddr, &str> = BTreeMap::new();
+    for (section, listen, ..) in listeners.into_iter().filter(|(_, listen, ..)| listen.port() != 0) {
+        if let Some(other) = taken.insert(listen, section) {
+            problems.push(
+                ConfigError::about(&format!("{section}.listen"), format!("{listen} is also {other}.listen"))
+                    .fix("give each listener a port of its own"),
+            );
+        }
+    }
+    if !config.http.listen.ip().is_loopback() && config.nodes.token_sha256.is_empty() {
+        problems.push(
+            ConfigError::about("nodes.token_sha256", "is empty while workers can register from other machines at http.listen: anybody could register a worker and be sent prompts")
+                .fix("put a token into a file and name it: nodes.token_file = \"/etc/everline/node-tokens\""),
+        );
+    }
+}
+
+fn cluster(config: &Config, problems: &mut Vec<ConfigError>) {
+    let cluster = &config.cluster;
+    if cluster.election_max_ms < 2 * cluster.election_min_ms {
+        problems.push(
+            ConfigError::about(
+                "cluster.election_max_ms",
+                format!(
+                    "{} is less than twice election_min_ms ({})",
+                    cluster.election_max_ms, cluster.election_min_ms
+                ),
+            )
+            .fix(format!("set it to at least {}", 2 * cluster.election_min_ms)),
+        );
+    }
+    if cluster.heartbeat_ms * 2 >= cluster.election_min_ms {
+        problems.push(
+            ConfigError::about(
+                "cluster.heartbeat_ms",
+                format!("{} is not less than half of election_min_ms ({}): one lost heartbeat would cost the leader its place", cluster.heartbeat_ms, cluster.election_min_ms),
+            )
+            .fix(format!("set election_min_ms to more than {}", cluster.heartbeat_ms * 2)),
+        );
+    }
+    let mut names = BTreeSet::new();
+    let mut addresses = BTreeSet::new();
+    for peer in &cluster.peers {
+        if !names.insert(&peer.name) {
+            problems.push(ConfigError::about("cluster.peers", format!("{} is named twice", peer.name)));
+        }
+        if !addresses.insert(&peer.address) {
+            problems.push(ConfigError::about("cluster.peers", format!("{} is given twice", peer.address)));
+        }
+    }
+    if !cluster.peers.is_empty() && !names.contains(&config.replica.name) {
+        let listed: Vec<&str> = cluster.peers.iter().map(|p| p.name.as_str()).collect();
+        problems.push(
+            ConfigError::about(
+                "cluster.peers",
+                format!("{} is not among them ({})", config.replica.name, listed.join(", ")),
+            )
+            .fix("set replica.name to one of them, or use cluster.join to come to an existing cluster"),
+        );
+    }
+    if !cluster.peers.is_empty() && !cluster.join.is_empty() {
+        problems.push(
+            ConfigError::about("cluster.join", "is given together with cluster.peers")
+                .fix("peers founds a new cluster, join comes to an existing one: keep one of them"),
+        );
+    }
+    for address in &cluster.join {
+        if let Err(message) = check_host_port(address) {
+            problems.push(ConfigError::about("cluster.join", message));
+        }
+    }
+}
+
+fn workers(config: &Config, problems: &mut Vec<ConfigError>) {
+    let mut ids = BTreeMap::new();
+    for (at, worker) in config.worker.iter().enumerate() {
+        let key = format!("worker[{at}]");
+        match worker.to_spec(WorkerSource::Config) {
+            Err(message) => problems.push(ConfigError::about(&key, message)),
+            Ok(spec) => {
+                if let Some(first) = ids.insert(spec.id.clone(), at) {
+                    problems.push(
+                        ConfigError::about(&key, format!("has the id {} of worker[{first}]", spec.id))
+                            .fix("give each worker an id of its own"),
+                    );
+                }
+            }
+        }
+    }
+}
