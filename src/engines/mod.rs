@@ -1,0 +1,3 @@
+//! The engines behind the router; so far a simulated one.
+
+pub mod sim;
