@@ -90,7 +90,7 @@ impl ApiError {
         let column = if error.is_eof() { error.column() } else { error.column().saturating_sub(1) };
         let location = format!("body.{}", line_start + column);
         let cause = if error.is_eof() { "'Expecting value'" } else { "\"Expecting ',' delimiter\"" };
-        Self::schema("json_invalid", &location, "JSON decode error", "<dict of 0 items>", Some(cause))
+        Self::schema("json_invalid", &location, "JSON decode error", "'<dict of 0 items>'", Some(cause))
     }
 
     /// The body of a reply: compact.
@@ -136,7 +136,7 @@ fn python_repr(value: &Value) -> String {
         Value::Bool(false) => "False".into(),
         Value::Number(number) => number.to_string(),
         Value::String(text) => format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'")),
-        Value::Array(items) => format!("<list of {} items>", items.len()),
-        Value::Object(fields) => format!("<dict of {} items>", fields.len()),
+        Value::Array(items) => format!("'<list of {} items>'", items.len()),
+        Value::Object(fields) => format!("'<dict of {} items>'", fields.len()),
     }
 }

@@ -112,7 +112,7 @@ impl Request {
                 "model_attributes_type",
                 "body",
                 message,
-                "<list of 0 items>",
+                "'<list of 0 items>'",
                 None,
             ));
         }
@@ -326,7 +326,7 @@ pub fn chat_end(body: &Value) -> Result<ChatEnd, ApiError> {
             "value_error",
             "body",
             "Value error, Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
-            &format!("<dict of {} items>", body.as_object().map_or(0, serde_json::Map::len)),
+            &format!("'<dict of {} items>'", body.as_object().map_or(0, serde_json::Map::len)),
             None,
         )),
         (true, false) => Ok(ChatEnd::ContinueFinal),

@@ -82,13 +82,14 @@ pub struct EventStream {
     pending: VecDeque<Bytes>,
     sent: u64,
     ended: bool,
+    cutting: bool,
     reset: ResetFlag,
 }
 
 impl EventStream {
     /// For a submitted request.
     pub fn new(running: Running, shaper: Shaper, reset: ResetFlag) -> Self {
-        Self { running, shaper, pending: VecDeque::new(), sent: 0, ended: false, reset }
+        Self { running, shaper, pending: VecDeque::new(), sent: 0, ended: false, cutting: false, reset }
     }
 
     fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
@@ -98,6 +99,11 @@ impl EventStream {
                 return Poll::Ready(Some(Err(reset_connection(&self.reset))));
             }
             if faults.close_after_events.is_some_and(|events| self.sent >= events) {
+                if !std::mem::replace(&mut self.cutting, true) {
+                    // One turn for the connection to write what it has; an error would discard that.
+                    context.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 return Poll::Ready(Some(Err(io::ErrorKind::UnexpectedEof.into())));
             }
             if faults.garbage && !self.ended {
