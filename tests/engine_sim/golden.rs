@@ -126,8 +126,8 @@ async fn errors_are_the_recorded_bytes() {
         assert_eq!(reply.body(), golden_text(&format!("vllm_{name}.body.json")), "{name}");
     }
     let reply = call(sim.address(), "POST", "/inference/v1/abort_requests", &[], "{}").await;
-    assert_eq!(reply.body(), golden_text("vllm_generate_stream.body.json"));
-    assert_eq!(head(&reply.head), head(&golden_text("vllm_generate_stream.head.txt")));
+    assert_eq!(reply.body(), golden_text("vllm_scale_out_disabled.body.json"));
+    assert_eq!(reply.status(), 403);
     let reply = get(sim.address(), "/nowhere").await;
     assert_eq!((reply.status(), reply.body().as_str()), (404, r#"{"detail":"Not Found"}"#));
     let reply = get(sim.address(), "/v1/completions").await;

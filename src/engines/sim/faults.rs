@@ -78,10 +78,10 @@ impl Faults {
 
     /// Sets what the change names and returns the result.
     pub fn apply(&self, change: &FaultChange) -> Result<FaultState, String> {
-        if let Some(Some(status)) = change.error_status {
-            if !(400..600).contains(&status) {
-                return Err(format!("error_status must be 400 to 599, not {status}"));
-            }
+        if let Some(Some(status)) = change.error_status
+            && !(400..600).contains(&status)
+        {
+            return Err(format!("error_status must be 400 to 599, not {status}"));
         }
         let mut state = self.state.write();
         state.hang = change.hang.unwrap_or(state.hang);

@@ -125,8 +125,8 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct Scheduler {
     kv: KvCache,
-    waiting: VecDeque<Box<Sequence>>,
-    running: Vec<Box<Sequence>>,
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
     max_running: usize,
     max_batched_tokens: usize,
     block_size: usize,
@@ -163,7 +163,7 @@ impl Scheduler {
         let Submission { id, prompt, choice, outbox, namespace, mut text, rules } = submission;
         prompt.iter().for_each(|id| text.push(*id));
         self.stats.requests.add(1);
-        self.waiting.push_back(Box::new(Sequence {
+        self.waiting.push_back(Sequence {
             id,
             prompt_len: prompt.len(),
             tokens: prompt.to_vec(),
@@ -179,7 +179,8 @@ impl Scheduler {
             outbox,
             arrived: now,
             last_token: None,
-        }));
+        });
+        self.update_gauges();
     }
 
     /// Chooses what the next step computes; `None` if there is nothing to do.
@@ -337,7 +338,7 @@ impl Scheduler {
 
     fn remove(&mut self, wanted: impl Fn(&Sequence) -> bool, mut each: impl FnMut(&mut Sequence)) {
         let kv = &mut self.kv;
-        let mut keep = |sequence: &mut Box<Sequence>| {
+        let mut keep = |sequence: &mut Sequence| {
             if !wanted(sequence) {
                 return true;
             }

@@ -63,7 +63,7 @@ impl TextState {
         if self.pending_len > 0 {
             return FIRST_BYTE + u32::from(self.continuation_byte(dice));
         }
-        if eos_allowed && self.eos_every > 0 && dice % self.eos_every == 0 {
+        if eos_allowed && self.eos_every > 0 && dice.is_multiple_of(self.eos_every) {
             return EOS;
         }
         let pick = (dice >> 32) as usize;

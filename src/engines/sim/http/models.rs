@@ -53,12 +53,12 @@ struct List<'a, T> {
 pub(super) fn list(engine: &Engine) -> Reply {
     let args = &engine.args;
     let root = &args.models[0];
-    let model = |id, parent, max_model_len| Model {
+    let model = |id, parent: Option<_>, max_model_len| Model {
         id,
         object: "model",
         created: engine.started,
         owned_by: "vllm",
-        root: if parent == Option::<&str>::None { root } else { id },
+        root: if parent.is_none() { root } else { id },
         parent,
         max_model_len,
         permission: [Permission {
