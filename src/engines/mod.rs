@@ -1,3 +1,4 @@
-//! What is known of the engines behind the workers.
+//! What Everline knows of inference engines: how to ask one about itself, and how to be one.
 
 pub mod probe;
+pub mod sim;

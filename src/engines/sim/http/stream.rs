@@ -1,0 +1,178 @@
+//! Reply bodies: a server-sent event stream out of an outbox, and how the fault switches cut it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+
+use super::error::ApiError;
+use super::shape::Shaper;
+use crate::engines::sim::engine::Engine;
+use crate::engines::sim::outbox::{Outbox, Output};
+
+/// Whether a connection is to be closed with a reset; shared by its socket and its requests.
+pub type ResetFlag = Arc<AtomicBool>;
+
+/// A request in the engine; dropping it before its end aborts it.
+pub struct Running {
+    engine: Arc<Engine>,
+    outbox: Arc<Outbox>,
+    finished: bool,
+}
+
+impl Running {
+    /// For a request that was submitted with this outbox.
+    pub fn new(engine: Arc<Engine>, outbox: Arc<Outbox>) -> Self {
+        engine.stats.server_load.add(1);
+        Self { engine, outbox, finished: false }
+    }
+
+    /// Reads all of it. The error means that the connection is to be cut.
+    pub async fn collect(
+        mut self,
+        shaper: &mut Shaper,
+        reset: &ResetFlag,
+    ) -> io::Result<Result<(), ApiError>> {
+        while !shaper.is_finished() {
+            let output = std::future::poll_fn(|context| {
+                if self.engine.faults().reset {
+                    return Poll::Ready(None);
+                }
+                self.outbox.poll_next(context).map(Some)
+            });
+            match output.await {
+                None => return Err(reset_connection(reset)),
+                Some(Output::Delta(delta)) => shaper.collect(delta),
+                Some(Output::EngineDead) => {
+                    self.finished = true;
+                    return Ok(Err(ApiError::engine_dead()));
+                }
+            }
+        }
+        self.finished = true;
+        Ok(Ok(()))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let load = &self.engine.stats.server_load;
+        load.sub(1);
+        if !self.finished {
+            self.engine.cancel(&self.outbox);
+        }
+    }
+}
+
+/// Marks the connection and makes the error that ends it.
+pub fn reset_connection(reset: &ResetFlag) -> io::Error {
+    reset.store(true, Ordering::Release);
+    io::ErrorKind::ConnectionReset.into()
+}
+
+/// The events of one request.
+pub struct EventStream {
+    running: Running,
+    shaper: Shaper,
+    pending: VecDeque<Bytes>,
+    sent: u64,
+    ended: bool,
+    cutting: bool,
+    reset: ResetFlag,
+}
+
+impl EventStream {
+    /// For a submitted request.
+    pub fn new(running: Running, shaper: Shaper, reset: ResetFlag) -> Self {
+        Self { running, shaper, pending: VecDeque::new(), sent: 0, ended: false, cutting: false, reset }
+    }
+
+    fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        loop {
+            let faults = self.running.engine.faults();
+            if faults.reset {
+                return Poll::Ready(Some(Err(reset_connection(&self.reset))));
+            }
+            if faults.close_after_events.is_some_and(|events| self.sent >= events) {
+                if !std::mem::replace(&mut self.cutting, true) {
+                    // One turn for the connection to write what it has; an error would discard that.
+                    context.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                return Poll::Ready(Some(Err(io::ErrorKind::UnexpectedEof.into())));
+            }
+            if faults.garbage && !self.ended {
+                self.ended = true;
+                self.pending = [Bytes::from_static(b"data: {\"id\":\"cmpl-\xff\xfe,\n\n")].into();
+            }
+            if let Some(event) = self.pending.pop_front() {
+                self.sent += 1;
+                return Poll::Ready(Some(Ok(event)));
+            }
+            if self.ended {
+                return Poll::Ready(None);
+            }
+            match self.running.outbox.poll_next(context) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Output::Delta(delta)) => {
+                    self.shaper.stream(&delta, &mut self.pending);
+                    if self.shaper.is_finished() {
+                        self.shaper.stream_end(&mut self.pending);
+                        self.end();
+                    }
+                }
+                Poll::Ready(Output::EngineDead) => {
+                    self.pending.push_back(Bytes::from(ApiError::engine_dead().event()));
+                    self.pending.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+                    self.end();
+                }
+            }
+        }
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+        self.running.finished = true;
+    }
+}
+
+/// The body of any reply.
+pub enum ReplyBody {
+    /// All at once.
+    Full(Option<Bytes>),
+    /// Event by event.
+    Events(Box<EventStream>),
+}
+
+impl Body for ReplyBody {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        match self.get_mut() {
+            ReplyBody::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            ReplyBody::Events(stream) => {
+                stream.poll_event(context).map(|event| event.map(|event| event.map(Frame::data)))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            ReplyBody::Full(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
+            ReplyBody::Events(stream) => stream.ended && stream.pending.is_empty(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            ReplyBody::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
+            ReplyBody::Events(_) => SizeHint::default(),
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The simulated engine over real sockets.
+
+mod behaviour;
+mod golden;
+mod support;
