@@ -73,8 +73,6 @@ pub struct WorkerStatus {
     pub block_size: Option<u32>,
     /// KV blocks the engine can hold, where known.
     pub capacity_blocks: Option<u64>,
-    /// Milliseconds since the last sign of life.
-    pub last_heard_ms_ago: u64,
 }
 
 /// `GET /v1/admin/workers`
@@ -89,6 +87,20 @@ pub struct WorkersReply {
 pub struct MembersReply {
     /// All members, by id.
     pub members: Vec<MemberStatus>,
+}
+
+/// What a registration answers.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct RegisteredReply {
+    /// The worker's id.
+    pub id: WorkerId,
+    /// Whether a record stood there before.
+    pub replaced: bool,
+    /// Counts registrations of this id.
+    pub generation: u64,
+    /// How often it should heartbeat, milliseconds; only for `POST /v1/nodes`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval_ms: Option<u64>,
 }
 
 /// What a change answers: a sentence for the operator.
@@ -156,7 +168,8 @@ impl ModelEntry {
     }
 }
 
-/// A worker to register: the body of `POST /v1/admin/workers` and an entry of `[[worker]]`.
+/// A worker to register: the body of `POST /v1/nodes` and
+/// `POST /v1/admin/workers`, and an entry of `[[worker]]`.
 #[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct RegisterRequest {
@@ -189,6 +202,10 @@ pub struct RegisterRequest {
     /// Relative share of traffic, 1 to 1000; 100 where left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<u32>,
+    /// Whether the worker will heartbeat; else it is probed. Where left out: true for
+    /// `POST /v1/nodes`, false elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heartbeat: Option<bool>,
     /// Whether the replica asks the engine for its health and models before it registers it;
     /// true where left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -208,8 +225,14 @@ impl RegisterRequest {
         "capacity_blocks",
         "labels",
         "weight",
+        "heartbeat",
         "probe",
     ];
+
+    /// Whether the worker is held to heartbeats.
+    pub fn wants_heartbeats(&self, source: WorkerSource) -> bool {
+        self.heartbeat.unwrap_or(source == WorkerSource::Node)
+    }
 
     /// A request with nothing but an address.
     pub fn new(url: impl Into<String>) -> Self {
@@ -224,6 +247,7 @@ impl RegisterRequest {
             capacity_blocks: None,
             labels: BTreeMap::new(),
             weight: None,
+            heartbeat: None,
             probe: None,
         }
     }
@@ -285,7 +309,7 @@ mod tests {
         full.role = Some(WorkerRole::Decode);
         (full.dp_ranks, full.block_size, full.capacity_blocks) = (Some(1), Some(1), Some(1));
         full.labels.insert("a".into(), "b".into());
-        (full.weight, full.probe) = (Some(1), Some(true));
+        (full.weight, full.heartbeat, full.probe) = (Some(1), Some(true), Some(true));
         let json = serde_json::to_value(&full).unwrap();
         let mut names: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
         let mut fields = RegisterRequest::FIELDS.to_vec();

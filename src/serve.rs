@@ -1,9 +1,272 @@
-//! Runs a replica.
+//! Runs a replica: puts configuration, cluster and HTTP front together, and takes them apart in
+//! order when told to stop.
+//!
+//! On SIGTERM or SIGINT: `/readyz` goes off, leadership is handed over, listeners close, what is
+//! in flight may finish for `http.shutdown_grace_ms`, then the log is closed. A second signal
+//! ends the process at once; the log takes that as it takes a crash.
 
-use crate::config::Loaded;
+use std::future::Future;
+use std::io::IsTerminal;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
 
-/// Runs a replica until it is told to stop.
+use anyhow::Context;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::api::ControlPlane;
+use crate::cluster::clock::Rhythm;
+use crate::cluster::down::DownPlane;
+use crate::cluster::node::{Cluster, NodeConfig, StartError};
+use crate::cluster::proposer::Batching;
+use crate::config::{Config, Loaded, LogConfig, LogFormat};
+use crate::http::{
+    Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, Metrics, NodeOptions,
+    PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin, serve_client,
+};
+use crate::routing::policy;
+use crate::state::command::ReplicaInfo;
+
+/// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
+const HEARTBEATS_PER_TIMEOUT: u32 = 5;
+
+/// Runs a replica until it is told to stop, or its consensus fails for good.
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
-    let _ = loaded;
-    anyhow::bail!("serve is not wired yet")
+    let config = loaded.config;
+    start_logging(&config.log);
+    // All listeners first: a port that is taken must not cost a life of the log.
+    let http = listen("http", config.http.listen)?;
+    let admin = listen("admin", config.admin.listen)?;
+    let peer = listen("peer", config.peer.listen)?;
+
+    let (cluster, plane): (Option<Cluster>, Arc<dyn ControlPlane>) = match Cluster::start(node_config(&config), peer) {
+        Ok(cluster) => {
+            let plane = cluster.control_plane();
+            (Some(cluster), plane)
+        }
+        Err(StartError::Damaged(why)) => {
+            let remedy = format!(
+                "{why}; look at it, then set the folder aside with `everline member repair --data-dir {}` and start \
+                 again: the replica rejoins from its peers",
+                config.replica.data_dir.display()
+            );
+            tracing::error!(why = %remedy, "this replica takes no part in the cluster");
+            (None, Arc::new(DownPlane::new(&config.replica.name, remedy)))
+        }
+        Err(StartError::Io(error)) => {
+            return Err(error).with_context(|| format!("cannot use {}", config.replica.data_dir.display()));
+        }
+    };
+
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .thread_name("http")
+        .enable_all()
+        .build()
+        .context("cannot start the HTTP runtime")?;
+    let result = runtime.block_on(serve(&config, cluster, plane, http, admin));
+    runtime.shutdown_background();
+    result
+}
+
+fn listen(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    bind(address, false).with_context(|| {
+        format!("cannot listen on {address} ({what}.listen); is another replica running there? choose another port with --{what}")
+    })
+}
+
+async fn serve(
+    config: &Config,
+    cluster: Option<Cluster>,
+    plane: Arc<dyn ControlPlane>,
+    http: TcpListener,
+    admin: TcpListener,
+) -> anyhow::Result<()> {
+    let mut signals = Signals::new().context("cannot listen for signals")?;
+    let mut metrics = Metrics::default();
+    metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(Arc::clone(&plane))));
+    let front = Front::new(front_config(config), plane, Arc::new(metrics));
+    let shutdown = CancellationToken::new();
+    let admin_shutdown = CancellationToken::new();
+    tracing::info!(
+        name = config.replica.name,
+        http = %config.http.listen,
+        admin = %config.admin.listen,
+        peer = %config.peer.listen,
+        "serving"
+    );
+    let clients = tokio::spawn(serve_client(http, Arc::clone(&front), shutdown.clone()));
+    let operators = tokio::spawn(serve_admin(admin, Arc::clone(&front), admin_shutdown.clone()));
+    tokio::spawn(run_prober(Arc::clone(&front), shutdown.clone()));
+    tokio::spawn(keep_configured_workers(Arc::clone(&front), config.worker.clone(), shutdown.clone()));
+
+    let failed = async {
+        match &cluster {
+            Some(cluster) => cluster.failed().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        signal = signals.next() => tracing::info!(signal, "stopping; a second signal stops at once"),
+        why = failed => {
+            // The log may hold less than was promised; nothing that is said from here on is
+            // worth anything. Whoever supervises us starts us again.
+            tracing::error!(%why, "the cluster part of this replica has failed; ending the process");
+            std::process::exit(1);
+        }
+    }
+
+    let stop = async {
+        front.draining.cancel();
+        let hand_over = async {
+            if let Some(cluster) = cluster {
+                cluster.hand_over_leadership().await;
+                shutdown.cancel();
+                let _ = clients.await;
+                admin_shutdown.cancel();
+                let _ = operators.await;
+                cluster.shutdown().await;
+            } else {
+                shutdown.cancel();
+                admin_shutdown.cancel();
+                let _ = tokio::join!(clients, operators);
+            }
+        };
+        hand_over.await;
+        tracing::info!("stopped");
+    };
+    tokio::select! {
+        () = stop => {}
+        _ = signals.next() => {
+            tracing::warn!("second signal: stopping at once");
+            std::process::exit(1);
+        }
+    }
+    Ok(())
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    fn next(&mut self) -> impl Future<Output = &'static str> {
+        async {
+            tokio::select! {
+                _ = self.term.recv() => "SIGTERM",
+                _ = self.int.recv() => "SIGINT",
+            }
+        }
+    }
+}
+
+/// openraft says as errors what is ordinary when a peer is away or a group stops; that is
+/// silenced unless asked for.
+const QUIET: &str = "openraft=off,h2=warn,hyper=warn,tonic=warn,sled=warn";
+
+fn start_logging(config: &LogConfig) {
+    use tracing_subscriber::EnvFilter;
+    let asked = EnvFilter::try_new(format!("{QUIET},{}", config.filter));
+    let filter = asked.unwrap_or_else(|_| EnvFilter::new(format!("{QUIET},info")));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let pretty = match config.format {
+        LogFormat::Pretty => true,
+        LogFormat::Json => false,
+        LogFormat::Auto => std::io::stderr().is_terminal(),
+    };
+    // Fails only where a subscriber is set already, as in tests.
+    let _ = if pretty { builder.try_init() } else { builder.json().flatten_event(true).try_init() };
+}
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn node_config(config: &Config) -> NodeConfig {
+    let cluster = &config.cluster;
+    NodeConfig {
+        info: ReplicaInfo {
+            name: config.replica.name.clone(),
+            peer: config.peer_address(),
+            http: config.http_url(),
+            admin: config.admin_url(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        data_dir: config.replica.data_dir.clone(),
+        peers: cluster.peers.iter().map(|p| (p.name.clone(), p.address.clone())).collect(),
+        join: cluster.join.clone(),
+        auto_promote: cluster.auto_promote,
+        heartbeat: ms(cluster.heartbeat_ms),
+        election: (ms(cluster.election_min_ms), ms(cluster.election_max_ms)),
+        propose_timeout: ms(cluster.propose_timeout_ms),
+        batching: Batching {
+            window: Duration::from_micros(cluster.batch_window_us),
+            bytes: cluster.batch_bytes as usize,
+            queue_bytes: cluster.queue_bytes as usize,
+        },
+        rhythm: Rhythm {
+            lease: ms(cluster.lease_ms),
+            worker_timeout: ms(config.workers.timeout_ms),
+            ..Rhythm::default()
+        },
+        checkpoint_log_bytes: cluster.checkpoint_log_bytes,
+        checkpoint_interval: Duration::from_secs(cluster.checkpoint_interval_s),
+        wal_segment_bytes: cluster.wal_segment_bytes,
+        digest_every: cluster.digest_every,
+    }
+}
+
+fn front_config(config: &Config) -> FrontConfig {
+    let (http, proxy) = (&config.http, &config.proxy);
+    let heartbeat_interval = ms(config.workers.timeout_ms) / HEARTBEATS_PER_TIMEOUT;
+    let policy = policy::by_name(proxy.policy.name()).unwrap_or_else(|| FrontConfig::default().policy);
+    FrontConfig {
+        replica: config.replica.name.clone(),
+        accept: FrontOptions {
+            timeouts: ConnTimeouts {
+                first_byte: ms(http.first_byte_timeout_ms),
+                head: ms(http.header_timeout_ms),
+                idle: ms(http.idle_timeout_ms),
+                ..FrontOptions::default().timeouts
+            },
+            max_headers: http.max_headers as usize,
+            max_head_bytes: http.max_header_bytes as usize,
+            max_connections: http.max_connections as usize,
+            max_connections_per_ip: match http.max_connections_per_ip {
+                0 => usize::MAX,
+                n => n as usize,
+            },
+            grace: ms(http.shutdown_grace_ms),
+            ..FrontOptions::default()
+        },
+        proxy: ProxyOptions {
+            body: BodyLimits::of(http.max_body_bytes as usize),
+            retries: proxy.retries,
+            first_byte_timeout: ms(proxy.first_byte_timeout_ms),
+            idle_timeout: ms(proxy.idle_timeout_ms),
+            total_timeout: ms(proxy.total_timeout_ms),
+            ..ProxyOptions::default()
+        },
+        pool: PoolOptions {
+            connect_timeout: ms(proxy.connect_timeout_ms),
+            max_idle_per_worker: proxy.pool_idle_per_worker as usize,
+            ..PoolOptions::default()
+        },
+        allow: Arc::new(Allowed::new(config.workers.allow.clone())),
+        nodes: NodeOptions {
+            tokens: TokenDigests::new(config.nodes.token_sha256.iter().map(|digest| digest.0).collect()),
+            heartbeat_interval,
+            probe_interval: ms(config.workers.probe_interval_ms),
+            probe_timeout: ms(config.workers.probe_timeout_ms),
+        },
+        metrics_on_client: config.http.listen.ip().is_loopback(),
+        policy,
+        ..FrontConfig::default()
+    }
 }

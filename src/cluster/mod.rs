@@ -7,6 +7,7 @@ pub mod api;
 pub mod clock;
 #[cfg(test)]
 mod conformance;
+pub mod down;
 pub mod formation;
 mod handle;
 pub mod hooks;

@@ -225,16 +225,26 @@ impl Cluster {
         self.inner.watch_for_failure().await
     }
 
-    /// Hands leadership over, stops the groups, and closes the log. Within about two seconds.
-    pub async fn shutdown(mut self) {
-        self.inner.stop.cancel();
+    /// Hands the leadership of both groups to others, if there is any to hand over and somebody
+    /// to take it. Within about two seconds.
+    pub async fn hand_over_leadership(&self) {
         let inner = self.inner.clone();
-        let stopped = self.inner.raft_runtime.spawn(async move {
+        let done = self.inner.raft_runtime.spawn(async move {
             let Some(member) = inner.member.get() else { return };
             for raft in &member.rafts {
                 let reply = membership::transfer(raft, member.id, None).await;
                 tracing::debug!(?reply, "leadership handed over");
             }
+        });
+        let _ = done.await;
+    }
+
+    /// Stops the groups and closes the log.
+    pub async fn shutdown(mut self) {
+        self.inner.stop.cancel();
+        let inner = self.inner.clone();
+        let stopped = self.inner.raft_runtime.spawn(async move {
+            let Some(member) = inner.member.get() else { return };
             for raft in &member.rafts {
                 if let Err(error) = raft.shutdown().await {
                     tracing::warn!(%error, "consensus did not stop cleanly");

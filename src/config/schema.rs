@@ -136,7 +136,7 @@ sections! {
         /// ... and at most this. At least twice `election_min_ms`, or elections collide.
         election_max_ms: u64 = 300, Kind::int("ms", 40, 240_000);
         /// What a replica has booked is released after it was silent for this long.
-        lease_ms: u64 = 1_000, Kind::int("ms", 100, 600_000);
+        lease_ms: u64 = 750, Kind::int("ms", 100, 600_000);
         /// A change that finds no quorum fails after this time.
         propose_timeout_ms: u64 = 3_000, Kind::int("ms", 100, 600_000);
         /// Changes are gathered for at most this long before they are proposed as one.

@@ -139,6 +139,16 @@ pub enum Policy {
 impl Policy {
     /// Their names in the file.
     pub const NAMES: &[&str] = &["least_loaded", "round_robin", "random", "power_of_two"];
+
+    /// Its name in the file, and as [`crate::routing::policy`] knows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::LeastLoaded => "least_loaded",
+            Policy::RoundRobin => "round_robin",
+            Policy::Random => "random",
+            Policy::PowerOfTwo => "power_of_two",
+        }
+    }
 }
 
 /// Form of log lines.

@@ -8,7 +8,6 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::StatusCode;
-use serde::Deserialize;
 use serde_json::json;
 
 use super::errors::{ApiError, Code};
@@ -16,8 +15,10 @@ use super::front::Shard;
 use super::nodes::{PathId, find, not_found, remove};
 use super::register::{read_json, register};
 use super::status::{status, worker_status};
-use super::types::{RegisterRequest, StatusReply, WorkerStatus};
-use crate::cluster::api::{MemberOp, MemberStatus};
+use crate::admin_types::{
+    DrainRequest, MembersReply, MessageReply, RegisterRequest, StatusReply, WorkerStatus, WorkersReply,
+};
+use crate::cluster::api::MemberOp;
 use crate::ids::Group;
 use crate::state::command::{ControlCommand, ControlOutcome};
 use crate::state::worker::WorkerSource;
@@ -71,9 +72,10 @@ async fn show_status(
 async fn list_workers(
     State(shard): State<Arc<Shard>>,
     RawQuery(query): RawQuery,
-) -> Result<Json<Vec<WorkerStatus>>, ApiError> {
+) -> Result<Json<WorkersReply>, ApiError> {
     settle(&shard, query).await?;
-    Ok(Json(shard.front.control.registry().workers.iter().map(|worker| worker_status(worker)).collect()))
+    let view = shard.front.control.registry();
+    Ok(Json(WorkersReply { workers: view.workers.iter().map(|worker| worker_status(worker)).collect() }))
 }
 
 async fn show_worker(
@@ -87,10 +89,9 @@ async fn show_worker(
 
 async fn add_worker(State(shard): State<Arc<Shard>>, request: Request) -> Result<Response, ApiError> {
     let wanted: RegisterRequest = read_json(request.into_body(), MAX_ADMIN_BODY).await?;
-    let (id, replaced, generation) = register(&shard, wanted, WorkerSource::Admin).await?;
-    let status = if replaced { StatusCode::OK } else { StatusCode::CREATED };
-    let body = json!({"id": id, "replaced": replaced, "generation": generation});
-    Ok((status, Json(body)).into_response())
+    let reply = register(&shard, wanted, WorkerSource::Admin).await?;
+    let status = if reply.replaced { StatusCode::OK } else { StatusCode::CREATED };
+    Ok((status, Json(reply)).into_response())
 }
 
 async fn remove_worker(
@@ -98,12 +99,6 @@ async fn remove_worker(
     PathId(id): PathId,
 ) -> Result<Json<serde_json::Value>, ApiError> {
     remove(&shard, id, None).await
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct DrainRequest {
-    drain: bool,
 }
 
 async fn drain_worker(
@@ -123,16 +118,16 @@ async fn drain_worker(
 async fn list_members(
     State(shard): State<Arc<Shard>>,
     RawQuery(query): RawQuery,
-) -> Result<Json<Vec<MemberStatus>>, ApiError> {
+) -> Result<Json<MembersReply>, ApiError> {
     settle(&shard, query).await?;
-    Ok(Json(shard.front.control.status().members))
+    Ok(Json(MembersReply { members: shard.front.control.status().members }))
 }
 
 async fn change_members(
     State(shard): State<Arc<Shard>>,
     request: Request,
-) -> Result<Json<serde_json::Value>, ApiError> {
+) -> Result<Json<MessageReply>, ApiError> {
     let op: MemberOp = read_json(request.into_body(), MAX_ADMIN_BODY).await?;
     let message = shard.front.control.member(op).await?;
-    Ok(Json(json!({"message": message})))
+    Ok(Json(MessageReply { message }))
 }

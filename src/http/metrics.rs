@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -153,6 +153,7 @@ pub struct Metrics {
     /// Open client and admin connections.
     pub connections: Gauge,
     recent: RecentErrors,
+    taken: AtomicU64,
 }
 
 /// From 1 ms to 30 min, a little less than two buckets an octave where people look.
@@ -197,6 +198,7 @@ impl Default for Metrics {
             retries,
             connections,
             recent: RecentErrors::default(),
+            taken: AtomicU64::new(0),
         }
     }
 }
@@ -222,8 +224,16 @@ impl Metrics {
         &self.recent
     }
 
+    /// Requests for workers taken since the start.
+    pub fn requests_taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
+    }
+
     /// Begins to measure a request.
     pub fn track(self: &Arc<Self>, route: Route) -> Tracked {
+        if matches!(route, Route::ChatCompletions | Route::Completions | Route::Embeddings) {
+            self.taken.fetch_add(1, Ordering::Relaxed);
+        }
         Tracked {
             metrics: Arc::clone(self),
             route,

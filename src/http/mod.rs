@@ -34,7 +34,6 @@ mod service;
 mod status;
 #[cfg(test)]
 mod tests;
-pub mod types;
 mod upstream;
 
 pub use accept::{FrontOptions, bind};
@@ -47,5 +46,6 @@ pub use front::{Front, FrontConfig, NodeOptions, ProxyOptions, Shard};
 pub use health::ClusterGauges;
 pub use metrics::{Metrics, RecentErrors};
 pub use probe::run_prober;
+pub use register::keep_configured_workers;
 pub use server::{serve_admin, serve_client};
 pub use upstream::{Pool, PoolOptions};

@@ -14,7 +14,7 @@ use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::register::{MAX_NODE_BODY, read_json, register};
 use super::status::worker_status;
-use super::types::RegisterRequest;
+use crate::admin_types::RegisterRequest;
 use crate::ids::{Group, WorkerId};
 use crate::routing::view::WorkerView;
 use crate::state::command::{ControlCommand, ControlOutcome};
@@ -41,11 +41,9 @@ async fn authenticate(State(shard): State<Arc<Shard>>, request: Request, next: N
 
 async fn join(State(shard): State<Arc<Shard>>, request: Request) -> Result<Response, ApiError> {
     let wanted: RegisterRequest = read_json(request.into_body(), MAX_NODE_BODY).await?;
-    let (id, replaced, generation) = register(&shard, wanted, WorkerSource::Node).await?;
-    let status = if replaced { StatusCode::OK } else { StatusCode::CREATED };
-    let interval = shard.front.config.nodes.heartbeat_interval.as_millis() as u64;
-    let body = json!({"id": id, "replaced": replaced, "generation": generation, "interval_ms": interval});
-    Ok((status, Json(body)).into_response())
+    let reply = register(&shard, wanted, WorkerSource::Node).await?;
+    let status = if reply.replaced { StatusCode::OK } else { StatusCode::CREATED };
+    Ok((status, Json(reply)).into_response())
 }
 
 async fn heartbeat(

@@ -2,19 +2,22 @@
 //! engine about itself, propose.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::{StreamExt, stream};
 use http::Uri;
 use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
 
 use super::body::{BodyLimits, collect};
 use super::errors::{ApiError, Code};
 use super::fetch;
-use super::front::Shard;
-use super::types::RegisterRequest;
+use super::front::{Front, Shard};
+use crate::admin_types::{RegisterRequest, RegisteredReply};
 use super::upstream::port_of;
 use crate::engines::probe::{EngineFacts, parse_metrics, parse_models};
-use crate::ids::{Group, WorkerId};
+use crate::ids::Group;
 use crate::routing::view::WorkerView;
 use crate::state::command::{ControlCommand, ControlOutcome};
 use crate::state::worker::{WorkerSource, WorkerSpec};
@@ -38,15 +41,16 @@ pub(super) async fn read_json<T: DeserializeOwned>(
     })
 }
 
-/// Registers a worker and answers with its id, whether it replaced a record, and its generation.
+/// Registers a worker.
 pub(super) async fn register(
     shard: &Shard,
     request: RegisterRequest,
     source: WorkerSource,
-) -> Result<(WorkerId, bool, u64), ApiError> {
-    let heartbeats = request.heartbeat.unwrap_or(source == WorkerSource::Node);
-    let probe = request.probe;
-    let (mut spec, engine_given) = spec_of(request, source)?;
+) -> Result<RegisteredReply, ApiError> {
+    let heartbeats = request.wants_heartbeats(source);
+    let probe = request.wants_probe();
+    let engine_given = request.engine.is_some();
+    let mut spec = request.to_spec(source).map_err(|why| ApiError::new(Code::InvalidValue, why))?;
     if source == WorkerSource::Node {
         // Another replica may have registered the id a moment ago.
         shard.front.control.read_barrier(Group::Control).await?;
@@ -64,46 +68,18 @@ pub(super) async fn register(
         return Err(ApiError::new(Code::InvalidValue, text).param("models"));
     }
     let id = spec.id.clone();
-    match shard.front.control.propose(ControlCommand::RegisterWorker { spec, heartbeats }).await? {
-        ControlOutcome::Registered { replaced, generation } => Ok((id, replaced, generation)),
-        ControlOutcome::Refused(why) => Err(ApiError::new(Code::Refused, why)),
-        // Applied, but from a snapshot: the record is there, the details are not.
-        _ => {
-            let view = shard.front.control.registry();
-            Ok((id.clone(), false, view.worker(&id).map_or(0, |worker| worker.record.generation)))
-        }
-    }
-}
-
-fn spec_of(request: RegisterRequest, source: WorkerSource) -> Result<(WorkerSpec, bool), ApiError> {
-    let invalid = |why: String| ApiError::new(Code::InvalidValue, why);
-    let url = request.url.strip_suffix('/').unwrap_or(&request.url).to_owned();
-    let authority = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);
-    let id = match request.id {
-        Some(id) => WorkerId::parse(&id).map_err(|why| invalid(why).param("id"))?,
-        None => {
-            // IPv6 brackets are not in the alphabet of ids.
-            let text = authority.replace(['[', ']'], "");
-            WorkerId::parse(&text).map_err(|why| {
-                invalid(format!("no id can be made of the url ({why}); give `id`")).param("id")
-            })?
-        }
-    };
-    let spec = WorkerSpec {
-        id,
-        url,
-        engine: request.engine.unwrap_or_default(),
-        models: request.models,
-        role: request.role,
-        dp_ranks: request.dp_ranks,
-        block_size: request.block_size,
-        capacity_blocks: request.capacity_blocks,
-        labels: request.labels,
-        weight: request.weight,
-        source,
-    };
-    spec.validate().map_err(invalid)?;
-    Ok((spec, request.engine.is_some()))
+    let (replaced, generation) =
+        match shard.front.control.propose(ControlCommand::RegisterWorker { spec, heartbeats }).await? {
+            ControlOutcome::Registered { replaced, generation } => (replaced, generation),
+            ControlOutcome::Refused(why) => return Err(ApiError::new(Code::Refused, why)),
+            // Applied, but from a snapshot: the record is there, the details are not.
+            _ => {
+                let view = shard.front.control.registry();
+                (false, view.worker(&id).map_or(0, |worker| worker.record.generation))
+            }
+        };
+    let interval_ms = heartbeats.then(|| shard.front.config.nodes.heartbeat_interval.as_millis() as u64);
+    Ok(RegisteredReply { id, replaced, generation, interval_ms })
 }
 
 /// A live worker's identity stays where it is; an operator may move it.
@@ -174,5 +150,52 @@ fn fill_in(spec: &mut WorkerSpec, facts: EngineFacts, engine_given: bool) {
     spec.capacity_blocks = spec.capacity_blocks.or(facts.capacity_blocks);
     if let (Some(engine), false) = (facts.engine, engine_given) {
         spec.engine = engine;
+    }
+}
+
+/// Pause between attempts to register a configured worker.
+const CONFIGURED_PAUSE: Duration = Duration::from_secs(1);
+
+/// Registers the workers of the configuration file, however long that takes: until there is a
+/// quorum, and, for those whose models are not given, until they answer.
+pub async fn keep_configured_workers(
+    front: Arc<Front>,
+    workers: Vec<RegisterRequest>,
+    shutdown: CancellationToken,
+) {
+    let shard = Shard::new(front);
+    let all = stream::iter(workers).for_each_concurrent(CONFIGURED_AT_ONCE, |request| {
+        let shard = &shard;
+        async move { register_configured(shard, request).await }
+    });
+    tokio::select! {
+        () = all => {}
+        () = shutdown.cancelled() => {}
+    }
+}
+
+/// Configured workers registered at once.
+const CONFIGURED_AT_ONCE: usize = 16;
+
+async fn register_configured(shard: &Shard, request: RegisterRequest) {
+    let mut said = String::new();
+    loop {
+        let mut result = register(shard, request.clone(), WorkerSource::Config).await;
+        let is_away = matches!(&result, Err(error) if error.code == Code::ProbeFailed);
+        if is_away && !request.models.is_empty() {
+            // What it serves is known; that it is away shows in its health.
+            let unasked = RegisterRequest { probe: Some(false), ..request.clone() };
+            result = register(shard, unasked, WorkerSource::Config).await;
+        }
+        match result {
+            Ok(_) => return,
+            Err(error) => {
+                if said != error.message {
+                    tracing::warn!(url = request.url, why = error.message, "configured worker is not registered yet");
+                    said = error.message;
+                }
+            }
+        }
+        tokio::time::sleep(CONFIGURED_PAUSE).await;
     }
 }

@@ -3,11 +3,10 @@
 use std::sync::atomic::Ordering;
 
 use super::front::Front;
-use super::types::{RecentError, StatusReply, WorkerStatus};
+use crate::admin_types::{RecentError, StatusReply, WorkerStatus};
 use crate::routing::view::WorkerView;
 
-/// One worker for people and tools. `last_heard_ms_ago` is not given: cluster time is not in
-/// the view.
+/// One worker for people and tools.
 pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
     let record = &worker.record;
     let load = worker.live.load();
@@ -16,7 +15,7 @@ pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
         url: record.spec.url.clone(),
         engine: record.spec.engine,
         role: record.spec.role,
-        models: record.spec.models.clone(),
+        models: record.spec.models.iter().map(|m| m.name.clone()).collect(),
         online: record.online,
         drain: record.drain,
         source: record.spec.source,
@@ -29,7 +28,6 @@ pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
         weight: record.spec.weight,
         block_size: record.spec.block_size,
         capacity_blocks: record.spec.capacity_blocks,
-        last_heard_ms_ago: None,
     }
 }
 
@@ -41,6 +39,7 @@ pub(super) fn status(front: &Front) -> StatusReply {
         workers: front.control.registry().workers.iter().map(|worker| worker_status(worker)).collect(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         uptime_s: front.started.elapsed().as_secs(),
+        requests_total: front.metrics.requests_taken(),
         recent_errors: errors.into_iter().map(|(at_ms_ago, what)| RecentError { at_ms_ago, what }).collect(),
     }
 }

@@ -1,0 +1,69 @@
+//! The cluster for a replica that takes no part in it: says why, to everybody who asks.
+
+use std::sync::Arc;
+
+use super::api::{Answer, ClusterError, ClusterStatus, ControlPlane, MemberOp};
+use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::routing::book::Bookings;
+use crate::routing::view::RegistryView;
+use crate::state::command::{ControlCommand, ControlOutcome};
+
+/// See the module.
+pub struct DownPlane {
+    name: String,
+    why: String,
+    bookings: Bookings,
+}
+
+impl DownPlane {
+    /// For the replica of this name, with the reason and the remedy.
+    pub fn new(name: &str, why: String) -> Self {
+        Self { name: name.to_owned(), why, bookings: Bookings::new(|| {}) }
+    }
+
+    fn refuse<T: Send + 'static>(&self) -> Answer<T> {
+        let why = self.why.clone();
+        Box::pin(async move { Err(ClusterError::Down(why)) })
+    }
+}
+
+impl ControlPlane for DownPlane {
+    fn propose(&self, _: ControlCommand) -> Answer<ControlOutcome> {
+        self.refuse()
+    }
+
+    fn read_barrier(&self, _: Group) -> Answer<()> {
+        self.refuse()
+    }
+
+    fn heartbeat(&self, _: &WorkerId) -> bool {
+        false
+    }
+
+    fn probed(&self, _: &WorkerId, _: bool) {}
+
+    fn registry(&self) -> Arc<RegistryView> {
+        Arc::default()
+    }
+
+    fn bookings(&self) -> &Bookings {
+        &self.bookings
+    }
+
+    fn member(&self, _: MemberOp) -> Answer<String> {
+        self.refuse()
+    }
+
+    fn status(&self) -> ClusterStatus {
+        ClusterStatus {
+            cluster_id: String::new(),
+            me: ReplicaId::default(),
+            name: self.name.clone(),
+            incarnation: Incarnation::default(),
+            quorum: false,
+            down: Some(self.why.clone()),
+            groups: Vec::new(),
+            members: Vec::new(),
+        }
+    }
+}
