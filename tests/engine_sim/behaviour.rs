@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::support::{call, get, post, quick, request_bytes, start};
 use everline::engines::sim::kv::KvEvent;
+use everline::engines::sim::run;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -268,4 +269,26 @@ async fn two_thousand_streams_at_once_finish() {
         let tokens: usize = stream.await.unwrap();
         assert_eq!(tokens, 30);
     }
+}
+
+#[tokio::test]
+async fn run_reports_its_address_ends_on_shutdown_and_says_why_it_cannot_listen() {
+    let (ready, address) = tokio::sync::oneshot::channel();
+    let (shutdown, ended) = tokio::sync::oneshot::channel::<()>();
+    let running = tokio::spawn(run(
+        quick(),
+        async {
+            let _ = ended.await;
+        },
+        |address| ready.send(address).unwrap(),
+    ));
+    let address = address.await.unwrap();
+    assert_eq!(get(address, "/health").await.status(), 200);
+    let mut taken = quick();
+    taken.listen = address;
+    let error = run(taken, async {}, |_| {}).await.unwrap_err();
+    assert!(error.to_string().contains("cannot listen on"), "{error:#}");
+    shutdown.send(()).unwrap();
+    running.await.unwrap().unwrap();
+    assert!(TcpStream::connect(address).await.is_err());
 }

@@ -1,7 +1,7 @@
 //! The engine task: takes requests in, steps the scheduler at the pace of the timing model.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -61,6 +61,7 @@ pub struct Engine {
     /// Bound: the queue limit for submissions; the rest are operator's commands.
     inbox: Mutex<Vec<Command>>,
     wake: Notify,
+    closed: AtomicBool,
     cancellations: Arc<AtomicU64>,
     kv_events: broadcast::Sender<Arc<KvEventBatch>>,
 }
@@ -75,6 +76,7 @@ impl Engine {
             faults: Faults::default(),
             inbox: Mutex::default(),
             wake: Notify::new(),
+            closed: AtomicBool::new(false),
             cancellations: Arc::default(),
             kv_events: broadcast::channel(KV_EVENT_BACKLOG).0,
         })
@@ -112,6 +114,12 @@ impl Engine {
     pub fn cancel(&self, outbox: &Outbox) {
         outbox.cancel();
         self.wake.notify_one();
+    }
+
+    /// Ends everything with `finish_reason` `abort`, and whatever still comes as well.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.abort_all();
     }
 
     /// Ends everything with `finish_reason` `abort`.
@@ -228,6 +236,9 @@ impl Engine {
                 }
                 Command::WakeReaders => scheduler.wake_readers(),
             }
+        }
+        if self.closed.load(Ordering::Acquire) && !scheduler.is_empty() {
+            scheduler.abort(|_| true);
         }
     }
 

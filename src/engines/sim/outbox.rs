@@ -157,3 +157,38 @@ impl Outbox {
         self.cancelled.load(Ordering::Acquire)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(outbox: &Outbox) -> Option<Delta> {
+        match outbox.poll_next(&mut Context::from_waker(std::task::Waker::noop())) {
+            Poll::Ready(Output::Delta(delta)) => Some(delta),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn unread_tokens_are_merged_choice_by_choice() {
+        for (merge, expected) in [(true, vec![vec![1, 3], vec![2]]), (false, vec![vec![1], vec![2], vec![3]])]
+        {
+            let outbox = Outbox::new(merge, Arc::default());
+            outbox.push(0, "a", Some(1), None, 0, 0);
+            outbox.push(1, "b", Some(2), None, 0, 0);
+            outbox.push(0, "c", Some(3), Some((FinishReason::Length, None)), 0, 0);
+            let read: Vec<_> = std::iter::from_fn(|| read(&outbox)).map(|delta| delta.token_ids).collect();
+            assert_eq!(read, expected);
+        }
+    }
+
+    #[test]
+    fn what_was_written_before_the_engine_died_is_read_first() {
+        let outbox = Outbox::new(true, Arc::default());
+        outbox.push(0, "a", Some(1), None, 0, 0);
+        outbox.fail();
+        assert_eq!(read(&outbox).map(|delta| delta.text), Some("a".into()));
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        assert!(matches!(outbox.poll_next(&mut context), Poll::Ready(Output::EngineDead)));
+    }
+}

@@ -367,3 +367,89 @@ fn log(stats: &Stats, sequence: &Sequence, finish_reason: &'static str) {
         finish_reason,
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::kv::KvEvent;
+    use super::*;
+
+    fn scheduler(blocks: u32, max_running: u32) -> Scheduler {
+        Scheduler::new(blocks, 4, max_running, 8, Arc::default())
+    }
+
+    fn sequence(id: &str, prompt: Vec<u32>, max_tokens: usize) -> Submission {
+        Submission {
+            id: id.into(),
+            prompt: prompt.into(),
+            choice: 0,
+            outbox: Arc::new(Outbox::new(true, Arc::default())),
+            namespace: Namespace::default(),
+            text: TextState::new(0, 0, 0),
+            rules: StopRules {
+                max_tokens,
+                min_tokens: 0,
+                stop: Vec::new().into(),
+                stop_token_ids: Vec::new().into(),
+                include_stop: false,
+                ignore_eos: false,
+                skip_special: true,
+            },
+        }
+    }
+
+    fn step(scheduler: &mut Scheduler) -> Option<Plan> {
+        let plan = scheduler.plan(Duration::ZERO);
+        scheduler.complete(Duration::ZERO);
+        plan
+    }
+
+    #[test]
+    fn a_long_prompt_is_computed_in_chunks_beside_the_others() {
+        let mut scheduler = scheduler(100, 10);
+        scheduler.submit(sequence("short", vec![5], 9), Duration::ZERO);
+        scheduler.submit(sequence("long", (0..20).collect(), 9), Duration::ZERO);
+        let prefill: Vec<usize> = (0..4).map(|_| step(&mut scheduler).unwrap().prefill_tokens).collect();
+        // One token of every later step goes to the short one's decoding.
+        assert_eq!(prefill, [1 + 7, 7, 6, 0]);
+    }
+
+    #[test]
+    fn slots_are_given_in_the_order_of_arrival() {
+        let mut scheduler = scheduler(100, 1);
+        for id in ["a", "b", "c"] {
+            scheduler.submit(sequence(id, vec![1, 2], 1), Duration::ZERO);
+        }
+        while step(&mut scheduler).is_some() {}
+        let order: Vec<_> = scheduler.stats.log_entries().into_iter().map(|entry| entry.id).collect();
+        assert_eq!(order, ["a", "b", "c"]);
+        assert_eq!(scheduler.kv().usage(), 0.0);
+    }
+
+    #[test]
+    fn decode_blocks_are_announced_once_their_last_id_is_computed() {
+        let mut scheduler = scheduler(100, 1);
+        scheduler.submit(sequence("a", vec![1, 2, 3, 4, 5], 6), Duration::ZERO);
+        let mut stored = Vec::new();
+        while let Some(_plan) = step(&mut scheduler) {
+            let hashes = scheduler.kv().take_events().into_iter().map(|event| match event {
+                KvEvent::Stored { token_ids, .. } => token_ids.len(),
+                _ => 0,
+            });
+            stored.push(hashes.sum::<usize>());
+        }
+        // Prompt block at once; the second is full when its third output id is fed back in.
+        assert_eq!(stored, [4, 0, 0, 4, 0, 0]);
+    }
+
+    #[test]
+    fn an_abort_ends_with_its_reason_and_frees_the_blocks() {
+        let mut scheduler = scheduler(100, 1);
+        scheduler.submit(sequence("a", vec![1, 2, 3], 50), Duration::ZERO);
+        scheduler.submit(sequence("b", vec![1, 2, 3], 50), Duration::ZERO);
+        step(&mut scheduler);
+        scheduler.abort(|id| id == "a");
+        assert_eq!(scheduler.len(), 1);
+        assert_eq!(scheduler.kv().usage(), 0.0);
+        assert_eq!(scheduler.stats.log_entries()[0].finish_reason, "abort");
+    }
+}

@@ -86,7 +86,7 @@ impl Simulator {
     pub async fn stop(self) {
         self.closing.cancel();
         match self.engine.args.shutdown {
-            ShutdownMode::Abort => self.engine.abort_all(),
+            ShutdownMode::Abort => self.engine.close(),
             ShutdownMode::Drain => {}
             ShutdownMode::Drop => self.cut.cancel(),
         }
