@@ -77,7 +77,8 @@ pub struct Balancer {
 impl Balancer {
     /// A balancer that is not running yet.
     pub fn new(settings: Settings) -> Self {
-        let backends = settings.backends.iter().map(|&address| Backend { address, up: AtomicBool::new(true) });
+        let backends =
+            settings.backends.iter().map(|&address| Backend { address, up: AtomicBool::new(true) });
         let shared = Shared {
             backends: backends.collect(),
             turn: AtomicUsize::new(0),

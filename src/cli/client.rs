@@ -74,7 +74,9 @@ impl Client {
         }
         serde_json::from_slice(&bytes).map_err(|e| {
             let url = format!("{}{path}", self.base);
-            Failure::Failed(format!("{url} answered something else than expected ({e}); is it an Everline admin address?"))
+            Failure::Failed(format!(
+                "{url} answered something else than expected ({e}); is it an Everline admin address?"
+            ))
         })
     }
 
@@ -119,7 +121,9 @@ impl Client {
     fn refusal(&self, method: &Method, path: &str, status: StatusCode, body: &[u8]) -> String {
         match serde_json::from_slice::<ErrorReply>(body) {
             Ok(reply) => reply.error.message,
-            Err(_) => format!("{method} {}{path} answered {status}; is it an Everline admin address?", self.base),
+            Err(_) => {
+                format!("{method} {}{path} answered {status}; is it an Everline admin address?", self.base)
+            }
         }
     }
 }

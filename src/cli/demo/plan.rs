@@ -1,0 +1,283 @@
+//! Where everything of a demo is: ports, folders, command lines and the state file.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+use toml::{Table, Value};
+
+use super::super::output::Failure;
+use super::child::{Children, Recipe};
+
+/// The model that the engines pretend to serve.
+pub(super) const MODEL: &str = "everline-demo";
+/// The balancer's name among the children.
+pub(super) const BALANCER: &str = "balancer";
+
+/// A replica's addresses and files.
+#[derive(Debug)]
+pub(super) struct Replica {
+    pub(super) name: String,
+    pub(super) http: SocketAddr,
+    pub(super) admin: SocketAddr,
+    pub(super) peer: SocketAddr,
+    pub(super) config: PathBuf,
+    pub(super) data_dir: PathBuf,
+}
+
+impl Replica {
+    pub(super) fn admin_url(&self) -> String {
+        format!("http://{}", self.admin)
+    }
+}
+
+/// An engine's address.
+#[derive(Debug)]
+pub(super) struct Engine {
+    pub(super) name: String,
+    pub(super) address: SocketAddr,
+}
+
+/// Everything but the processes.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub(super) exe: PathBuf,
+    pub(super) folder: PathBuf,
+    pub(super) balancer: SocketAddr,
+    pub(super) replicas: Vec<Replica>,
+    pub(super) engines: Vec<Engine>,
+}
+
+/// A layout whose ports are still held, so that no two are the same.
+pub(super) struct Plan {
+    layout: Layout,
+    held: Vec<TcpListener>,
+}
+
+impl std::ops::Deref for Plan {
+    type Target = Layout;
+
+    fn deref(&self) -> &Layout {
+        &self.layout
+    }
+}
+
+impl Plan {
+    /// Chooses ports and makes the folder.
+    pub(super) fn new(replicas: u8, engines: u8, port: u16, folder: Option<&Path>) -> Result<Self, Failure> {
+        let exe = std::env::current_exe()?;
+        let mut held = Vec::new();
+        let mut hold = |port: u16| -> Result<SocketAddr, Failure> {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|e| {
+                Failure::Usage(format!(
+                    "cannot listen on 127.0.0.1:{port}: {e}; choose another port with --port, or a free one with --port 0"
+                ))
+            })?;
+            let address = listener.local_addr()?;
+            held.push(listener);
+            Ok(address)
+        };
+        let balancer = hold(port)?;
+        let mut layout =
+            Layout { exe, folder: PathBuf::new(), balancer, replicas: Vec::new(), engines: Vec::new() };
+        for n in 1..=engines {
+            layout.engines.push(Engine { name: format!("e{n}"), address: hold(0)? });
+        }
+        for n in 1..=replicas {
+            layout.replicas.push(Replica {
+                name: format!("r{n}"),
+                http: hold(0)?,
+                admin: hold(0)?,
+                peer: hold(0)?,
+                config: PathBuf::new(),
+                data_dir: PathBuf::new(),
+            });
+        }
+        layout.folder = make_folder(folder)?;
+        for replica in &mut layout.replicas {
+            replica.config = layout.folder.join(format!("{}.toml", replica.name));
+            replica.data_dir = layout.folder.join(&replica.name);
+        }
+        Ok(Self { layout, held })
+    }
+
+    /// Writes the replicas' configuration and starts everything.
+    pub(super) fn start(self, children: &mut Children) -> Result<Layout, Failure> {
+        let Self { layout, held } = self;
+        children.folder = Some(layout.folder.clone());
+        for replica in &layout.replicas {
+            fs::write(&replica.config, layout.config(replica))?;
+        }
+        drop(held);
+        for engine in &layout.engines {
+            let args =
+                ["engine-sim", "--listen", &engine.address.to_string(), "--model", MODEL].map(str::to_owned);
+            children.start(&engine.name, layout.recipe(&engine.name, args.into()))?;
+        }
+        for replica in &layout.replicas {
+            let args = ["serve".to_owned(), "--config".to_owned(), replica.config.display().to_string()];
+            children.start(&replica.name, layout.recipe(&replica.name, args.into()))?;
+        }
+        let mut args = vec![BALANCER.to_owned(), "--listen".to_owned(), layout.balancer.to_string()];
+        for replica in &layout.replicas {
+            args.extend(["--backend".to_owned(), replica.http.to_string()]);
+        }
+        children.start(BALANCER, layout.recipe(BALANCER, args))?;
+        Ok(layout)
+    }
+}
+
+impl Layout {
+    fn recipe(&self, name: &str, args: Vec<String>) -> Recipe {
+        Recipe { exe: self.exe.clone(), args, log: self.log(name) }
+    }
+
+    /// Where a child's output goes.
+    pub(super) fn log(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("{name}.log"))
+    }
+
+    /// The command that starts a replica by hand.
+    pub(super) fn restart_command(&self, replica: &Replica) -> String {
+        format!("{} serve --config {}", shown(&self.exe), shown(&replica.config))
+    }
+
+    fn config(&self, me: &Replica) -> String {
+        let text = |text: &str| Value::String(text.to_owned());
+        let listen = |address: SocketAddr| {
+            Value::Table(Table::from_iter([("listen".to_owned(), text(&address.to_string()))]))
+        };
+        let peers: Vec<Value> =
+            self.replicas.iter().map(|r| text(&format!("{}={}", r.name, r.peer))).collect();
+        let workers: Vec<Value> = self
+            .engines
+            .iter()
+            .map(|engine| {
+                Value::Table(Table::from_iter([
+                    ("id".to_owned(), text(&engine.name)),
+                    ("url".to_owned(), text(&format!("http://{}", engine.address))),
+                    ("models".to_owned(), Value::Array(vec![text(MODEL)])),
+                ]))
+            })
+            .collect();
+        let mut http = Table::from_iter([("listen".to_owned(), text(&me.http.to_string()))]);
+        http.insert("shutdown_grace_ms".to_owned(), Value::Integer(2_000));
+        let replica = Table::from_iter([
+            ("name".to_owned(), text(&me.name)),
+            ("data_dir".to_owned(), text(&me.data_dir.to_string_lossy())),
+        ]);
+        let cluster = Table::from_iter([("peers".to_owned(), Value::Array(peers))]);
+        let log = Table::from_iter([("format".to_owned(), text("pretty"))]);
+        Table::from_iter([
+            ("replica".to_owned(), Value::Table(replica)),
+            ("http".to_owned(), Value::Table(http)),
+            ("admin".to_owned(), listen(me.admin)),
+            ("peer".to_owned(), listen(me.peer)),
+            ("cluster".to_owned(), Value::Table(cluster)),
+            ("log".to_owned(), Value::Table(log)),
+            ("worker".to_owned(), Value::Array(workers)),
+        ])
+        .to_string()
+    }
+}
+
+/// A path as it can be pasted into a shell.
+pub(super) fn shown(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+".contains(c));
+    if plain { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+fn make_folder(wanted: Option<&Path>) -> Result<PathBuf, Failure> {
+    let folder = match wanted {
+        Some(folder) => folder.to_owned(),
+        None => {
+            let name = format!("everline-demo-{}-{:08x}", std::process::id(), rand::random::<u32>());
+            crate::config::temporary_folder().join(name)
+        }
+    };
+    let shown = folder.display();
+    fs::create_dir_all(&folder).map_err(|e| Failure::Failed(format!("cannot make {shown}: {e}")))?;
+    if fs::read_dir(&folder)?.next().is_some() {
+        return Err(Failure::Usage(format!(
+            "{shown} is not empty; a demo starts from nothing, so name a new folder with --data-dir"
+        )));
+    }
+    Ok(fs::canonicalize(&folder)?)
+}
+
+/// Writes addresses and process ids as JSON, whole or not at all.
+pub(super) fn write_state(path: &Path, layout: &Layout, children: &Children) -> Result<(), Failure> {
+    let replicas = layout.replicas.iter().map(|replica| {
+        json!({
+            "id": replica.name, "http": format!("http://{}", replica.http), "admin": replica.admin_url(),
+            "peer": replica.peer, "pid": children.pid(&replica.name), "data_dir": replica.data_dir,
+            "config": replica.config, "log": layout.log(&replica.name),
+        })
+    });
+    let engines = layout.engines.iter().map(|engine| {
+        json!({
+            "id": engine.name, "url": format!("http://{}", engine.address), "pid": children.pid(&engine.name),
+            "log": layout.log(&engine.name),
+        })
+    });
+    let state = json!({
+        "balancer": {
+            "address": layout.balancer, "url": format!("http://{}", layout.balancer),
+            "pid": children.pid(BALANCER), "log": layout.log(BALANCER),
+        },
+        "replicas": replicas.collect::<Vec<_>>(),
+        "engines": engines.collect::<Vec<_>>(),
+        "model": MODEL,
+        "data_dir": layout.folder,
+    });
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let written = fs::write(&temporary, format!("{state:#}\n")).and_then(|()| fs::rename(&temporary, path));
+    written.map_err(|e| Failure::Failed(format!("cannot write {}: {e}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn every_replica_gets_a_valid_configuration_and_ports_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = Plan::new(3, 2, 0, Some(folder.path())).unwrap();
+        let mut ports = BTreeSet::from([plan.balancer]);
+        for replica in &plan.replicas {
+            fs::write(&replica.config, plan.config(replica)).unwrap();
+            let config = Config::load(Some(&replica.config), &mut std::iter::empty(), &[]).unwrap().config;
+            assert_eq!((config.cluster.peers.len(), config.worker.len()), (3, 2));
+            assert_eq!(config.peer_address(), replica.peer.to_string());
+            ports.extend([replica.http, replica.admin, replica.peer]);
+        }
+        assert_eq!(ports.len(), 10);
+    }
+
+    #[test]
+    fn a_port_in_use_is_explained() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let failure = Plan::new(1, 1, port, None).err();
+        assert!(matches!(failure, Some(Failure::Usage(text)) if text.contains("--port 0")));
+    }
+
+    #[test]
+    fn a_folder_with_something_in_it_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("x"), "").unwrap();
+        assert!(matches!(Plan::new(1, 1, 0, Some(folder.path())), Err(Failure::Usage(_))));
+    }
+
+    #[test]
+    fn paths_survive_a_shell() {
+        assert_eq!(shown(Path::new("/a/b.toml")), "/a/b.toml");
+        assert_eq!(shown(Path::new("/a b/c'd")), r"'/a b/c'\''d'");
+    }
+}

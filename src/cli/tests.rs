@@ -1,0 +1,70 @@
+//! The command line as clap sees it.
+
+use clap::CommandFactory as _;
+
+use super::*;
+
+fn parse(line: &str) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(std::iter::once("everline").chain(line.split_whitespace()))
+}
+
+#[test]
+fn the_definition_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn documented_lines_are_accepted() {
+    for line in [
+        "serve",
+        "serve --config x.toml --name r1 --data-dir d --http 127.0.0.1:1 --admin 127.0.0.1:2 --peer 127.0.0.1:3",
+        "serve --peers a=h:1,b=h:2 --node-token-file t --set a.b=c --set d.e=f --log-format json --log-filter debug",
+        "serve --join h:1 --exit-with-parent",
+        "demo --replicas 5 --engines 2 --port 0 --state-file s.json --run-for 10 --data-dir d --restart",
+        "engine-sim --listen 127.0.0.1:0",
+        "balancer --listen 127.0.0.1:0 --backend 127.0.0.1:1 --backend 127.0.0.1:2 --check-interval-ms 100",
+        "status --server http://h:1 --json --watch",
+        "worker add http://h:1 --id w --engine sglang --model a --model b --role prefill --dp-ranks 2",
+        "worker add http://h:1 --block-size 16 --capacity-blocks 9 --label k=v --weight 5 --no-probe",
+        "worker remove w",
+        "worker drain w",
+        "worker undrain w",
+        "worker list --json",
+        "worker show w",
+        "member list",
+        "member add h:1",
+        "member remove r1",
+        "member promote r1",
+        "member transfer-leader",
+        "member repair --data-dir d --yes",
+        "config print --json --origins --set a.b=c",
+        "config check --config x.toml",
+        "config default",
+        "completions zsh",
+    ] {
+        parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+    }
+}
+
+#[test]
+fn wrong_lines_are_refused() {
+    for line in
+        ["", "serv", "worker add", "worker add http://h:1 --engine tgi", "balancer", "completions cmd"]
+    {
+        assert!(parse(line).is_err(), "{line}");
+    }
+}
+
+#[test]
+fn every_subcommand_and_flag_has_a_help_text() {
+    fn check(command: &clap::Command) {
+        assert!(command.get_about().is_some(), "{}", command.get_name());
+        for arg in command.get_arguments() {
+            assert!(arg.get_help().is_some(), "{} {}", command.get_name(), arg.get_id());
+        }
+        command.get_subcommands().for_each(check);
+    }
+    let mut command = Cli::command();
+    command.build();
+    check(&command);
+}
