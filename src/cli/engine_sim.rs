@@ -1,23 +1,34 @@
 //! `everline engine-sim`
 
-use std::net::SocketAddr;
-
 use super::output::{Failure, Out};
+use super::parent;
+use crate::engines::sim::{EngineSimArgs, run};
 
 /// Run a simulated engine that speaks like vLLM
+///
+/// It answers vLLM's routes with vLLM's bytes; its text is a pure function of the prompt, so that
+/// every stream can be checked. It says on standard output where it listens.
+///
+/// Examples:
+///   everline engine-sim --listen 127.0.0.1:8000 --model my-model
+///   everline engine-sim --instant                    no delays at all
+///   everline worker add http://127.0.0.1:8000        let a replica route to it
 #[derive(clap::Args, Debug)]
+#[command(verbatim_doc_comment)]
 pub(crate) struct Args {
-    /// Address to listen on; port 0 takes a free one
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
-    listen: SocketAddr,
-    /// Model it pretends to serve
-    #[arg(long, default_value = "everline-demo")]
-    model: String,
+    #[command(flatten)]
+    engine: EngineSimArgs,
 }
 
 impl Args {
-    pub(crate) fn run(self, _out: &mut Out) -> Result<(), Failure> {
-        let Self { listen, model } = self;
-        Err(Failure::Failed(format!("the simulated engine ({model} at {listen}) is not wired yet")))
+    pub(crate) fn run(self, out: &mut Out) -> Result<(), Failure> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        runtime.block_on(async {
+            let stop = parent::stop_signal()?;
+            let mut said = Ok(());
+            let announce = |address| said = out.line(format!("engine-sim listening on http://{address}"));
+            run(self.engine, stop, announce).await?;
+            said
+        })
     }
 }
