@@ -98,6 +98,8 @@ pub struct RegisteredReply {
     pub replaced: bool,
     /// Counts registrations of this id.
     pub generation: u64,
+    /// The same as a sentence.
+    pub message: String,
     /// How often it should heartbeat, milliseconds; only for `POST /v1/nodes`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interval_ms: Option<u64>,

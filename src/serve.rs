@@ -23,7 +23,8 @@ use crate::cluster::proposer::Batching;
 use crate::config::{Config, Loaded, LogConfig, LogFormat};
 use crate::http::{
     Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, Metrics, NodeOptions,
-    PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin, serve_client,
+    PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
+    serve_client,
 };
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
@@ -40,7 +41,10 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let admin = listen("admin", config.admin.listen)?;
     let peer = listen("peer", config.peer.listen)?;
 
-    let (cluster, plane): (Option<Cluster>, Arc<dyn ControlPlane>) = match Cluster::start(node_config(&config), peer) {
+    let (cluster, plane): (Option<Cluster>, Arc<dyn ControlPlane>) = match Cluster::start(
+        node_config(&config),
+        peer,
+    ) {
         Ok(cluster) => {
             let plane = cluster.control_plane();
             (Some(cluster), plane)

@@ -1,7 +1,8 @@
 //! `everline engine-sim`
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use super::output::{Failure, Out};
-use super::parent;
 use crate::engines::sim::{EngineSimArgs, run};
 
 /// Run a simulated engine that speaks like vLLM
@@ -24,9 +25,16 @@ impl Args {
     pub(crate) fn run(self, out: &mut Out) -> Result<(), Failure> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         runtime.block_on(async {
-            let stop = parent::stop_signal()?;
+            let (mut terminate, mut interrupt) =
+                (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+            let stop = async move {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            };
             let mut said = Ok(());
-            let announce = |address| said = out.line(format!("engine-sim listening on http://{address}"));
+            let announce = |address| said = out.line(&format!("engine-sim listening on http://{address}"));
             run(self.engine, stop, announce).await?;
             said
         })

@@ -5,7 +5,6 @@ use http::Method;
 use super::client::{Client, Server, block_on, segment};
 use super::output::{Failure, Out};
 use super::status::{state, workers_table};
-use super::table::duration;
 use crate::admin_types::{
     DrainRequest, MessageReply, ModelEntry, RegisterRequest, WorkerStatus, WorkersReply,
 };
@@ -116,6 +115,7 @@ impl Add {
             capacity_blocks: self.capacity_blocks,
             labels: self.labels.iter().cloned().collect(),
             weight: self.weight,
+            heartbeat: None,
             probe: self.no_probe.then_some(false),
         }
     }
@@ -191,7 +191,6 @@ fn page(worker: &WorkerStatus) -> String {
         ("weight", worker.weight.to_string()),
         ("source", format!("{:?}", worker.source).to_lowercase()),
         ("liveness", format!("{:?}", worker.liveness).to_lowercase()),
-        ("last heard", format!("{} ago", duration(worker.last_heard_ms_ago))),
         ("generation", worker.generation.to_string()),
     ];
     lines.iter().map(|(name, value)| format!("{name:<15} {value}\n")).collect()

@@ -111,7 +111,10 @@ async fn drain_worker(
     match shard.front.control.propose(command).await? {
         ControlOutcome::UnknownWorker => Err(not_found(&id)),
         ControlOutcome::Refused(why) => Err(ApiError::new(Code::Refused, why)),
-        _ => Ok(Json(json!({"id": id, "drain": drain}))),
+        _ => {
+            let now = if drain { "gets no new requests" } else { "gets requests again" };
+            Ok(Json(json!({"id": id, "drain": drain, "message": format!("worker {id} {now}")})))
+        }
     }
 }
 

@@ -84,7 +84,10 @@ pub(super) async fn remove(
     match shard.front.control.propose(command).await? {
         ControlOutcome::UnknownWorker => Err(not_found(&id)),
         ControlOutcome::Refused(why) => Err(ApiError::new(Code::Refused, why)),
-        _ => Ok(Json(json!({"id": id, "removed": true}))),
+        _ => {
+            let message = format!("worker {id} is removed");
+            Ok(Json(json!({"id": id, "removed": true, "message": message})))
+        }
     }
 }
 

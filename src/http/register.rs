@@ -14,8 +14,8 @@ use super::body::{BodyLimits, collect};
 use super::errors::{ApiError, Code};
 use super::fetch;
 use super::front::{Front, Shard};
-use crate::admin_types::{RegisterRequest, RegisteredReply};
 use super::upstream::port_of;
+use crate::admin_types::{RegisterRequest, RegisteredReply};
 use crate::engines::probe::{EngineFacts, parse_metrics, parse_models};
 use crate::ids::Group;
 use crate::routing::view::WorkerView;
@@ -79,7 +79,9 @@ pub(super) async fn register(
             }
         };
     let interval_ms = heartbeats.then(|| shard.front.config.nodes.heartbeat_interval.as_millis() as u64);
-    Ok(RegisteredReply { id, replaced, generation, interval_ms })
+    let verb = if replaced { "registered again" } else { "registered" };
+    let message = format!("worker {id} is {verb}");
+    Ok(RegisteredReply { id, replaced, generation, message, interval_ms })
 }
 
 /// A live worker's identity stays where it is; an operator may move it.
@@ -191,8 +193,12 @@ async fn register_configured(shard: &Shard, request: RegisterRequest) {
             Ok(_) => return,
             Err(error) => {
                 if said != error.message {
-                    tracing::warn!(url = request.url, why = error.message, "configured worker is not registered yet");
-                    said = error.message;
+                    tracing::warn!(
+                        url = request.url,
+                        why = %error.message,
+                        "configured worker is not registered yet"
+                    );
+                    said = error.message.into_owned();
                 }
             }
         }
