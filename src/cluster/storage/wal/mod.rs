@@ -14,7 +14,6 @@ mod shared;
 mod tests;
 mod writer;
 
-use std::any::Any;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -65,7 +64,6 @@ pub struct Wal {
     found: Option<WatermarkState>,
     thread: Option<JoinHandle<()>>,
     writer: ThreadId,
-    _lock: Box<dyn Any + Send + Sync>,
 }
 
 impl Wal {
@@ -156,6 +154,7 @@ impl Wal {
             watermark,
             mark,
             cache_bytes: options.cache_bytes,
+            _lock: lock,
         };
         let thread = std::thread::Builder::new()
             .name("wal-writer".into())
@@ -169,7 +168,6 @@ impl Wal {
             found,
             writer: thread.thread().id(),
             thread: Some(thread),
-            _lock: lock,
         };
         Ok((wal, recovered))
     }
@@ -352,6 +350,7 @@ impl Wal {
     }
 
     /// Bytes of the group's segments on disk, without the one prepared ahead and the spares.
+    /// Segments of an earlier, other `segment_bytes` are counted with today's.
     pub fn bytes(&self, group: Group) -> u64 {
         let segments = self.shared.core.lock().groups[group.index()].files.len();
         segments as u64 * self.options.segment_bytes
@@ -436,7 +435,7 @@ impl Drop for Wal {
 impl GroupMemory {
     /// Nothing was ever appended or purged: the first index is the caller's choice of 0 or 1.
     fn pristine(&self) -> bool {
-        self.purged.is_none() && self.entries.next() <= 1 && self.entries.first().is_none()
+        self.purged.is_none() && self.entries.next() == 0
     }
 }
 
