@@ -103,6 +103,9 @@ pub struct CheckpointInfo {
     pub previous_index: Option<u64>,
 }
 
+/// Keys with their values.
+pub type Records = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// A checkpoint that was read; every byte passed its checksum.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Checkpoint {
@@ -111,7 +114,7 @@ pub struct Checkpoint {
     /// What was handed in with it.
     pub meta: Vec<u8>,
     /// The records, in the order they were written.
-    pub records: Vec<(Vec<u8>, Vec<u8>)>,
+    pub records: Records,
     /// Set if the newest checkpoint is damaged and this is the one before: what is wrong.
     pub fell_back: Option<String>,
 }
@@ -362,7 +365,7 @@ impl CheckpointStore {
     }
 
     /// All plain records of a group, in key order; an error if one is damaged, missing or new.
-    pub fn records(&self, group: Group) -> Result<Vec<(Vec<u8>, Vec<u8>)>, CheckpointError> {
+    pub fn records(&self, group: Group) -> Result<Records, CheckpointError> {
         let store = self.store.lock();
         let mut records = Vec::new();
         self.walk_keyed(&store, group, |key, value| records.push((key.to_vec(), value.to_vec())))?;

@@ -2,9 +2,7 @@
 
 use super::*;
 
-type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
-
-fn records(salt: u64) -> Pairs {
+fn records(salt: u64) -> Records {
     (0..40_u64)
         .map(|nth| {
             let length = (nth * 613 + salt * 97) % 9000;
@@ -92,7 +90,7 @@ fn plain_records_are_all_there_or_an_error() {
     let pair = |key: &str, value: &str| (key.as_bytes().to_vec(), Some(value.as_bytes().to_vec()));
     store.put(Group::Control, &[pair("a", "1"), pair("b", "2"), pair("a", "3")]).expect("puts");
     store.put(Group::Control, &[(b"b".to_vec(), None), pair("c", "4")]).expect("puts");
-    let expected: Pairs = vec![(b"a".to_vec(), b"3".to_vec()), (b"c".to_vec(), b"4".to_vec())];
+    let expected: Records = vec![(b"a".to_vec(), b"3".to_vec()), (b"c".to_vec(), b"4".to_vec())];
     assert_eq!(store.records(Group::Control).expect("reads"), expected);
     let large = [(b"d".to_vec(), Some(vec![0; 8000]))];
     assert!(matches!(store.put(Group::Control, &large), Err(CheckpointError::TooLarge { .. })));

@@ -47,6 +47,12 @@ struct Loaded {
     bytes: Bytes,
 }
 
+/// Head state, its frame, and the segment's capacity.
+type FirstFrame = (HeadState, frame::Frame, u64);
+
+/// Offset in the segment, and what is wrong there.
+type Unreadable = (u64, &'static str);
+
 /// One group's directory and what the watermark says of it.
 pub(super) struct Inspection<'a> {
     pub(super) store: &'a SegmentStore,
@@ -188,12 +194,7 @@ impl Inspection<'_> {
     }
 
     /// Header and head frame of a segment, or where and why there are none.
-    #[allow(clippy::type_complexity)]
-    fn head(
-        &self,
-        number: u64,
-        bytes: &Bytes,
-    ) -> Result<Result<(HeadState, frame::Frame, u64), (u64, &'static str)>, WalError> {
+    fn head(&self, number: u64, bytes: &Bytes) -> Result<Result<FirstFrame, Unreadable>, WalError> {
         let start = Position { segment: number, offset: SEGMENT_HEADER };
         let capacity = match self.check_header(number, bytes)? {
             Ok(capacity) => capacity,

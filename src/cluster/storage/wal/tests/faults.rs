@@ -41,13 +41,13 @@ fn run(driver: &mut Driver, dice: &mut Dice, steps: usize) {
             return;
         }
         // Waiting now and then makes batches of one and of many.
-        if dice.below(4) == 0 {
-            if let Some((_, waiting)) = driver.waiting[group.index()].last() {
-                let answer = waiting.recv().expect("every callback is called");
-                let (tx, again) = mpsc::channel();
-                tx.send(answer).expect("the receiver is here");
-                driver.waiting[group.index()].last_mut().expect("just seen").1 = again;
-            }
+        if dice.below(4) == 0
+            && let Some((_, waiting)) = driver.waiting[group.index()].last()
+        {
+            let answer = waiting.recv().expect("every callback is called");
+            let (tx, again) = mpsc::channel();
+            tx.send(answer).expect("the receiver is here");
+            driver.waiting[group.index()].last_mut().expect("just seen").1 = again;
         }
     }
 }

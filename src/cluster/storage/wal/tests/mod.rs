@@ -219,10 +219,10 @@ impl Driver {
     /// Waits for every callback; per group, the least history that must be found again.
     fn settle(&mut self) -> [usize; 2] {
         let mut vouched = [1, 1];
-        for group in 0..2 {
-            for (length, waiting) in self.waiting[group].drain(..) {
+        for (waiting, vouched) in self.waiting.iter_mut().zip(&mut vouched) {
+            for (length, waiting) in waiting.drain(..) {
                 if acknowledged(&waiting) {
-                    vouched[group] = length;
+                    *vouched = length;
                 }
             }
         }
