@@ -331,3 +331,33 @@ fn segments_are_recycled_and_what_they_held_never_comes_back() {
     let again = Driver::open(&disk).expect("opens");
     assert_eq!(again.models, driver.models);
 }
+
+#[test]
+fn what_lay_behind_a_torn_frame_never_comes_back() {
+    let disk = SimDisk::new(4);
+    let (wal, _) = open(&disk).expect("creates");
+    let (done, waiting) = done();
+    wal.sync_watermark(done).expect("accepted");
+    assert!(acknowledged(&waiting));
+    let watermark = disk.bytes_of(Path::new("/r/watermark")).expect("is there");
+    assert!(acknowledged(&append(&wal, Group::Control, 1..4, 0)));
+    drop(wal);
+    // As after a power cut that came before the sync: the first of three frames is torn, the
+    // two behind it are whole, and the watermark knows of none.
+    disk.damage(Path::new("/r/watermark"), |bytes| bytes.clone_from(&watermark));
+    let path = Path::new("/r/log/control-00000001.wal");
+    let bytes = disk.bytes_of(path).expect("is there");
+    let first = bytes.windows(4).position(|window| window == b"1/0/").expect("is there");
+    disk.flip(path, first as u64, 0);
+    let (wal, recovered) = open(&disk).expect("a torn tail is cut");
+    assert_eq!(recovered[0].last, None);
+    assert!(recovered[0].truncated_tail_bytes > 0);
+    // A frame of the same length takes the torn one's place.
+    let other = Bytes::from(vec![9; payload(1, 0).len()]);
+    let (done, waiting) = super::done();
+    wal.append(Group::Control, vec![(1, other)], done).expect("accepted");
+    assert!(acknowledged(&waiting));
+    drop(wal);
+    let (_, recovered) = open(&disk).expect("opens");
+    assert_eq!(recovered[0].last, Some(1));
+}
