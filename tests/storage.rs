@@ -247,6 +247,22 @@ fn power_cuts_lose_no_checkpoint() {
 }
 
 #[test]
+fn the_log_is_private_and_has_one_owner() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let wal = open_wal(dir.path()).expect("creates");
+    assert!(matches!(open_wal(dir.path()), Err(WalError::Locked { .. })));
+    let mode = |path: &str| {
+        let meta = dir.path().join(path).metadata().expect("is there");
+        meta.permissions().mode() & 0o777
+    };
+    assert_eq!((mode("replica"), mode("replica/log")), (0o700, 0o700));
+    assert_eq!((mode("replica/watermark"), mode("replica/log/control-00000001.wal")), (0o600, 0o600));
+    drop(wal);
+    open_wal(dir.path()).expect("opens once the first is closed");
+}
+
+#[test]
 #[ignore = "a measurement; run it alone, on a quiet machine"]
 fn time_of_a_synced_append() {
     let base = std::env::var_os("EVERLINE_TEST_DISK").map_or_else(std::env::temp_dir, PathBuf::from);

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use super::*;
 use crate::cluster::storage::disk::Disk;
 use crate::cluster::storage::sim_disk::SimDisk;
+use crate::cluster::storage::watermark::Watermark;
 
 const DIR: &str = "/r";
 
