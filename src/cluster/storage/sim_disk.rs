@@ -333,10 +333,11 @@ impl SimFile {
         let step = match state.step(kind) {
             Ok(step) => step,
             Err(error) => {
-                if kind == DiskOp::Sync && state.powered {
-                    if let Some(inode) = state.inodes.get_mut(&self.inode) {
-                        inode.dirty.clear();
-                    }
+                if kind == DiskOp::Sync
+                    && state.powered
+                    && let Some(inode) = state.inodes.get_mut(&self.inode)
+                {
+                    inode.dirty.clear();
                 }
                 return Err(error);
             }

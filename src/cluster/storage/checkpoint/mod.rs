@@ -2,6 +2,10 @@
 //! file to the device and opens damaged files with fewer keys, so: every value is checksummed,
 //! sled's file is fsynced here, and what must be there is named in a file of our own. A
 //! checkpoint is either returned exactly as it was written, or reported as damaged.
+//!
+//! Checkpoints alternate between two sled databases: one flipped bit makes sled forget every key
+//! of its file, and a database that is being written is at risk in a power cut. So the previous
+//! checkpoint lies where nothing is written.
 
 mod pieces;
 mod sidecar;
@@ -20,8 +24,8 @@ use self::pieces::{Cutter, Joiner};
 use self::sidecar::{Entry, KeyedSum, Sidecar};
 use crate::ids::Group;
 
-/// Sled's page cache. Its default is 1 GiB.
-const CACHE_BYTES: u64 = 64 << 20;
+/// Page cache of each of the two databases, 64 MiB together. Sled's default is 1 GiB.
+const CACHE_BYTES: u64 = 32 << 20;
 /// Pairs in one sled batch; about 1.8 MB with full pieces.
 const BATCH: usize = 256;
 
@@ -99,6 +103,9 @@ pub struct CheckpointInfo {
     pub previous_index: Option<u64>,
 }
 
+/// Keys with their values.
+pub type Records = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// A checkpoint that was read; every byte passed its checksum.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Checkpoint {
@@ -107,22 +114,97 @@ pub struct Checkpoint {
     /// What was handed in with it.
     pub meta: Vec<u8>,
     /// The records, in the order they were written.
-    pub records: Vec<(Vec<u8>, Vec<u8>)>,
+    pub records: Records,
     /// Set if the newest checkpoint is damaged and this is the one before: what is wrong.
     pub fell_back: Option<String>,
 }
 
-struct Store {
+/// One of the two databases.
+struct Half {
+    dir: PathBuf,
     db: sled::Db,
+    /// By [`Group::index`].
     trees: [sled::Tree; 2],
+    /// Sled could not open what was there; it was put aside and this is a fresh one.
+    lost: Option<String>,
+}
+
+struct Store {
+    /// A generation is in the half with its parity; plain records are in the first.
+    halves: [Half; 2],
     sidecar: Sidecar,
+    /// Per group: the newest checkpoint was found damaged.
+    fell_back: [bool; 2],
     failed: Option<String>,
+}
+
+impl Store {
+    fn half(&self, generation: u64) -> &Half {
+        &self.halves[(generation % 2) as usize]
+    }
+}
+
+impl Half {
+    /// Opens a database; one that sled refuses is renamed to `….damaged` and a fresh one is made.
+    /// What it held is then missing, which the list of checkpoints tells.
+    fn open(dir: PathBuf) -> Result<Self, CheckpointError> {
+        let io_error = |source| CheckpointError::Io { file: dir.clone(), source };
+        let attempt = || {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(io_error)?;
+            Ok(guarded(|| {
+                // The flusher thread stays on: it is the only place where sled reclaims space.
+                let db = sled::Config::new().path(&dir).cache_capacity(CACHE_BYTES).open()?;
+                let trees = [db.open_tree(Group::Control.name())?, db.open_tree(Group::Cache.name())?];
+                Ok((db, trees))
+            }))
+        };
+        let why = match attempt()? {
+            Ok((db, trees)) => return Ok(Self { dir, db, trees, lost: None }),
+            Err(why) => why,
+        };
+        if why.contains("could not acquire lock") {
+            return Err(CheckpointError::Sled { dir, why });
+        }
+        tracing::error!(dir = %dir.display(), %why, "sled database put aside");
+        let aside = dir.with_extension("damaged");
+        if aside.exists() {
+            fs::remove_dir_all(&aside).map_err(io_error)?;
+        }
+        fs::rename(&dir, &aside).map_err(io_error)?;
+        match attempt()? {
+            Ok((db, trees)) => Ok(Self { dir, db, trees, lost: Some(why) }),
+            Err(why) => Err(CheckpointError::Sled { dir, why }),
+        }
+    }
+
+    fn failure(&self, why: String) -> CheckpointError {
+        CheckpointError::Sled { dir: self.dir.clone(), why }
+    }
+
+    /// Makes everything durable: sled's own flush reaches the page cache of the device at best,
+    /// so its files and directory are synced here.
+    fn settle(&self) -> Result<(), CheckpointError> {
+        guarded(|| self.db.flush()).map_err(|why| self.failure(why))?;
+        let sync = || {
+            for entry in fs::read_dir(&self.dir)? {
+                let entry = entry?;
+                if entry.file_type()?.is_file() {
+                    match File::open(entry.path()).and_then(|file| file.sync_all()) {
+                        // Sled replaces its `snap` files while we look.
+                        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                        other => other?,
+                    }
+                }
+            }
+            File::open(&self.dir)?.sync_all()
+        };
+        sync().map_err(|source| CheckpointError::Io { file: self.dir.clone(), source })
+    }
 }
 
 /// The open store. One call at a time; others wait.
 pub struct CheckpointStore {
     dir: PathBuf,
-    sled_dir: PathBuf,
     store: Mutex<Store>,
 }
 
@@ -158,21 +240,14 @@ impl CheckpointStore {
         if fresh {
             sidecar.store(dir).map_err(io_error)?;
         }
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&sled_dir).map_err(io_error)?;
-        let opened = guarded(|| {
-            // The flusher thread stays on: it is the only place where sled reclaims space.
-            let db = sled::Config::new().path(&sled_dir).cache_capacity(CACHE_BYTES).open()?;
-            let trees = [db.open_tree(Group::Control.name())?, db.open_tree(Group::Cache.name())?];
-            Ok((db, trees))
-        });
-        let (db, trees) = opened.map_err(|why| CheckpointError::Sled { dir: sled_dir.clone(), why })?;
-        let this = Self {
-            dir: dir.to_path_buf(),
-            sled_dir,
-            store: Mutex::new(Store { db, trees, sidecar, failed: None }),
-        };
+        let halves = [Half::open(sled_dir.join("0"))?, Half::open(sled_dir.join("1"))?];
+        for sync in [sled_dir.as_path(), dir] {
+            File::open(sync).and_then(|dir| dir.sync_all()).map_err(io_error)?;
+        }
+        let store = Store { halves, sidecar, fell_back: [false; 2], failed: None };
+        let this = Self { dir: dir.to_path_buf(), store: Mutex::new(store) };
         if fresh {
-            this.change(|store| this.settle(store))?;
+            this.change(|store| store.halves.iter().try_for_each(Half::settle))?;
         }
         Ok(this)
     }
@@ -189,17 +264,23 @@ impl CheckpointStore {
         self.change(|store| {
             let known = store.sidecar.groups[group.index()];
             self.remove_unnamed(store, group)?;
-            let generation = known.current.generation + 1;
-            let (entry, bytes) = self.put_records(store, group, generation, index, meta, records)?;
-            self.settle(store)?;
+            // Never into the database that holds the newest whole one.
+            let (base, generation) = match store.fell_back[group.index()] {
+                false => (known.current, known.current.generation + 1),
+                true => (known.previous, known.current.generation + 2),
+            };
+            let half = store.half(generation);
+            let (entry, bytes) = self.put_records(half, group, generation, index, meta, records)?;
+            half.settle()?;
             self.verify(store, group, &entry, |_| ())
-                .map_err(|why| self.sled_error(format!("checkpoint does not read back: {why}")))?;
+                .map_err(|why| half.failure(format!("checkpoint does not read back: {why}")))?;
             let named = &mut store.sidecar.groups[group.index()];
-            named.previous = known.current;
+            named.previous = base;
             named.current = entry;
+            store.fell_back[group.index()] = false;
             self.store_sidecar(store)?;
             self.remove_unnamed(store, group)?;
-            let previous = Some(known.current).filter(|entry| entry.generation > 0);
+            let previous = Some(base).filter(|entry| entry.generation > 0);
             Ok(CheckpointInfo {
                 generation,
                 index,
@@ -213,7 +294,7 @@ impl CheckpointStore {
 
     /// Reads the newest checkpoint that is whole; `None` if none was ever written.
     pub fn load(&self, group: Group) -> Result<Option<Checkpoint>, CheckpointError> {
-        let store = self.store.lock();
+        let mut store = self.store.lock();
         let known = store.sidecar.groups[group.index()];
         if known.current.generation == 0 {
             return Ok(None);
@@ -230,7 +311,10 @@ impl CheckpointStore {
         match read(&known.current) {
             Ok(checkpoint) => Ok(Some(checkpoint)),
             Err(newest) => match read(&known.previous) {
-                Ok(checkpoint) => Ok(Some(Checkpoint { fell_back: Some(newest), ..checkpoint })),
+                Ok(checkpoint) => {
+                    store.fell_back[group.index()] = true;
+                    Ok(Some(Checkpoint { fell_back: Some(newest), ..checkpoint }))
+                }
                 Err(previous) => Err(CheckpointError::Damaged { group, newest, previous }),
             },
         }
@@ -254,8 +338,9 @@ impl CheckpointStore {
             }
             for (key, value) in seen {
                 let sled_key = keyed(key);
-                let tree = &store.trees[group.index()];
-                if let Some(old) = guarded(|| tree.get(&sled_key)).map_err(|why| self.sled_error(why))? {
+                let half = &store.halves[0];
+                let old = guarded(|| half.trees[group.index()].get(&sled_key));
+                if let Some(old) = old.map_err(|why| half.failure(why))? {
                     after.count -= 1;
                     after.sum = after.sum.wrapping_sub(pieces::pair_hash(&sled_key, &old));
                 }
@@ -271,16 +356,16 @@ impl CheckpointStore {
             }
             store.sidecar.groups[group.index()].keyed = [before, after];
             self.store_sidecar(store)?;
-            let tree = &store.trees[group.index()];
-            guarded(|| tree.apply_batch(batch)).map_err(|why| self.sled_error(why))?;
-            self.settle(store)?;
+            let half = &store.halves[0];
+            guarded(|| half.trees[group.index()].apply_batch(batch)).map_err(|why| half.failure(why))?;
+            half.settle()?;
             store.sidecar.groups[group.index()].keyed = [after, after];
             self.store_sidecar(store)
         })
     }
 
     /// All plain records of a group, in key order; an error if one is damaged, missing or new.
-    pub fn records(&self, group: Group) -> Result<Vec<(Vec<u8>, Vec<u8>)>, CheckpointError> {
+    pub fn records(&self, group: Group) -> Result<Records, CheckpointError> {
         let store = self.store.lock();
         let mut records = Vec::new();
         self.walk_keyed(&store, group, |key, value| records.push((key.to_vec(), value.to_vec())))?;
@@ -290,7 +375,8 @@ impl CheckpointStore {
     /// Bytes of sled's files.
     pub fn bytes(&self) -> Result<u64, CheckpointError> {
         let store = self.store.lock();
-        guarded(|| store.db.size_on_disk()).map_err(|why| self.sled_error(why))
+        let size = |half: &Half| guarded(|| half.db.size_on_disk()).map_err(|why| half.failure(why));
+        Ok(size(&store.halves[0])? + size(&store.halves[1])?)
     }
 
     /// Runs a change; an error leaves the store refusing further changes, since what sled did
@@ -312,14 +398,14 @@ impl CheckpointStore {
 
     fn put_records(
         &self,
-        store: &Store,
+        half: &Half,
         group: Group,
         generation: u64,
         index: u64,
         meta: &[u8],
         records: impl Iterator<Item = (Vec<u8>, Vec<u8>)>,
     ) -> Result<(Entry, u64), CheckpointError> {
-        let tree = &store.trees[group.index()];
+        let tree = &half.trees[group.index()];
         let mut cutter = Cutter::new(generation);
         let mut batch = sled::Batch::default();
         let mut waiting = 0;
@@ -337,36 +423,15 @@ impl CheckpointStore {
                 }
                 waiting = 0;
                 let full = std::mem::take(&mut batch);
-                guarded(|| tree.apply_batch(full)).map_err(|why| self.sled_error(why))
+                guarded(|| tree.apply_batch(full)).map_err(|why| half.failure(why))
             })?;
         }
         let (records, pieces, checksum) = cutter.sums();
         let entry = Entry { generation, index, records, pieces, checksum };
         let key = pieces::manifest_key(generation);
         batch.insert(key.as_slice(), pieces::seal(&key, &manifest(&entry)));
-        guarded(|| tree.apply_batch(batch)).map_err(|why| self.sled_error(why))?;
+        guarded(|| tree.apply_batch(batch)).map_err(|why| half.failure(why))?;
         Ok((entry, bytes))
-    }
-
-    /// Makes everything in sled durable: its own flush reaches the page cache of the device at
-    /// best, so its file and directory are synced here.
-    fn settle(&self, store: &Store) -> Result<(), CheckpointError> {
-        guarded(|| store.db.flush()).map_err(|why| self.sled_error(why))?;
-        let sync = || {
-            for entry in fs::read_dir(&self.sled_dir)? {
-                let entry = entry?;
-                if entry.file_type()?.is_file() {
-                    match File::open(entry.path()).and_then(|file| file.sync_all()) {
-                        // Sled replaces its `snap` files while we look.
-                        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                        other => other?,
-                    }
-                }
-            }
-            File::open(&self.sled_dir)?.sync_all()?;
-            File::open(&self.dir)?.sync_all()
-        };
-        sync().map_err(|source| CheckpointError::Io { file: self.sled_dir.clone(), source })
     }
 
     /// Reads a generation, checks it against the list, and hands over every record.
@@ -377,11 +442,17 @@ impl CheckpointStore {
         entry: &Entry,
         mut each: impl FnMut(pieces::Record),
     ) -> Result<(), String> {
-        let tree = &store.trees[group.index()];
+        let half = store.half(entry.generation);
+        let tree = &half.trees[group.index()];
         let key = pieces::manifest_key(entry.generation);
         let found = guarded(|| tree.get(&key))?;
         let Some(found) = found else {
-            return Err(format!("generation {} has no manifest", entry.generation));
+            let why = half.lost.as_ref().map(|why| format!(", sled could not open its database: {why}"));
+            return Err(format!(
+                "generation {} has no manifest{}",
+                entry.generation,
+                why.unwrap_or_default()
+            ));
         };
         if pieces::unseal(&key, &found)? != manifest(entry) {
             return Err(format!("manifest of generation {} is another one", entry.generation));
@@ -408,10 +479,9 @@ impl CheckpointStore {
 
     /// Removes every generation that the list does not name.
     fn remove_unnamed(&self, store: &Store, group: Group) -> Result<(), CheckpointError> {
-        let tree = &store.trees[group.index()];
         let named = store.sidecar.groups[group.index()];
         let keep = [named.current.generation, named.previous.generation];
-        let run = || -> sled::Result<()> {
+        let clean = |tree: &sled::Tree| -> sled::Result<()> {
             let mut batch = sled::Batch::default();
             let mut waiting = 0;
             for key in tree.scan_prefix(b"c").keys() {
@@ -428,7 +498,10 @@ impl CheckpointStore {
             }
             tree.apply_batch(batch)
         };
-        guarded(run).map_err(|why| self.sled_error(why))
+        for half in &store.halves {
+            guarded(|| clean(&half.trees[group.index()])).map_err(|why| half.failure(why))?;
+        }
+        Ok(())
     }
 
     fn walk_keyed(
@@ -439,7 +512,7 @@ impl CheckpointStore {
     ) -> Result<KeyedSum, CheckpointError> {
         let damaged = |why| CheckpointError::Records { group, why };
         let mut sum = KeyedSum::default();
-        let mut pairs = store.trees[group.index()].scan_prefix(b"k");
+        let mut pairs = store.halves[0].trees[group.index()].scan_prefix(b"k");
         while let Some((key, value)) = guarded(|| pairs.next().transpose()).map_err(damaged)? {
             let data = pieces::unseal(&key, &value).map_err(damaged)?;
             sum.count += 1;
@@ -461,10 +534,6 @@ impl CheckpointStore {
     fn store_sidecar(&self, store: &Store) -> Result<(), CheckpointError> {
         let stored = store.sidecar.store(&self.dir);
         stored.map_err(|source| CheckpointError::Io { file: self.dir.join(sidecar::FILE_NAME), source })
-    }
-
-    fn sled_error(&self, why: String) -> CheckpointError {
-        CheckpointError::Sled { dir: self.sled_dir.clone(), why }
     }
 }
 

@@ -82,7 +82,6 @@ fn checksum(group: Group, at: Position, header: &[u8], payload: &[u8]) -> u32 {
 }
 
 /// Appends a frame to `buffer`, which will be written so that the frame starts at `at`.
-/// `payload` comes in two parts, so that a caller need not join them.
 pub(super) fn encode(
     buffer: &mut Vec<u8>,
     group: Group,

@@ -83,10 +83,10 @@ impl EntryIndex {
     /// truncated or purged since.
     pub(super) fn stored(&mut self, index: u64, operation: u64, at: Position) {
         let Some(offset) = index.checked_sub(self.base) else { return };
-        if let Some(slot) = self.slots.get_mut(offset as usize) {
-            if slot.place == Place::Queued(operation) {
-                slot.place = Place::Stored(at);
-            }
+        if let Some(slot) = self.slots.get_mut(offset as usize)
+            && slot.place == Place::Queued(operation)
+        {
+            slot.place = Place::Stored(at);
         }
     }
 

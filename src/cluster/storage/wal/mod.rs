@@ -6,7 +6,9 @@
 mod error;
 mod frame;
 mod memory;
+mod opening;
 mod options;
+mod read_ahead;
 mod recovery;
 mod segment;
 mod shared;
@@ -14,7 +16,6 @@ mod shared;
 mod tests;
 mod writer;
 
-use std::any::Any;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -29,14 +30,15 @@ pub use self::frame::Position;
 pub use self::options::WalOptions;
 pub use self::shared::{Done, SYNC_BUCKETS_US, WalStats};
 
-use self::frame::HeadState;
 use self::memory::{EntryIndex, GroupMemory, Located};
-use self::recovery::{Inspected, Inspection};
-use self::segment::{Keeper, SegmentStore, TEMPORARY, parse_name};
+use self::opening::{create_log, open_watermark, remove_temporaries, split, summary};
+use self::read_ahead::ReadAhead;
+use self::recovery::Inspection;
+use self::segment::{Keeper, SegmentStore};
 use self::shared::{Core, Op, Shared};
-use self::writer::{GroupWriter, Writer};
-use super::disk::{Disk, DiskFile};
-use super::watermark::{FILE_NAME as WATERMARK, Watermark, WatermarkState};
+use self::writer::Writer;
+use super::disk::Disk;
+use super::watermark::WatermarkState;
 use crate::ids::{Group, Incarnation};
 
 /// What was found when the log was opened, per group.
@@ -65,7 +67,6 @@ pub struct Wal {
     found: Option<WatermarkState>,
     thread: Option<JoinHandle<()>>,
     writer: ThreadId,
-    _lock: Box<dyn Any + Send + Sync>,
 }
 
 impl Wal {
@@ -156,6 +157,7 @@ impl Wal {
             watermark,
             mark,
             cache_bytes: options.cache_bytes,
+            _lock: lock,
         };
         let thread = std::thread::Builder::new()
             .name("wal-writer".into())
@@ -169,7 +171,6 @@ impl Wal {
             found,
             writer: thread.thread().id(),
             thread: Some(thread),
-            _lock: lock,
         };
         Ok((wal, recovered))
     }
@@ -352,6 +353,7 @@ impl Wal {
     }
 
     /// Bytes of the group's segments on disk, without the one prepared ahead and the spares.
+    /// Segments of an earlier, other `segment_bytes` are counted with today's.
     pub fn bytes(&self, group: Group) -> u64 {
         let segments = self.shared.core.lock().groups[group.index()].files.len();
         segments as u64 * self.options.segment_bytes
@@ -436,131 +438,6 @@ impl Drop for Wal {
 impl GroupMemory {
     /// Nothing was ever appended or purged: the first index is the caller's choice of 0 or 1.
     fn pristine(&self) -> bool {
-        self.purged.is_none() && self.entries.next() <= 1 && self.entries.first().is_none()
+        self.purged.is_none() && self.entries.next() == 0
     }
-}
-
-/// Reads neighbouring entries with one call.
-#[derive(Default)]
-struct ReadAhead {
-    start: Position,
-    bytes: Bytes,
-}
-
-impl ReadAhead {
-    /// Most that one call reads, unless a single entry is larger.
-    const STEP: u64 = 1 << 20;
-
-    fn entry(
-        &mut self,
-        file: &dyn DiskFile,
-        group: Group,
-        at: Position,
-        length: u32,
-        following: &[(u64, Located)],
-        index: u64,
-    ) -> Result<Bytes, String> {
-        let end = at.offset + frame::frame_bytes(length as usize);
-        let held = self.start.offset + self.bytes.len() as u64;
-        if at.segment != self.start.segment || at.offset < self.start.offset || end > held {
-            let mut until = end;
-            for (_, place) in following {
-                match place {
-                    Located::OnDisk(next, length)
-                        if next.segment == at.segment && next.offset >= at.offset =>
-                    {
-                        let next_end = next.offset + frame::frame_bytes(*length as usize);
-                        if next_end - at.offset > Self::STEP {
-                            break;
-                        }
-                        until = until.max(next_end);
-                    }
-                    _ => break,
-                }
-            }
-            let mut bytes = vec![0; (until - at.offset) as usize];
-            file.read_at(at.offset, &mut bytes).map_err(|error| error.to_string())?;
-            self.start = at;
-            self.bytes = bytes.into();
-        }
-        let from = (at.offset - self.start.offset) as usize;
-        let frame = frame::decode(group, at, &self.bytes.slice(from..))?;
-        if frame.kind != frame::Kind::Entry || frame.index != Some(index) {
-            return Err("another frame is in its place".into());
-        }
-        Ok(frame.payload)
-    }
-}
-
-fn open_watermark(
-    disk: &dyn Disk,
-    dir: &Path,
-    store: &SegmentStore,
-    options: &WalOptions,
-) -> Result<(Watermark, Option<WatermarkState>), WalError> {
-    let (cluster, member) = (options.cluster, options.member);
-    if let Some((watermark, state)) = Watermark::load(disk, dir)? {
-        if (state.cluster, state.member) != (cluster, member) {
-            return Err(WalError::Identity {
-                dir: dir.to_path_buf(),
-                cluster,
-                member,
-                found_cluster: state.cluster,
-                found_member: state.member,
-            });
-        }
-        return Ok((watermark, Some(state)));
-    }
-    // The watermark is made before the first segment, so a log without one has lost it.
-    let names = disk.list(&store.dir).map_err(WalError::io(&store.dir))?;
-    if Group::ALL.iter().any(|group| names.iter().any(|name| parse_name(*group, name).is_some())) {
-        return Err(WalError::WatermarkMissing { watermark: dir.join(WATERMARK), dir: store.dir.clone() });
-    }
-    let state = WatermarkState { cluster, member, ..Default::default() };
-    Ok((Watermark::create(disk, dir, &state)?, None))
-}
-
-fn remove_temporaries(store: &SegmentStore) -> Result<(), WalError> {
-    let names = store.disk.list(&store.dir).map_err(WalError::io(&store.dir))?;
-    for name in names.iter().filter(|name| name.ends_with(TEMPORARY)) {
-        let path = store.dir.join(name);
-        store.disk.remove(&path).map_err(WalError::io(&path))?;
-    }
-    Ok(())
-}
-
-/// Makes a group's first segment, replacing what an interrupted creation left.
-fn create_log(store: &SegmentStore, group: Group) -> Result<Inspected, WalError> {
-    let make = || {
-        for name in store.disk.list(&store.dir)? {
-            if parse_name(group, &name).is_some() {
-                store.disk.remove(&store.dir.join(&name))?;
-                store.disk.sync_dir(&store.dir)?;
-            }
-        }
-        let segment = store.make(group, 1, None)?;
-        let log = Inspected::fresh(segment);
-        log.current.file.write_at(frame::SEGMENT_HEADER, &log.first_head(group))?;
-        log.current.file.sync_data()?;
-        Ok(log)
-    };
-    make().map_err(WalError::io(&store.dir))
-}
-
-fn summary(log: &Inspected) -> Recovered {
-    Recovered {
-        vote: log.state.vote.clone(),
-        committed: log.state.committed.clone(),
-        purged: log.state.purged.clone(),
-        first: log.entries.first(),
-        last: log.entries.last(),
-        truncated_tail_bytes: log.torn_bytes,
-    }
-}
-
-/// A group's log as the writer and as the readers see it.
-fn split(group: Group, log: Inspected) -> (GroupWriter, GroupMemory) {
-    let HeadState { vote, committed, purged, .. } = log.state.clone();
-    let memory = GroupMemory { entries: log.entries, files: log.files, vote, committed, purged };
-    (GroupWriter::new(group, log.current, log.end, log.state, log.segments), memory)
 }

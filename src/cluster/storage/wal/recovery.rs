@@ -47,6 +47,12 @@ struct Loaded {
     bytes: Bytes,
 }
 
+/// Head state, its frame, and the segment's capacity.
+type FirstFrame = (HeadState, frame::Frame, u64);
+
+/// Offset in the segment, and what is wrong there.
+type Unreadable = (u64, &'static str);
+
 /// One group's directory and what the watermark says of it.
 pub(super) struct Inspection<'a> {
     pub(super) store: &'a SegmentStore,
@@ -93,15 +99,21 @@ impl Inspection<'_> {
         })
     }
 
-    /// The first segment of `numbers` that holds a valid frame.
-    fn first_with_frames(&self, numbers: &[u64]) -> Result<Option<u64>, WalError> {
+    /// The furthest sync that a valid frame in these segments tells of, and whether there is any
+    /// valid frame.
+    fn claims(&self, numbers: &[u64]) -> Result<(Position, bool), WalError> {
+        let mut furthest = Position::default();
+        let mut any = false;
         for number in numbers {
             let loaded = self.load(*number)?;
-            if self.candidates(*number, &loaded.bytes, SEGMENT_HEADER).any(|(_, frame)| frame.is_some()) {
-                return Ok(Some(*number));
+            for (_, frame) in self.candidates(*number, &loaded.bytes, SEGMENT_HEADER) {
+                if let Some(frame) = frame {
+                    furthest = furthest.max(frame.synced);
+                    any = true;
+                }
             }
         }
-        Ok(None)
+        Ok((furthest, any))
     }
 
     /// Capacity by the segment's header, after checking everything it says.
@@ -139,52 +151,63 @@ impl Inspection<'_> {
         }
 
         let mut walk = Walk::new();
+        let mut last_read = None;
+        let mut claimed = Position::default();
         for (nth, number) in numbers.iter().copied().enumerate() {
             let loaded = self.load(number)?;
-            let later = &numbers[nth + 1..];
-            let start = Position { segment: number, offset: SEGMENT_HEADER };
-            let head = match self.check_header(number, &loaded.bytes)? {
-                Ok(capacity) => self
-                    .read(start, capacity, &loaded.bytes)
-                    .and_then(|frame| Ok((HeadState::decode(&frame.payload)?, frame, capacity)))
-                    .map_err(|why| (start.offset, why)),
-                Err(why) => Err((0, why)),
-            };
-            let (head, frame, capacity) = match head {
-                Ok(found) if found.1.kind == Kind::Head => found,
-                other => {
+            let (head, frame, capacity) = match self.head(number, &loaded.bytes)? {
+                Ok(found) => found,
+                Err((offset, why)) => {
                     // Nothing readable starts here: the segment was prepared and never used, or
                     // its use was never synced, unless someone says otherwise.
-                    let (offset, why) = other.err().unwrap_or((start.offset, "no head frame"));
-                    let used = self.mark.durable.segment >= number
-                        || self.first_with_frames(&numbers[nth..])?.is_some()
-                        || (nth == 0 && promised);
+                    let (furthest, any) = self.claims(&numbers[nth..])?;
+                    let used = if nth == 0 {
+                        promised || any
+                    } else {
+                        self.mark.durable.segment >= number || furthest.segment >= number
+                    };
                     if used {
                         return Err(self.corrupt(Position { segment: number, offset }, why));
                     }
+                    claimed = furthest;
                     break;
                 }
             };
             walk.enter(self, number, head)?;
-            walk.step(self, start, &frame)?;
+            walk.step(self, Position { segment: number, offset: SEGMENT_HEADER }, &frame)?;
             walk.current = Some(Segment { number, capacity, file: loaded.file.clone() });
             walk.files.insert(number, loaded.file.clone());
-
-            let why = loop {
+            walk.end_why = loop {
                 let at = walk.at;
                 match self.read(at, capacity, &loaded.bytes) {
                     Ok(frame) => walk.step(self, at, &frame)?,
                     Err(why) => break why,
                 }
             };
-            if self.first_with_frames(later)?.is_none() {
-                walk.torn_bytes = self.judge_tail(walk.at, &loaded.bytes, why)?;
-                break;
-            }
-            // The next segment's head says where this one ends.
-            walk.end_why = why;
+            // Whether this is the end of the log, the next segment's head says.
+            last_read = Some(loaded.bytes);
+        }
+        if let Some(bytes) = last_read {
+            walk.torn_bytes = self.judge_tail(walk.at, &bytes, walk.end_why, claimed)?;
         }
         walk.finish(self, &numbers)
+    }
+
+    /// Header and head frame of a segment, or where and why there are none.
+    fn head(&self, number: u64, bytes: &Bytes) -> Result<Result<FirstFrame, Unreadable>, WalError> {
+        let start = Position { segment: number, offset: SEGMENT_HEADER };
+        let capacity = match self.check_header(number, bytes)? {
+            Ok(capacity) => capacity,
+            Err(why) => return Ok(Err((0, why))),
+        };
+        let head = match self.read(start, capacity, bytes) {
+            Ok(frame) if frame.kind == Kind::Head => {
+                HeadState::decode(&frame.payload).map(|head| (head, frame, capacity))
+            }
+            Ok(_) => Err("no head frame at the start of the segment"),
+            Err(why) => Err(why),
+        };
+        Ok(head.map_err(|why| (start.offset, why)))
     }
 
     fn read(&self, at: Position, capacity: u64, bytes: &Bytes) -> Result<frame::Frame, &'static str> {
@@ -192,8 +215,22 @@ impl Inspection<'_> {
     }
 
     /// Decides whether what follows the last valid frame of the log is a torn write (its length
-    /// is returned) or damage to something that was durable.
-    fn judge_tail(&self, end: Position, bytes: &Bytes, why: &str) -> Result<u64, WalError> {
+    /// is returned) or damage to something that was durable. `claimed` is the furthest sync that
+    /// frames in later segments tell of.
+    fn judge_tail(
+        &self,
+        end: Position,
+        bytes: &Bytes,
+        why: &str,
+        claimed: Position,
+    ) -> Result<u64, WalError> {
+        if claimed > end {
+            let why = format!(
+                "{why}; a later segment was written when the log was durable up to segment {} byte {}",
+                claimed.segment, claimed.offset
+            );
+            return Err(self.corrupt(end, why));
+        }
         let mut torn_end = end.offset;
         for (at, frame) in self.candidates(end.segment, bytes, end.offset) {
             torn_end = torn_end.max(frame.as_ref().map_or(at.offset + FRAME_HEADER, |frame| frame.end));

@@ -68,7 +68,7 @@ pub struct WalStats {
     pub sync_buckets: [u64; SYNC_BUCKETS_US.len() + 1],
     /// Batches written (one sync per touched group each).
     pub batches: u64,
-    /// Bytes of frames written in the segments that were current at the end of their batch.
+    /// Bytes of frames written.
     pub bytes: u64,
     /// Syncs of the watermark.
     pub watermark_syncs: u64,

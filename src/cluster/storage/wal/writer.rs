@@ -2,8 +2,10 @@
 //! groups, syncs each touched file once, moves the watermark, and only then calls back, in the
 //! order of the queue. The first error is final: nothing is written and no sync tried after it.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,7 +28,7 @@ const KEEP_BUFFER: usize = 4 << 20;
 pub(super) struct GroupWriter {
     group: Group,
     segment: Segment,
-    /// Where the next frame goes; what is before and after `written` is in `buffer`.
+    /// Where the next frame goes; what lies between `written` and here is in `buffer`.
     offset: u64,
     written: u64,
     buffer: Vec<u8>,
@@ -77,20 +79,21 @@ impl GroupWriter {
         Ok(at)
     }
 
-    fn flush(&mut self) -> io::Result<u64> {
+    fn flush(&mut self, timing: &mut Timing) -> io::Result<()> {
         if !self.buffer.is_empty() {
             self.segment.file.write_at(self.written, &self.buffer)?;
+            timing.bytes += self.buffer.len() as u64;
             self.written = self.offset;
             self.buffer.clear();
             if self.buffer.capacity() > KEEP_BUFFER {
                 self.buffer = Vec::new();
             }
         }
-        Ok(self.written)
+        Ok(())
     }
 
     fn sync(&mut self, timing: &mut Timing) -> io::Result<()> {
-        self.flush()?;
+        self.flush(timing)?;
         let start = Instant::now();
         self.segment.file.sync_data()?;
         timing.syncs.push(start.elapsed());
@@ -174,6 +177,8 @@ pub(super) struct Writer {
     pub(super) watermark: Watermark,
     pub(super) mark: WatermarkState,
     pub(super) cache_bytes: usize,
+    /// Held until nothing is written any more.
+    pub(super) _lock: Box<dyn Any + Send + Sync>,
 }
 
 /// What the writer found to do.
@@ -189,6 +194,17 @@ fn watermark_io(error: WatermarkError) -> io::Error {
         WatermarkError::Io { source, .. } => source,
         other => io::Error::other(other),
     }
+}
+
+/// Calls everyone, also after one of them has panicked.
+fn call_back(dones: Vec<Done>) -> io::Result<()> {
+    let mut outcome = Ok(());
+    for done in dones {
+        if catch_unwind(AssertUnwindSafe(|| done(Ok(())))).is_err() {
+            outcome = Err(io::Error::other("a callback of the log panicked"));
+        }
+    }
+    outcome
 }
 
 /// Fails the log if the thread ends in any other way than by being told to.
@@ -222,8 +238,9 @@ impl Writer {
                     if watermark_synced {
                         synced_at = Instant::now();
                     }
-                    for done in dones {
-                        done(Ok(()));
+                    if let Err(error) = call_back(dones) {
+                        self.shared.fail(&error, Vec::new());
+                        return;
                     }
                 }
                 Err(error) => {
@@ -291,9 +308,7 @@ impl Writer {
         outcome?;
 
         for writer in &mut self.groups {
-            let from = writer.written;
-            writer.flush()?;
-            timing.bytes += writer.written - from;
+            writer.flush(&mut timing)?;
         }
         for writer in &mut self.groups {
             if writer.unsynced {
