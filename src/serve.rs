@@ -178,7 +178,9 @@ fn start_logging(config: &LogConfig) {
     use tracing_subscriber::EnvFilter;
     let asked = EnvFilter::try_new(format!("{QUIET},{}", config.filter));
     let filter = asked.unwrap_or_else(|_| EnvFilter::new(format!("{QUIET},info")));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let ansi = std::io::stderr().is_terminal() && !crate::config::no_color();
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
     let pretty = match config.format {
         LogFormat::Pretty => true,
         LogFormat::Json => false,

@@ -38,6 +38,10 @@ impl Inner {
     /// Proposes one command and waits until it is applied here.
     pub(super) async fn propose(&self, command: ControlCommand) -> Result<ControlOutcome, ClusterError> {
         self.down_reason()?;
+        // An entry that cannot be read back would stop every replica, at every start.
+        if let Err(error) = codec::decode::<ControlCommand>(&codec::encode(&command)) {
+            return Err(ClusterError::Refused(format!("this build cannot encode the command: {error}")));
+        }
         let waited = self.config.propose_timeout;
         let answer = self.control.submit(&[command])?;
         match tokio::time::timeout(waited, answer).await {

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
@@ -142,6 +143,9 @@ pub struct Machine {
     position: Arc<Mutex<Position>>,
     /// Told what was applied, so that the watermark knows.
     wal: Arc<Wal>,
+    /// Where the checkpoint before the newest ends: the log from there on must stay, for the
+    /// newest may turn out damaged.
+    purgeable: Arc<AtomicU64>,
 }
 
 impl Machine {
@@ -163,7 +167,8 @@ impl Machine {
             fell_back = checkpoint.fell_back;
         }
         let position = Arc::new(Mutex::new(position));
-        Ok((Self { group, cell, store, position, wal }, fell_back))
+        let purgeable = Arc::default();
+        Ok((Self { group, cell, store, position, wal, purgeable }, fell_back))
     }
 
     /// Index of the last entry applied; 0 before the first.
@@ -176,17 +181,23 @@ impl Machine {
         self.cell.digest()
     }
 
+    /// The log up to here is covered by two checkpoints; 0 while there are not two.
+    pub fn purgeable(&self) -> u64 {
+        self.purgeable.load(Ordering::Acquire)
+    }
+
     async fn save(
         &self,
         meta: &SnapshotMeta,
         encode: impl FnOnce() -> Image + Send + 'static,
     ) -> io::Result<Image> {
-        let (store, group) = (self.store.clone(), self.group);
+        let (store, group, purgeable) = (self.store.clone(), self.group, self.purgeable.clone());
         let index = meta.last_log_id.map_or(0, |id| id.index);
         let meta = codec::encode(meta);
         let task = tokio::task::spawn_blocking(move || {
             let image = encode();
-            store.write(group, index, &meta, image.iter().cloned()).map_err(io::Error::other)?;
+            let info = store.write(group, index, &meta, image.iter().cloned()).map_err(io::Error::other)?;
+            purgeable.store(info.previous_index.unwrap_or(0), Ordering::Release);
             Ok(image)
         });
         task.await.map_err(io::Error::other)?

@@ -405,8 +405,8 @@ impl Inner {
             enable_pre_vote: Some(true),
             // Our own trigger counts bytes; openraft's counts entries, which may be of any size.
             snapshot_policy: SnapshotPolicy::Never,
-            // Followers a little behind are served from the log, not with a snapshot.
-            max_in_snapshot_log_to_keep: 4000,
+            // Purged by us, up to the checkpoint before the newest.
+            max_in_snapshot_log_to_keep: u64::MAX,
             purge_batch_size: 256,
             replication_lag_threshold: 8000,
             max_payload_entries: 256,
@@ -568,8 +568,16 @@ async fn checkpoint_when_due(
 ) {
     let mut last = tokio::time::Instant::now();
     let mut bytes_then = wal.bytes(group);
+    let mut purged = 0;
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
+        let purgeable = machine.purgeable();
+        if purgeable > purged {
+            purged = purgeable;
+            if raft.trigger().purge_log(purgeable).await.is_err() {
+                return;
+            }
+        }
         let snapshot = raft.metrics().borrow_watched().snapshot.map_or(0, |id| id.index);
         let grown = wal.bytes(group) >= bytes_then + log_bytes;
         let due = last.elapsed() >= interval && machine.applied_index() > snapshot;

@@ -7,7 +7,7 @@ use super::command::{CacheCommand, ControlCommand, ControlOutcome, ReplicaInfo};
 use super::control::ControlState;
 use super::load::{LoadDelta, LoadSum};
 use super::replicated::{Applied, Replicated, State};
-use super::worker::{Liveness, WorkerSource, WorkerSpec};
+use super::worker::{Liveness, ServedModel, WorkerSource, WorkerSpec};
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
 
 const R1: ReplicaId = ReplicaId(1);
@@ -228,6 +228,10 @@ fn any_control_command() -> impl Strategy<Value = (ReplicaId, ControlCommand)> {
         3 => (id.clone(), source, any::<bool>(), 1..4u32).prop_map(|(id, source, heartbeats, weight)| {
             let mut spec = spec(&id, source);
             spec.weight = weight;
+            let lora_of = heartbeats.then(|| "m".to_owned());
+            spec.models.push(ServedModel { name: "m".to_owned(), lora_of, max_model_len: Some(weight) });
+            spec.labels.insert("zone".to_owned(), id.clone());
+            spec.block_size = heartbeats.then_some(16);
             ControlCommand::RegisterWorker { spec, heartbeats }
         }),
         1 => id.clone().prop_map(|id| ControlCommand::RemoveWorker { id: WorkerId::parse(&id).unwrap(), only_source: None }),

@@ -74,16 +74,17 @@ pub enum WorkerSource {
     Node,
 }
 
-/// A model that a worker serves.
+/// A model that a worker serves. Goes through [`crate::codec`]: no member may be skipped when
+/// it is written.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Debug)]
 pub struct ServedModel {
     /// The name clients ask for, as in the engine's `/v1/models`.
     pub name: String,
     /// For a LoRA adapter: the base model's name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub lora_of: Option<String>,
     /// Longest context in tokens, where the engine says so.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub max_model_len: Option<u32>,
 }
 
