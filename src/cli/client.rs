@@ -24,7 +24,13 @@ const MAX_BODY: usize = 64 << 20;
 #[derive(clap::Args, Debug, Clone)]
 pub(crate) struct Server {
     /// Admin address of any replica
-    #[arg(long, env = "EVERLINE_SERVER", value_name = "URL", default_value = "http://127.0.0.1:8081")]
+    #[arg(
+        long,
+        env = "EVERLINE_SERVER",
+        hide_env_values = true,
+        value_name = "URL",
+        default_value = "http://127.0.0.1:8081"
+    )]
     pub(crate) server: String,
 }
 

@@ -54,7 +54,6 @@ enum Command {
         #[command(flatten)]
         server: Server,
     },
-    /// Set a damaged data folder aside, so that the replica comes back from its peers (offline)
     Repair(repair::Args),
 }
 

@@ -48,25 +48,17 @@ pub struct Cli {
     command: Command,
 }
 
+// Each is described, with examples, where its arguments are.
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Run a replica
     Serve(Box<serve::Args>),
-    /// Run a whole cluster on this machine: replicas, simulated engines and a balancer
     Demo(demo::Args),
-    /// Run a simulated engine that speaks like vLLM
     EngineSim(engine_sim::Args),
-    /// Run the TCP balancer that the demo puts in front of its replicas
     Balancer(balancer::Args),
-    /// Show the cluster: replicas, workers, loads, recent errors
     Status(status::Args),
-    /// Add, remove, drain and list workers (engines)
     Worker(worker::Args),
-    /// Add, remove, promote and list members (replicas)
     Member(member::Args),
-    /// Print, check and explain the configuration
     Config(config::Args),
-    /// Print a completion script for a shell
     Completions(completions::Args),
 }
 

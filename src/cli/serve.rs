@@ -29,7 +29,7 @@ pub(crate) struct Args {
 #[derive(clap::Args, Debug)]
 pub(crate) struct Sources {
     /// Configuration file
-    #[arg(long, short, env = "EVERLINE_CONFIG", value_name = "FILE")]
+    #[arg(long, short, env = "EVERLINE_CONFIG", hide_env_values = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Name of this replica (replica.name)
     #[arg(long)]

@@ -68,3 +68,41 @@ fn every_subcommand_and_flag_has_a_help_text() {
     command.build();
     check(&command);
 }
+
+/// The reference page: every command's help, as it is printed.
+fn reference_markdown() -> String {
+    fn section(command: &mut clap::Command, depth: usize, out: &mut String) {
+        let name = command.get_bin_name().unwrap_or(command.get_name()).to_owned();
+        let help = command.render_long_help().to_string();
+        let help: Vec<&str> = help.trim().lines().map(str::trim_end).collect();
+        let help = help.join("\n");
+        out.push_str(&format!("\n{} `{name}`\n\n```text\n{help}\n```\n", "#".repeat(depth)));
+        for inner in command.get_subcommands_mut() {
+            section(inner, (depth + 1).min(4), out);
+        }
+    }
+    let mut out = String::from(
+        "# Command line\n\n\
+         <!-- Generated from src/cli: EVERLINE_REGENERATE_DOCS=1 cargo test docs_are_up_to_date -->\n\n\
+         One program is server and client. Commands that ask a cluster take `--server URL` (or `EVERLINE_SERVER`), the \
+         admin address of any replica. Output has no colour when it is not a terminal or `NO_COLOR` is set, and a \
+         reader that closes the pipe ends the command quietly.\n",
+    );
+    let mut command = Cli::command().term_width(100);
+    command.build();
+    section(&mut command, 2, &mut out);
+    out
+}
+
+#[test]
+fn docs_are_up_to_date() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference/cli.md");
+    if crate::config::variables().any(|(name, _)| name == "EVERLINE_REGENERATE_DOCS") {
+        std::fs::write(&path, reference_markdown()).unwrap();
+    }
+    let written = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        written == reference_markdown(),
+        "run: EVERLINE_REGENERATE_DOCS=1 cargo test docs_are_up_to_date"
+    );
+}

@@ -37,6 +37,7 @@ pub(super) async fn watch(
     let mut ticks = interval(LOOK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut gone: BTreeSet<String> = BTreeSet::new();
+    let mut totals = vec![Counter::default(); layout.replicas.len()];
     for look in 0_u32.. {
         ticks.tick().await;
         for (name, status) in children.newly_ended() {
@@ -60,7 +61,11 @@ pub(super) async fn watch(
                 say(out, &format!("{} is back", replica.name))?;
             }
         }
-        let line = line(&layout.replicas, &replies, &gone);
+        for (counter, reply) in totals.iter_mut().zip(&replies) {
+            counter.see(reply.as_ref());
+        }
+        let total = totals.iter().map(Counter::sum).sum();
+        let line = line(&layout.replicas, &replies, &gone, total);
         if out.is_terminal() {
             out.write(&format!("\r\x1b[2K{line}"))?;
         } else if look % LOOKS_PER_LINE == 0 {
@@ -70,13 +75,39 @@ pub(super) async fn watch(
     Ok(())
 }
 
+/// Requests of a replica over all its lives, each of which counts from 0.
+#[derive(Clone, Copy, Default)]
+struct Counter {
+    earlier: u64,
+    now: u64,
+}
+
+impl Counter {
+    fn see(&mut self, reply: Option<&StatusReply>) {
+        let Some(seen) = reply.map(|reply| reply.requests_total) else { return };
+        if seen < self.now {
+            self.earlier += self.now;
+        }
+        self.now = seen;
+    }
+
+    fn sum(&self) -> u64 {
+        self.earlier + self.now
+    }
+}
+
 /// A line that stays, above the live one.
 fn say(out: &mut Out, text: &str) -> Result<(), Failure> {
     let clear = if out.is_terminal() { "\r\x1b[2K" } else { "" };
     out.write(&format!("{clear}{text}\n"))
 }
 
-fn line(replicas: &[Replica], replies: &[Option<StatusReply>], gone: &BTreeSet<String>) -> String {
+fn line(
+    replicas: &[Replica],
+    replies: &[Option<StatusReply>],
+    gone: &BTreeSet<String>,
+    total: u64,
+) -> String {
     let up = replies.iter().flatten().count();
     let silent = replicas.iter().zip(replies).filter(|(_, reply)| reply.is_none());
     let mut away: BTreeSet<&str> = silent.map(|(replica, _)| replica.name.as_str()).collect();
@@ -92,7 +123,6 @@ fn line(replicas: &[Replica], replies: &[Option<StatusReply>], gone: &BTreeSet<S
     };
     let online = best.workers.iter().filter(|w| w.online).count();
     let in_flight: i64 = best.workers.iter().map(|w| w.requests).sum();
-    let total: u64 = replies.iter().flatten().map(|reply| reply.requests_total).sum();
     format!(
         "replicas {up}/{} up  {}{}  workers {online}/{} online  {} in flight, {total} in total{away}",
         replicas.len(),
@@ -115,11 +145,11 @@ mod tests {
         let plan = Plan::new(3, 1, 0, Some(folder.path())).unwrap();
         let replies = [Some(sample()), Some(sample()), None];
         assert_eq!(
-            line(&plan.replicas, &replies, &BTreeSet::from(["e1".to_owned()])),
+            line(&plan.replicas, &replies, &BTreeSet::from(["e1".to_owned()]), 96_422),
             "replicas 2/3 up  leader r2  workers 2/3 online  63 requests in flight, 96422 in total  gone: e1 r3"
         );
         assert_eq!(
-            line(&plan.replicas, &[None, None, None], &BTreeSet::new()),
+            line(&plan.replicas, &[None, None, None], &BTreeSet::new(), 0),
             "replicas 0/3 up  gone: r1 r2 r3"
         );
     }

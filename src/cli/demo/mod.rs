@@ -64,6 +64,10 @@ impl Args {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut hangup = signal(SignalKind::hangup())?;
+        if let Some(path) = &self.state_file {
+            // One left by a demo that was killed would be taken for this one's.
+            let _ = std::fs::remove_file(path);
+        }
         let plan = Plan::new(self.replicas, self.engines, self.port, self.data_dir.as_deref())?;
         let mut children = Children::default();
         let result = tokio::select! {
