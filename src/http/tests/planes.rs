@@ -260,12 +260,15 @@ async fn operators_see_and_change_workers() {
     assert_eq!(status(&send("POST", "/v1/admin/workers", moved).await), 200);
 
     let drained = send("POST", "/v1/admin/workers/w/drain", json!({"drain": true})).await;
-    assert_eq!(body(&drained), json!({"id": "w", "drain": true}));
+    assert_eq!((&body(&drained)["id"], &body(&drained)["drain"]), (&json!("w"), &json!(true)));
     let shown = send("GET", "/v1/admin/workers/w?consistency=linearizable", Value::Null).await;
     assert_eq!((&body(&shown)["drain"], &body(&shown)["requests"]), (&json!(true), &json!(0)));
     assert_eq!(front.cluster.barriers.load(Ordering::Relaxed), 1);
     assert_eq!(status(&send("GET", "/v1/admin/workers?consistency=maybe", Value::Null).await), 400);
-    assert_eq!(body(&send("GET", "/v1/admin/workers", Value::Null).await).as_array().unwrap().len(), 1);
+    assert_eq!(
+        body(&send("GET", "/v1/admin/workers", Value::Null).await)["workers"].as_array().unwrap().len(),
+        1
+    );
 
     front.front.metrics.recent().push("something".into());
     let status_reply = body(&send("GET", "/v1/admin/status", Value::Null).await);
