@@ -5,7 +5,6 @@
 //! in flight may finish for `http.shutdown_grace_ms`, then the log is closed. A second signal
 //! ends the process at once; the log takes that as it takes a crash.
 
-use std::future::Future;
 use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -160,12 +159,10 @@ impl Signals {
         Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
     }
 
-    fn next(&mut self) -> impl Future<Output = &'static str> {
-        async {
-            tokio::select! {
-                _ = self.term.recv() => "SIGTERM",
-                _ = self.int.recv() => "SIGINT",
-            }
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.term.recv() => "SIGTERM",
+            _ = self.int.recv() => "SIGINT",
         }
     }
 }

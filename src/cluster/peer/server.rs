@@ -136,9 +136,12 @@ impl<H: Host> Peer for Service<H> {
     }
 }
 
+/// An append and the number of its frame.
+type Numbered = (u64, AppendEntriesRequest<TypeConfig>);
+
 /// One lane: appends go to openraft in order and pipelined, everything else on its own.
 async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: mpsc::Sender<Frame>) {
-    let mut appends: [Option<mpsc::Sender<(u64, AppendEntriesRequest<TypeConfig>)>>; 2] = [None, None];
+    let mut appends: [Option<mpsc::Sender<Numbered>>; 2] = [None, None];
     let closed = CancellationToken::new();
     loop {
         let message = tokio::select! {
@@ -210,7 +213,7 @@ fn propose(served: &Served, group: Group, segment: Segment) -> ProposeReply {
 /// the lane: whatever is on its way behind it is refused with it, and the leader begins anew.
 async fn serve_appends(
     raft: Raft,
-    requests: mpsc::Receiver<(u64, AppendEntriesRequest<TypeConfig>)>,
+    requests: mpsc::Receiver<Numbered>,
     answers: mpsc::Sender<Frame>,
     _closes_lane: DropGuard,
 ) {

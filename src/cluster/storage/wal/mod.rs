@@ -436,7 +436,8 @@ impl Drop for Wal {
 }
 
 impl GroupMemory {
-    /// Nothing was ever appended or purged: the first index is the caller's choice of 0 or 1.
+    /// Nothing was ever appended or purged: the first index is the caller's choice
+    /// (openraft's conformance suite begins anywhere).
     fn pristine(&self) -> bool {
         self.purged.is_none() && self.entries.next() == 0
     }
