@@ -315,11 +315,11 @@ impl HeadState {
     }
 
     /// The index an entry must have to continue the log; a log that never held anything may
-    /// start at 0 or 1.
+    /// start anywhere.
     pub(super) fn accepts(&self, index: u64) -> bool {
         match self.last {
             Some(last) => index == last + 1,
-            None => index <= 1,
+            None => true,
         }
     }
 }
