@@ -65,9 +65,9 @@ impl Stopwatch {
     }
 }
 
-/// An acknowledgement this fresh counts as heard in a tick: six heartbeats at the default. The
+/// An acknowledgement this fresh counts as heard in a tick: three heartbeats at the default. The
 /// lease runs from the last tick that heard the replica, so the two add up.
-const FRESH: Duration = Duration::from_millis(300);
+const FRESH: Duration = Duration::from_millis(350);
 
 /// Replicas that have acknowledged this leader just now, itself included.
 fn heard(raft: &Raft) -> (u64, BTreeSet<ReplicaId>) {
