@@ -22,6 +22,9 @@ use crate::state::command::{ControlCommand, ControlOutcome, ReplicaInfo};
 /// A quorum heard of within this is a quorum.
 const QUORUM_FRESH: Duration = Duration::from_millis(1000);
 
+/// How soon a consensus that has stopped is noticed.
+const FAILURE_CHECK: Duration = Duration::from_secs(1);
+
 /// Everybody else's handle to the node.
 pub(super) struct Handle {
     pub(super) inner: Arc<Inner>,
@@ -108,7 +111,7 @@ impl Inner {
                     }
                 }
             }
-            tokio::time::sleep(Duration::from_millis(250)).await;
+            tokio::time::sleep(FAILURE_CHECK).await;
         }
     }
 

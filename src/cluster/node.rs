@@ -86,7 +86,7 @@ impl NodeConfig {
             peers: BTreeMap::new(),
             join: Vec::new(),
             auto_promote: true,
-            heartbeat: Duration::from_millis(100),
+            heartbeat: Duration::from_millis(125),
             election: (Duration::from_millis(150), Duration::from_millis(300)),
             propose_timeout: Duration::from_secs(3),
             batching: Batching::default(),

@@ -130,7 +130,7 @@ sections! {
         /// Make a learner a voter once it has caught up.
         auto_promote: bool = true, Kind::Bool;
         /// Time between a leader's heartbeats. Less than `election_min_ms`.
-        heartbeat_ms: u64 = 100, Kind::int("ms", 5, 60_000);
+        heartbeat_ms: u64 = 125, Kind::int("ms", 5, 60_000);
         /// A follower calls an election when it has heard no leader for `election_max_ms` (the leader's lease) and then a random time of at least this.
         election_min_ms: u64 = 150, Kind::int("ms", 20, 120_000);
         /// ... and at most this. At least twice `election_min_ms`, or elections collide.
