@@ -24,6 +24,7 @@ use super::log_store::LogStore;
 use super::machine::{Cell, Machine};
 use super::membership;
 use super::network::Network;
+use super::pacemaker::{self, Heard};
 use super::peer::lane::Lane;
 use super::peer::link::Links;
 use super::peer::server::{Served, Service};
@@ -498,11 +499,14 @@ impl Inner {
             let (bytes, interval) = (self.config.checkpoint_log_bytes, self.config.checkpoint_interval);
             tokio::spawn(checkpoint_when_due(raft, wal, machine, group, bytes, interval));
         }
+        let heard = Heard::default();
+        tokio::spawn(pacemaker::run(rafts.clone(), heard.clone(), self.config.heartbeat));
         let served = Arc::new(Served {
             cluster,
             me: id,
             rafts: rafts.clone(),
             intakes: [control_intake, cache_intake],
+            heard,
         });
         let member = Member {
             id,
