@@ -97,7 +97,14 @@ impl Inner {
     }
 
     /// Pending while the consensus runs; the reason when one of its groups has stopped for good.
+    /// From then on this replica proposes nothing and says why.
     pub(super) async fn watch_for_failure(&self) -> String {
+        let why = self.failure().await;
+        *self.down.lock() = Some(why.clone());
+        why
+    }
+
+    async fn failure(&self) -> String {
         loop {
             if let Some(member) = self.member.get() {
                 if let Some(why) = member.wal.failed() {

@@ -41,6 +41,9 @@ use crate::state::cache::CacheState;
 use crate::state::command::{CacheCommand, ControlCommand, ReplicaInfo};
 use crate::state::control::ControlState;
 
+/// How long the groups may take to stop.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// How a replica takes part.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
@@ -252,7 +255,8 @@ impl Cluster {
                 }
             }
         });
-        let _ = stopped.await;
+        // One that has failed may not stop at all; the log takes that as it takes a crash.
+        let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, stopped).await;
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
