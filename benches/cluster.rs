@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use everline::cluster::api::{ControlPlane, MemberOp};
-use everline::cluster::node::{Cluster, NodeConfig};
+use everline::cluster::inner::NodeConfig;
+use everline::cluster::node::Cluster;
 use everline::ids::{Group, WorkerId, WorkerIx};
 use everline::state::command::{CacheCommand, ControlCommand};
 use everline::state::load::LoadDelta;

@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::api::ControlPlane;
 use crate::cluster::clock::Rhythm;
 use crate::cluster::down::DownPlane;
-use crate::cluster::node::{Cluster, NodeConfig, StartError};
+use crate::cluster::inner::{NodeConfig, StartError};
+use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
 use crate::config::{Config, Loaded, LogConfig, LogFormat};
 use crate::http::{

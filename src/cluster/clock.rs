@@ -10,7 +10,8 @@ use openraft::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
 
 use super::machine::Cell;
-use super::types::{Proposal, Raft};
+use super::machine::Raft;
+use super::types::Proposal;
 use crate::codec;
 use crate::ids::ReplicaId;
 use crate::state::cache::CacheState;

@@ -7,12 +7,12 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{Instant as _, ServerState};
 
 use super::api::{Answer, ClusterError, ClusterStatus, ControlPlane, GroupStatus, MemberOp, MemberStatus};
+use super::inner::{Inner, Member};
+use super::machine::Raft;
 use super::membership::Members;
-use super::node::{Inner, Member};
 use super::peer::server::read_index;
 use super::peer::wire::{Kind, ReadIndexReply};
 use super::proposer::Route;
-use super::types::Raft;
 use crate::codec;
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
 use crate::routing::book::Bookings;

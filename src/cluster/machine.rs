@@ -12,13 +12,13 @@ use parking_lot::{Mutex, RwLock};
 
 use super::storage::checkpoint::CheckpointStore;
 use super::storage::wal::Wal;
-use super::types::{LogId, Proposal, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use super::types::{Image, LogId, Proposal, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::codec;
 use crate::ids::{Group, Incarnation, ReplicaId};
 use crate::state::replicated::{Applied, Records, Replicated, State};
 
-/// The content of a snapshot: a state's records.
-pub type Image = Arc<Records>;
+/// A group's consensus.
+pub type Raft = openraft::Raft<TypeConfig, Machine>;
 
 /// What happens around a state when it changes. Called in log order, on the Raft runtime: must
 /// not block.

@@ -7,8 +7,9 @@ use openraft::ChangeMembers;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 
+use super::machine::Raft;
 use super::peer::wire::Reply;
-use super::types::{PeerNode, Raft, TypeConfig};
+use super::types::{PeerNode, TypeConfig};
 use crate::ids::ReplicaId;
 
 /// What a group's membership says, as of this replica.

@@ -17,11 +17,11 @@ use openraft::raft::{
 use tokio_stream::wrappers::ReceiverStream;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::machine::Image;
 use super::peer::lane::{Lane, LaneError};
 use super::peer::link::{Link, Links};
 use super::peer::proto::Chunk;
 use super::peer::wire::{CHUNK, Kind};
+use super::types::Image;
 use super::types::{PeerNode, Snapshot, TypeConfig, Vote};
 use crate::codec;
 use crate::ids::{Group, ReplicaId};

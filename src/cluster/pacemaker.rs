@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::types::Raft;
+use super::machine::Raft;
 
 /// When each group last took an append (heartbeats included). Cheap to clone.
 #[derive(Clone)]

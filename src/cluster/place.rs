@@ -10,8 +10,8 @@ use rand::RngExt;
 
 use super::api::{ClusterError, MemberOp};
 use super::formation::{self, Finding};
+use super::inner::{Inner, Member, StartError};
 use super::membership::{self, Members};
-use super::node::{Inner, Member, StartError};
 use super::peer::link::call_address;
 use super::peer::server::{Host, Served};
 use super::peer::wire::{Call, Reply};

@@ -369,7 +369,7 @@ pub const INTAKE: usize = 256;
 
 /// The leader's side: gathers what has arrived into one entry after the other, without waiting
 /// for any of them; ends when all senders are gone.
-pub async fn intake(raft: super::types::Raft, mut segments: mpsc::Receiver<Segment>) {
+pub async fn intake(raft: super::machine::Raft, mut segments: mpsc::Receiver<Segment>) {
     let mut next = None;
     loop {
         let Some(first) = (match next.take() {

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::api::{ControlPlane, MemberOp};
-use super::node::{Cluster, NodeConfig};
+use super::inner::NodeConfig;
+use super::node::Cluster;
 use crate::ids::{Group, WorkerId};
 use crate::state::command::{ControlCommand, ControlOutcome};
 use crate::state::worker::{WorkerSource, WorkerSpec};

@@ -1,11 +1,13 @@
 //! What the two Raft groups carry, and the aliases that keep openraft's generics in one place.
 
 use std::fmt;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Incarnation, ReplicaId};
+use crate::state::replicated::Records;
 
 /// A replica's batch of commands, numbered in its life (see [`crate::state::replicated`]).
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
@@ -50,8 +52,8 @@ openraft::declare_raft_types!(
     pub TypeConfig: D = Proposal, R = (), NodeId = u64, Node = PeerNode
 );
 
-/// A group's consensus.
-pub type Raft = openraft::Raft<TypeConfig, super::machine::Machine>;
+/// The content of a snapshot: a state's records.
+pub type Image = Arc<Records>;
 /// (term, leader, index).
 pub type LogId = openraft::alias::LogIdOf<TypeConfig>;
 /// Term and candidate.
@@ -63,4 +65,4 @@ pub type StoredMembership = openraft::alias::StoredMembershipOf<TypeConfig>;
 /// What a snapshot covers.
 pub type SnapshotMeta = openraft::alias::SnapshotMetaOf<TypeConfig>;
 /// Meta and content.
-pub type Snapshot = openraft::alias::SnapshotOf<TypeConfig, super::machine::Image>;
+pub type Snapshot = openraft::alias::SnapshotOf<TypeConfig, Image>;

@@ -16,8 +16,9 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::proto::peer_server::{Peer, PeerServer};
 use super::proto::{Answer, Chunk, Frame, Request};
 use super::wire::{CLUSTER, Call, Kind, MAX_MESSAGE, ProposeReply, ReadIndexReply, Reply, TO};
+use crate::cluster::machine::Raft;
 use crate::cluster::pacemaker::Heard;
-use crate::cluster::types::{Raft, Segment, Snapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::cluster::types::{Segment, Snapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::codec;
 use crate::ids::{Group, ReplicaId};
 
