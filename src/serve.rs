@@ -109,30 +109,33 @@ async fn serve(
             None => std::future::pending().await,
         }
     };
-    tokio::select! {
-        signal = signals.next() => tracing::info!(signal, "stopping; a second signal stops at once"),
-        why = failed => {
-            // The log may hold less than was promised; nothing that is said from here on is
-            // worth anything. Whoever supervises us starts us again.
-            tracing::error!(%why, "the cluster part of this replica has failed; ending the process");
-            std::process::exit(1);
+    let failure = tokio::select! {
+        signal = signals.next() => {
+            tracing::info!(signal, "stopping; a second signal stops at once");
+            None
         }
-    }
+        why = failed => {
+            // The log may hold less than was promised: this replica proposes and votes no more.
+            // Running answers do not depend on that and may finish; then whoever supervises us
+            // starts us again.
+            tracing::error!(%why, "the cluster part of this replica has failed; ending the process");
+            Some(why)
+        }
+    };
 
     let stop = async {
         front.draining.cancel();
         let hand_over = async {
-            if let Some(cluster) = cluster {
+            if let (Some(cluster), None) = (&cluster, &failure) {
                 cluster.hand_over_leadership().await;
-                shutdown.cancel();
-                let _ = clients.await;
-                admin_shutdown.cancel();
-                let _ = operators.await;
+            }
+            shutdown.cancel();
+            let _ = clients.await;
+            // The admin listener stays to the end, so that an operator can watch.
+            admin_shutdown.cancel();
+            let _ = operators.await;
+            if let Some(cluster) = cluster {
                 cluster.shutdown().await;
-            } else {
-                shutdown.cancel();
-                admin_shutdown.cancel();
-                let _ = tokio::join!(clients, operators);
             }
         };
         hand_over.await;
@@ -145,7 +148,10 @@ async fn serve(
             std::process::exit(1);
         }
     }
-    Ok(())
+    match failure {
+        Some(why) => anyhow::bail!("{why}"),
+        None => Ok(()),
+    }
 }
 
 /// SIGTERM and SIGINT.

@@ -65,9 +65,9 @@ impl Stopwatch {
     }
 }
 
-/// An acknowledgement this fresh counts as heard in a tick: six heartbeats at the default. The
+/// An acknowledgement this fresh counts as heard in a tick: three heartbeats at the default. The
 /// lease runs from the last tick that heard the replica, so the two add up.
-const FRESH: Duration = Duration::from_millis(300);
+const FRESH: Duration = Duration::from_millis(400);
 
 /// Replicas that have acknowledged this leader just now, itself included.
 fn heard(raft: &Raft) -> (u64, BTreeSet<ReplicaId>) {
@@ -87,14 +87,21 @@ async fn tick(raft: &Raft, command: Vec<u8>) -> bool {
     raft.client_write_ff(proposal, None).await.is_ok()
 }
 
+/// Returns when this replica leads, at once if it does already; false when the group has stopped.
+async fn leads(raft: &Raft) -> bool {
+    let mut metrics = raft.server_metrics();
+    while !raft.is_leader() {
+        if metrics.changed().await.is_err() {
+            return false;
+        }
+    }
+    true
+}
+
 /// Tells the control group the time, while this replica leads it; ends with the group.
 pub async fn run_control(raft: Raft, rhythm: Rhythm) {
     let mut watch = Stopwatch { last: None };
-    loop {
-        tokio::time::sleep(rhythm.control).await;
-        if !raft.is_leader() {
-            continue;
-        }
+    while leads(&raft).await {
         let (term, replicas) = heard(&raft);
         let command = ControlCommand::Tick {
             elapsed_ms: ms(watch.lap(term, rhythm.control)),
@@ -105,6 +112,7 @@ pub async fn run_control(raft: Raft, rhythm: Rhythm) {
         if !tick(&raft, codec::encode(&command)).await {
             return;
         }
+        tokio::time::sleep(rhythm.control).await;
     }
 }
 
@@ -112,11 +120,11 @@ pub async fn run_control(raft: Raft, rhythm: Rhythm) {
 pub async fn run_cache(raft: Raft, cell: Arc<Cell<CacheState>>, rhythm: Rhythm) {
     let mut watch = Stopwatch { last: None };
     let mut idle_for = Duration::ZERO;
-    loop {
+    while leads(&raft).await {
         tokio::time::sleep(rhythm.cache_busy).await;
         idle_for += rhythm.cache_busy;
         let busy = cell.read(CacheState::holds_anything);
-        if !raft.is_leader() || (!busy && idle_for < rhythm.cache_idle) {
+        if !busy && idle_for < rhythm.cache_idle {
             continue;
         }
         idle_for = Duration::ZERO;

@@ -22,6 +22,9 @@ use crate::state::command::{ControlCommand, ControlOutcome, ReplicaInfo};
 /// A quorum heard of within this is a quorum.
 const QUORUM_FRESH: Duration = Duration::from_millis(1000);
 
+/// How soon a consensus that has stopped is noticed.
+const FAILURE_CHECK: Duration = Duration::from_secs(1);
+
 /// Everybody else's handle to the node.
 pub(super) struct Handle {
     pub(super) inner: Arc<Inner>,
@@ -94,7 +97,14 @@ impl Inner {
     }
 
     /// Pending while the consensus runs; the reason when one of its groups has stopped for good.
+    /// From then on this replica proposes nothing and says why.
     pub(super) async fn watch_for_failure(&self) -> String {
+        let why = self.failure().await;
+        *self.down.lock() = Some(why.clone());
+        why
+    }
+
+    async fn failure(&self) -> String {
         loop {
             if let Some(member) = self.member.get() {
                 if let Some(why) = member.wal.failed() {
@@ -108,7 +118,7 @@ impl Inner {
                     }
                 }
             }
-            tokio::time::sleep(Duration::from_millis(250)).await;
+            tokio::time::sleep(FAILURE_CHECK).await;
         }
     }
 

@@ -129,6 +129,10 @@ impl Hooks<CacheState> for CacheHooks {
 
     fn caught_up(&self, number: u64) {
         self.proposer.caught_up(number);
+        // Whatever the cluster did with this replica's bookings meanwhile came with the snapshot
+        // and was not seen: say all of them again.
+        self.board.lease_lost.store(true, Ordering::Release);
+        self.proposer.wake();
     }
 
     fn published(&self, state: &mut CacheState, _index: u64) {

@@ -17,6 +17,7 @@ pub mod machine;
 pub mod membership;
 pub mod network;
 pub mod node;
+pub mod pacemaker;
 pub mod peer;
 mod place;
 pub mod proposer;

@@ -24,6 +24,7 @@ use super::log_store::LogStore;
 use super::machine::{Cell, Machine};
 use super::membership;
 use super::network::Network;
+use super::pacemaker::{self, Heard};
 use super::peer::lane::Lane;
 use super::peer::link::Links;
 use super::peer::server::{Served, Service};
@@ -39,6 +40,9 @@ use crate::routing::book::Bookings;
 use crate::state::cache::CacheState;
 use crate::state::command::{CacheCommand, ControlCommand, ReplicaInfo};
 use crate::state::control::ControlState;
+
+/// How long the groups may take to stop.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How a replica takes part.
 #[derive(Clone, Debug)]
@@ -86,7 +90,7 @@ impl NodeConfig {
             peers: BTreeMap::new(),
             join: Vec::new(),
             auto_promote: true,
-            heartbeat: Duration::from_millis(50),
+            heartbeat: Duration::from_millis(125),
             election: (Duration::from_millis(150), Duration::from_millis(300)),
             propose_timeout: Duration::from_secs(3),
             batching: Batching::default(),
@@ -251,7 +255,8 @@ impl Cluster {
                 }
             }
         });
-        let _ = stopped.await;
+        // One that has failed may not stop at all; the log takes that as it takes a crash.
+        let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, stopped).await;
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
@@ -498,11 +503,14 @@ impl Inner {
             let (bytes, interval) = (self.config.checkpoint_log_bytes, self.config.checkpoint_interval);
             tokio::spawn(checkpoint_when_due(raft, wal, machine, group, bytes, interval));
         }
+        let heard = Heard::default();
+        tokio::spawn(pacemaker::run(rafts.clone(), heard.clone(), self.config.heartbeat));
         let served = Arc::new(Served {
             cluster,
             me: id,
             rafts: rafts.clone(),
             intakes: [control_intake, cache_intake],
+            heard,
         });
         let member = Member {
             id,

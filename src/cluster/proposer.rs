@@ -395,3 +395,61 @@ pub async fn intake(raft: super::types::Raft, mut segments: mpsc::Receiver<Segme
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::command::{ControlCommand, ControlOutcome};
+    use crate::state::control::ControlState;
+
+    #[test]
+    fn a_queue_without_a_leader_is_bounded_and_empties_again() {
+        let batching = Batching { queue_bytes: 100, ..Batching::default() };
+        let proposer: Proposer<ControlState> = Proposer::new(batching);
+        let mut taken = Vec::new();
+        let refused = loop {
+            match proposer.submit(&[ControlCommand::Noop]) {
+                Ok(answer) => taken.push(answer),
+                Err(error) => break error,
+            }
+            assert!(taken.len() < 1000, "never refused");
+        };
+        assert!(matches!(refused, ClusterError::Overloaded { bytes: 100.. }), "{refused:?}");
+        assert!(refused.retryable());
+
+        // What a driver would do: seal, send, see it applied.
+        let (intake, mut segments) = mpsc::channel(8);
+        let (_keep, route) = watch::channel(Route::Here);
+        let driver = Driver {
+            proposer: proposer.clone(),
+            group: Group::Control,
+            me: ReplicaId(1),
+            incarnation: Incarnation(1),
+            route,
+            intake,
+            fill: Box::new(Vec::new),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let driven = tokio::spawn(run(driver));
+            let segment = segments.recv().await.unwrap();
+            let commands: Vec<ControlCommand> = codec::decode(&segment.commands).unwrap();
+            assert_eq!((segment.number, commands.len()), (1, taken.len()));
+            // Silence: it is sent again, under the same number.
+            assert_eq!(segments.recv().await.unwrap(), segment);
+            proposer.acknowledged(1, vec![ControlOutcome::Done; commands.len()]);
+            for answer in taken {
+                assert_eq!(answer.await.unwrap(), vec![ControlOutcome::Done]);
+            }
+            assert_eq!(proposer.queued_bytes(), 0);
+            assert!(proposer.submit(&[ControlCommand::Noop]).is_ok());
+            // What a snapshot covers is answered, if not with its outcome.
+            let unknown = proposer.submit(&[ControlCommand::Noop]).unwrap();
+            proposer.wake();
+            assert_eq!(segments.recv().await.unwrap().number, 2);
+            proposer.caught_up(2);
+            assert_eq!(unknown.await.unwrap(), vec![ControlOutcome::Unknown]);
+            driven.abort();
+        });
+    }
+}

@@ -260,3 +260,42 @@ fn a_cluster_of_one_survives_its_restarts() {
         r.until("all registrations back", || (1..=life).all(|w| knows(&r.plane(0), &format!("w{w}"))));
     }
 }
+
+#[test]
+fn a_replica_that_was_away_too_long_gets_a_snapshot_and_all_restart_from_checkpoints() {
+    let mut r = Replicas::new(3);
+    for replica in &mut r.all {
+        replica.crash();
+        replica.config.checkpoint_interval = Duration::from_millis(100);
+    }
+    r.all.iter_mut().for_each(Replica::start);
+    r.register(0, "before");
+    r.until("known to the third", || knows(&r.plane(2), "before"));
+    r.all[2].crash();
+    // The others go on until the log that the third would need is purged.
+    let away_at = r.plane(0).status().groups[0].applied;
+    let mut n = 0;
+    while (0..2).any(|i| r.plane(i).status().groups[0].first_log <= away_at + 1) {
+        n += 1;
+        r.register(n % 2, &format!("w{n}"));
+        assert!(n < 4000, "the log is not purged: {:?}", r.plane(0).status().groups);
+    }
+    r.all[2].start();
+    r.until("the third has it all", || (1..=n).all(|w| knows(&r.plane(2), &format!("w{w}"))));
+    let digest = |i: usize| {
+        let status = r.plane(i).status();
+        (status.groups[0].applied, status.groups[0].digest.clone())
+    };
+    r.until("equal digests at equal indexes", || digest(0) == digest(1) && digest(1) == digest(2));
+
+    // Everybody at once, from checkpoint and log.
+    r.all.iter_mut().for_each(Replica::crash);
+    r.all.iter_mut().for_each(Replica::start);
+    for i in 0..3 {
+        r.until("all is back", || {
+            knows(&r.plane(i), "before") && (1..=n).all(|w| knows(&r.plane(i), &format!("w{w}")))
+        });
+        assert!(r.plane(i).status().groups[0].first_log > 1, "the log was purged");
+    }
+    r.register(1, "after");
+}

@@ -129,9 +129,9 @@ sections! {
         join: Vec<String> = Vec::new(), Kind::List("host:port");
         /// Make a learner a voter once it has caught up.
         auto_promote: bool = true, Kind::Bool;
-        /// Time between a leader's heartbeats. Less than half of `election_min_ms`.
-        heartbeat_ms: u64 = 50, Kind::int("ms", 5, 60_000);
-        /// A follower that hears no leader calls an election after a random time of at least this.
+        /// Time between a leader's heartbeats. Less than `election_min_ms`.
+        heartbeat_ms: u64 = 125, Kind::int("ms", 5, 60_000);
+        /// A follower calls an election when it has heard no leader for `election_max_ms` (the leader's lease) and then a random time of at least this.
         election_min_ms: u64 = 150, Kind::int("ms", 20, 120_000);
         /// ... and at most this. At least twice `election_min_ms`, or elections collide.
         election_max_ms: u64 = 300, Kind::int("ms", 40, 240_000);

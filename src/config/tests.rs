@@ -98,7 +98,7 @@ fn all_errors_are_collected() {
 #[test]
 fn rules_between_keys_are_kept() {
     assert!(the_error("[cluster]\nelection_max_ms = 299\n").contains("at least 300"));
-    assert!(the_error("[cluster]\nheartbeat_ms = 75\n").contains("more than 150"));
+    assert!(the_error("[cluster]\nheartbeat_ms = 150\n").contains("more than 150"));
     assert!(the_error("[cluster]\npeers = [\"r2=a:1\"]\n").contains("r1 is not among them"));
     assert!(the_error("[admin]\nlisten = \"127.0.0.1:8080\"\n").contains("also http.listen"));
     assert_eq!(errors("[cluster]\npeers = [\"r1=a:1\", \"r1=a:1\"]\n").len(), 2);

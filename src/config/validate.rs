@@ -107,13 +107,15 @@ fn cluster(config: &Config, problems: &mut Vec<ConfigError>) {
             .fix(format!("set it to at least {}", 2 * cluster.election_min_ms)),
         );
     }
-    if cluster.heartbeat_ms * 2 >= cluster.election_min_ms {
+    // A follower calls an election after `election_max_ms` (the leader's lease) and then its own
+    // timeout of silence: at the defaults four heartbeats must be lost in a row.
+    if cluster.heartbeat_ms >= cluster.election_min_ms {
         problems.push(
             ConfigError::about(
                 "cluster.heartbeat_ms",
-                format!("{} is not less than half of election_min_ms ({}): one lost heartbeat would cost the leader its place", cluster.heartbeat_ms, cluster.election_min_ms),
+                format!("{} is not less than election_min_ms ({}): a late heartbeat would cost the leader its place", cluster.heartbeat_ms, cluster.election_min_ms),
             )
-            .fix(format!("set election_min_ms to more than {}", cluster.heartbeat_ms * 2)),
+            .fix(format!("set election_min_ms to more than {}", cluster.heartbeat_ms)),
         );
     }
     let mut names = BTreeSet::new();

@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::proto::peer_server::{Peer, PeerServer};
 use super::proto::{Answer, Chunk, Frame, Request};
 use super::wire::{CLUSTER, Call, Kind, MAX_MESSAGE, ProposeReply, ReadIndexReply, Reply, TO};
+use crate::cluster::pacemaker::Heard;
 use crate::cluster::types::{Raft, Segment, Snapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::codec;
 use crate::ids::{Group, ReplicaId};
@@ -37,6 +38,8 @@ pub struct Served {
     pub rafts: [Raft; 2],
     /// Both groups' intakes.
     pub intakes: [mpsc::Sender<Segment>; 2],
+    /// When leaders were last heard.
+    pub heard: Heard,
 }
 
 /// Answers calls; and knows what is served, once there is something.
@@ -165,8 +168,8 @@ async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: 
                 let slot = &mut appends[group.index()];
                 let sender = slot.get_or_insert_with(|| {
                     let (tx, rx) = mpsc::channel(APPENDS);
-                    let raft = served.rafts[group.index()].clone();
-                    tokio::spawn(serve_appends(raft, rx, answers.clone(), closed.clone().drop_guard()));
+                    let (served, guard) = (served.clone(), closed.clone().drop_guard());
+                    tokio::spawn(serve_appends(served, group, rx, answers.clone(), guard));
                     tx
                 });
                 if sender.send((frame.id, request)).await.is_err() {
@@ -212,7 +215,8 @@ fn propose(served: &Served, group: Group, segment: Segment) -> ProposeReply {
 /// Feeds appends to openraft's pipeline and answers in order. The first that is refused closes
 /// the lane: whatever is on its way behind it is refused with it, and the leader begins anew.
 async fn serve_appends(
-    raft: Raft,
+    served: Arc<Served>,
+    group: Group,
     requests: mpsc::Receiver<Numbered>,
     answers: mpsc::Sender<Frame>,
     _closes_lane: DropGuard,
@@ -225,10 +229,13 @@ async fn serve_appends(
         }
         request
     });
-    let mut results = Box::pin(raft.stream_append(input));
+    let mut results = Box::pin(served.rafts[group.index()].stream_append(input));
     while let Some(result) = results.next().await {
         let Ok(result): Result<StreamAppendResult<TypeConfig>, _> = result else { return };
         let Some(id) = ids.recv().await else { return };
+        if result.is_ok() {
+            served.heard.note(group);
+        }
         if answer(&answers, id, &result).await.is_err() {
             return;
         }
