@@ -1,4 +1,50 @@
 //! Everline: an LLM-inference router cluster whose output streams outlive its replicas.
+//!
+//! This page is the map. One rule of direction: a pure core at the bottom, protocols above it,
+//! processes on top; nothing names what lies above it. `docs/ARCHITECTURE.md` has the picture
+//! and the invariants, `tests/structure.rs` checks them.
+//!
+//! **The core**, without clock, I/O or async:
+//!
+//! [`ids`]: the names things go by, as newtypes, so that a replica is never mistaken for a log
+//! index.
+//!
+//! [`codec`]: bytes for the log, the disk and the peers, each with a version. The only module
+//! that names bincode.
+//!
+//! [`state`]: the replicated state machines. Commands in, state and outcomes out, the same on
+//! every replica: [`state::control`] is the registry, [`state::cache`] the loads and leases.
+//!
+//! [`routing`]: choosing a worker. Filters, then a policy, over a [`routing::view`] that is read
+//! without a lock; [`routing::book`] takes note of what was chosen.
+//!
+//! **Consensus**:
+//!
+//! [`cluster`]: two Raft groups, their write-ahead log and checkpoints, the links between
+//! replicas, the batching proposer, forming and joining. Everybody else knows it by
+//! [`cluster::api::ControlPlane`]. The only module that names openraft or sled.
+//!
+//! **The edges**:
+//!
+//! [`engines`]: what is known of inference engines: how to ask one about itself
+//! ([`engines::probe`]), and how to be one ([`engines::sim`], a simulated vLLM).
+//!
+//! [`http`]: the front: connections and their bounds, the proxy path, the node and admin planes,
+//! health and metrics.
+//!
+//! [`admin_types`]: what the admin plane and the command line say to each other.
+//!
+//! [`config`]: the configuration, typed and documented, with the origin of every value. The only
+//! module that reads the environment.
+//!
+//! **Processes**:
+//!
+//! [`serve`]: puts configuration, cluster and front together as a replica, and takes them apart
+//! in order.
+//!
+//! [`balancer`]: the TCP balancer that the demo puts in front of its replicas.
+//!
+//! [`cli`]: the command line, one subcommand a file; [`cli::main`] is the program.
 
 pub mod admin_types;
 pub mod balancer;
