@@ -20,7 +20,7 @@ use crate::state::command::{CacheCommand, ControlCommand};
 /// How often time is told.
 #[derive(Clone, Copy, Debug)]
 pub struct Rhythm {
-    /// In the control group.
+    /// In the control group; a tenth of the worker timeout where that is less.
     pub control: Duration,
     /// In the cache group while anything is booked.
     pub cache_busy: Duration,
@@ -101,11 +101,12 @@ async fn leads(raft: &Raft) -> bool {
 
 /// Tells the control group the time, while this replica leads it; ends with the group.
 pub async fn run_control(raft: Raft, rhythm: Rhythm) {
+    let period = rhythm.control.min(rhythm.worker_timeout / 10).max(Duration::from_millis(10));
     let mut watch = Stopwatch { last: None };
     while leads(&raft).await {
         let (term, replicas) = heard(&raft);
         let command = ControlCommand::Tick {
-            elapsed_ms: ms(watch.lap(term, rhythm.control)),
+            elapsed_ms: ms(watch.lap(term, period)),
             replicas: replicas.into_iter().collect(),
             worker_timeout_ms: ms(rhythm.worker_timeout),
             lease_ms: ms(rhythm.lease),
@@ -113,7 +114,7 @@ pub async fn run_control(raft: Raft, rhythm: Rhythm) {
         if !tick(&raft, codec::encode(&command)).await {
             return;
         }
-        tokio::time::sleep(rhythm.control).await;
+        tokio::time::sleep(period).await;
     }
 }
 

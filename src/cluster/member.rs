@@ -215,8 +215,8 @@ impl Inner {
         }));
         tokio::spawn(clock::run_control(rafts[0].clone(), self.config.rhythm));
         tokio::spawn(clock::run_cache(rafts[1].clone(), cache.clone(), self.config.rhythm));
-        let timeout_ms = self.config.rhythm.worker_timeout.as_millis() as u64;
-        tokio::spawn(pulse::run(self.pulse.clone(), control.clone(), self.control.clone(), timeout_ms));
+        let timeout = self.config.rhythm.worker_timeout;
+        tokio::spawn(pulse::run(self.pulse.clone(), control.clone(), self.control.clone(), timeout));
         for group in Group::ALL {
             let raft = rafts[group.index()].clone();
             let (wal, machine) = (wal.clone(), machines[group.index()].clone());

@@ -1,5 +1,5 @@
 //! Signs of life heard at this replica, gathered and reported to the cluster in one command
-//! at most every [`PERIOD`], and only when the cluster does not know as much already.
+//! at most four times a second, and only when the cluster does not know as much already.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,8 +14,9 @@ use crate::state::command::ControlCommand;
 use crate::state::control::{ControlState, MAX_WORKERS};
 use crate::state::worker::Liveness;
 
-/// Shortest time between two reports.
-pub const PERIOD: Duration = Duration::from_millis(250);
+/// Time between two reports; a twentieth of the worker timeout where that is less, so that a
+/// report is never what makes a worker late.
+const PERIOD: Duration = Duration::from_millis(250);
 
 #[derive(Default)]
 struct Heard {
@@ -86,9 +87,10 @@ pub async fn run(
     pulse: Arc<Pulse>,
     control: Arc<Cell<ControlState>>,
     proposer: Proposer<ControlState>,
-    worker_timeout_ms: u64,
+    worker_timeout: Duration,
 ) {
-    let mut period = tokio::time::interval(PERIOD);
+    let worker_timeout_ms = worker_timeout.as_millis() as u64;
+    let mut period = tokio::time::interval(PERIOD.min(worker_timeout / 20).max(Duration::from_millis(5)));
     period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         period.tick().await;

@@ -160,7 +160,7 @@ sections! {
         /// Networks a worker's address must lie in before a prompt is sent there.
         allow: Vec<IpNet> = loopback_networks(), Kind::List("CIDR network");
         /// A worker is offline after this time without a sign of life.
-        timeout_ms: u64 = 5_000, Kind::int("ms", 100, HOUR_MS);
+        timeout_ms: u64 = 5_000, Kind::int("ms", 500, HOUR_MS);
         /// Time between two health probes of a worker that sends no heartbeats.
         probe_interval_ms: u64 = 1_000, Kind::int("ms", 10, HOUR_MS);
         /// A health probe fails after this time.
