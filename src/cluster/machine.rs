@@ -47,7 +47,7 @@ pub struct Cell<S: State> {
 }
 
 impl<S: State> Cell<S> {
-    /// An empty state.
+    /// An empty state. Digests are due every `digest_every` entries, never if that is 0.
     pub fn new(hooks: Arc<dyn Hooks<S>>, me: ReplicaId, incarnation: Incarnation, digest_every: u64) -> Self {
         Self {
             state: RwLock::default(),
@@ -55,7 +55,7 @@ impl<S: State> Cell<S> {
             hooks,
             me,
             incarnation,
-            digest_every: digest_every.max(1),
+            digest_every: if digest_every == 0 { u64::MAX } else { digest_every },
         }
     }
 
