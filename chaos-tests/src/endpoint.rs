@@ -8,6 +8,7 @@ use everline::cluster::api::MemberStatus;
 
 use crate::client::{Http, Reply};
 use crate::fleet::MODEL;
+use crate::ports::free_address;
 
 /// How long ordinary questions may take.
 pub const LIMIT: Duration = Duration::from_secs(5);
@@ -26,6 +27,11 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
+    /// A name with free addresses.
+    pub fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), http: free_address(), admin: free_address(), peer: free_address() }
+    }
+
     /// URL of a route of the client listener.
     pub fn http_url(&self, path: &str) -> String {
         format!("http://{}{path}", self.http)

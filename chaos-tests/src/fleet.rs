@@ -83,13 +83,7 @@ impl Builder {
     pub async fn start(self) -> Fleet {
         let turn = turn().await;
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let endpoint = |n: usize| Endpoint {
-            name: format!("r{n}"),
-            http: free_address(),
-            admin: free_address(),
-            peer: free_address(),
-        };
-        let endpoints: Vec<Endpoint> = (1..=self.replicas).map(endpoint).collect();
+        let endpoints: Vec<Endpoint> = (1..=self.replicas).map(|n| Endpoint::new(&format!("r{n}"))).collect();
         let peers: Vec<String> = endpoints.iter().map(|e| format!("{}={}", e.name, e.peer)).collect();
         let mut more = vec!["--peers".to_owned(), peers.join(",")];
         let settings = self.settings.iter().flat_map(|setting| ["--set".to_owned(), setting.clone()]);
@@ -168,13 +162,18 @@ impl Fleet {
 
     /// A replica that joins this cluster by `--join`, not started yet.
     pub fn newcomer(&self, name: &str) -> Replica {
-        let endpoint = Endpoint {
-            name: name.to_owned(),
-            http: free_address(),
-            admin: free_address(),
-            peer: free_address(),
-        };
-        let mut more = vec!["--join".to_owned(), self.replicas[0].peer.to_string()];
+        self.stranger(name, vec!["--join".to_owned(), self.replicas[0].peer.to_string()])
+    }
+
+    /// A replica that waits until somebody adds it, not started yet: nobody is where it
+    /// was told to join.
+    pub fn waiting(&self, name: &str) -> Replica {
+        let nobody = free_address();
+        self.stranger(name, vec!["--set".to_owned(), format!("cluster.join={nobody}")])
+    }
+
+    fn stranger(&self, name: &str, mut more: Vec<String>) -> Replica {
+        let endpoint = Endpoint::new(name);
         more.extend_from_slice(&self.settings);
         Replica::new(endpoint, self.folder.path(), &more)
     }

@@ -44,8 +44,8 @@ impl Kind {
         if self.chat { "/v1/chat/completions" } else { "/v1/completions" }
     }
 
-    fn body(self, prompt: &str, tokens: u32) -> Value {
-        let mut body = json!({"model": MODEL, "max_tokens": tokens, "stream": self.stream});
+    fn body(self, model: &str, prompt: &str, tokens: u32) -> Value {
+        let mut body = json!({"model": model, "max_tokens": tokens, "stream": self.stream});
         match self.chat {
             true => body["messages"] = json!([{"role": "user", "content": prompt}]),
             false => body["prompt"] = json!(prompt),
@@ -95,8 +95,20 @@ impl Kind {
 
 /// Asks once; the text of the whole answer.
 pub async fn ask(http: &Http, base: &str, kind: Kind, prompt: &str, tokens: u32) -> Result<String, String> {
+    ask_model(http, base, MODEL, kind, prompt, tokens).await
+}
+
+/// [`ask`] for another model than the fleets'.
+pub async fn ask_model(
+    http: &Http,
+    base: &str,
+    model: &str,
+    kind: Kind,
+    prompt: &str,
+    tokens: u32,
+) -> Result<String, String> {
     let url = format!("{base}{}", kind.path());
-    kind.read(&http.post(&url, &kind.body(prompt, tokens), LIMIT).await?)
+    kind.read(&http.post(&url, &kind.body(model, prompt, tokens), LIMIT).await?)
 }
 
 /// The right answers.

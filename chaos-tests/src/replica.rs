@@ -33,8 +33,17 @@ impl Replica {
     pub fn new(endpoint: Endpoint, folder: &Path, more: &[String]) -> Self {
         let data_dir = folder.join(&endpoint.name);
         let log = folder.join(format!("{}.log", endpoint.name));
-        let mut args: Vec<String> =
-            ["serve", "--name", &endpoint.name, "--log-format", "pretty"].map(str::to_owned).into();
+        let mut args: Vec<String> = [
+            "serve",
+            "--name",
+            &endpoint.name,
+            "--log-format",
+            "pretty",
+            "--log-filter",
+            "info,everline::access=warn",
+        ]
+        .map(str::to_owned)
+        .into();
         args.extend(["--data-dir".to_owned(), data_dir.display().to_string()]);
         let listeners = [("--http", endpoint.http), ("--admin", endpoint.admin), ("--peer", endpoint.peer)];
         args.extend(listeners.iter().flat_map(|(flag, address)| [(*flag).to_owned(), address.to_string()]));
