@@ -503,6 +503,7 @@ impl Inner {
             me: id,
             rafts: rafts.clone(),
             intakes: [control_intake, cache_intake],
+            heard: Default::default(),
         });
         let member = Member {
             id,

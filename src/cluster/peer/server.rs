@@ -3,10 +3,12 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use openraft::raft::{AppendEntriesRequest, StreamAppendResult, TransferLeaderRequest, VoteRequest};
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -37,6 +39,9 @@ pub struct Served {
     pub rafts: [Raft; 2],
     /// Both groups' intakes.
     pub intakes: [mpsc::Sender<Segment>; 2],
+    /// When an append of each group's leader was last taken. openraft names a leader until it
+    /// knows another, however long that one has been dead.
+    pub heard: [Mutex<Option<Instant>>; 2],
 }
 
 /// Answers calls; and knows what is served, once there is something.
@@ -165,8 +170,8 @@ async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: 
                 let slot = &mut appends[group.index()];
                 let sender = slot.get_or_insert_with(|| {
                     let (tx, rx) = mpsc::channel(APPENDS);
-                    let raft = served.rafts[group.index()].clone();
-                    tokio::spawn(serve_appends(raft, rx, answers.clone(), closed.clone().drop_guard()));
+                    let guard = closed.clone().drop_guard();
+                    tokio::spawn(serve_appends(served.clone(), group, rx, answers.clone(), guard));
                     tx
                 });
                 if sender.send((frame.id, request)).await.is_err() {
@@ -212,7 +217,8 @@ fn propose(served: &Served, group: Group, segment: Segment) -> ProposeReply {
 /// Feeds appends to openraft's pipeline and answers in order. The first that is refused closes
 /// the lane: whatever is on its way behind it is refused with it, and the leader begins anew.
 async fn serve_appends(
-    raft: Raft,
+    served: Arc<Served>,
+    group: Group,
     requests: mpsc::Receiver<Numbered>,
     answers: mpsc::Sender<Frame>,
     _closes_lane: DropGuard,
@@ -225,9 +231,12 @@ async fn serve_appends(
         }
         request
     });
-    let mut results = Box::pin(raft.stream_append(input));
+    let mut results = Box::pin(served.rafts[group.index()].stream_append(input));
     while let Some(result) = results.next().await {
         let Ok(result): Result<StreamAppendResult<TypeConfig>, _> = result else { return };
+        if result.is_ok() {
+            *served.heard[group.index()].lock() = Some(Instant::now());
+        }
         let Some(id) = ids.recv().await else { return };
         if answer(&answers, id, &result).await.is_err() {
             return;
