@@ -145,21 +145,21 @@ impl Inner {
 }
 
 /// Milliseconds since a quorum was known to be there: as leader, since a quorum acknowledged;
-/// as follower of a leader, none (its heartbeats say so, or openraft would forget it).
-fn quorum_age(raft: &Raft) -> Option<u64> {
+/// as follower, since an append of the leader was taken.
+fn quorum_age(member: &Member, group: Group) -> Option<u64> {
+    let raft = &member.rafts[group.index()];
     let metrics = raft.metrics();
     let metrics = metrics.borrow_watched();
-    match (metrics.state, metrics.last_quorum_acked, metrics.current_leader) {
-        (ServerState::Leader, Some(at), _) => Some(at.elapsed().as_millis() as u64),
-        (ServerState::Leader, None, _) => None,
-        (_, _, Some(_)) => Some(0),
-        _ => None,
-    }
+    let age = match metrics.state {
+        ServerState::Leader => metrics.last_quorum_acked?.elapsed(),
+        _ => member.served.heard.age(group)?,
+    };
+    Some(age.as_millis() as u64)
 }
 
 fn group_status(member: &Member, group: Group) -> GroupStatus {
     let raft = &member.rafts[group.index()];
-    let quorum_age_ms = quorum_age(raft);
+    let quorum_age_ms = quorum_age(member, group);
     let metrics = raft.metrics();
     let metrics = metrics.borrow_watched();
     let role = match (&metrics.running_state, metrics.state) {

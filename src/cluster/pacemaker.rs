@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::machine::Raft;
+use crate::ids::Group;
 
 /// When each group last took an append (heartbeats included). Cheap to clone.
 #[derive(Clone)]
@@ -21,9 +22,12 @@ pub struct Heard {
     at_ms: Arc<[AtomicU64; 2]>,
 }
 
+/// Before the first append.
+const NEVER: u64 = u64::MAX;
+
 impl Default for Heard {
     fn default() -> Self {
-        Self { since: Instant::now(), at_ms: Arc::default() }
+        Self { since: Instant::now(), at_ms: Arc::new([AtomicU64::new(NEVER), AtomicU64::new(NEVER)]) }
     }
 }
 
@@ -33,12 +37,17 @@ impl Heard {
     }
 
     /// An append was taken.
-    pub fn note(&self, group: crate::ids::Group) {
+    pub fn note(&self, group: Group) {
         self.at_ms[group.index()].store(self.now_ms(), Ordering::Relaxed);
     }
 
-    fn age(&self, group: usize) -> Duration {
-        Duration::from_millis(self.now_ms().saturating_sub(self.at_ms[group].load(Ordering::Relaxed)))
+    /// How long ago the last append was taken; `None` before the first. openraft names a leader
+    /// until it knows another, however long that one has been dead; this tells.
+    pub fn age(&self, group: Group) -> Option<Duration> {
+        match self.at_ms[group.index()].load(Ordering::Relaxed) {
+            NEVER => None,
+            at_ms => Some(Duration::from_millis(self.now_ms().saturating_sub(at_ms))),
+        }
     }
 }
 
@@ -50,15 +59,15 @@ pub async fn run(rafts: [Raft; 2], heard: Heard, heartbeat: Duration) {
     let mut ticking = [true; 2];
     loop {
         period.tick().await;
-        for (group, raft) in rafts.iter().enumerate() {
+        for (raft, group) in rafts.iter().zip(Group::ALL) {
             let leads = raft.is_leader();
             if leads && raft.trigger().heartbeat().await.is_err() {
                 return;
             }
-            let needed = !leads && heard.age(group) >= heartbeat * 2;
-            if needed != ticking[group] {
+            let needed = !leads && heard.age(group).is_none_or(|age| age >= heartbeat * 2);
+            if needed != ticking[group.index()] {
                 raft.runtime_config().tick(needed);
-                ticking[group] = needed;
+                ticking[group.index()] = needed;
             }
         }
     }

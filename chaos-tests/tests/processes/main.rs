@@ -1,0 +1,24 @@
+//! What Everline promises, tried on real processes.
+
+mod cli;
+mod damage;
+mod demo;
+mod frozen;
+mod leader_kill;
+mod liveness;
+mod loads;
+mod quorum;
+mod rolling;
+mod sdk;
+mod total_kill;
+mod wiped;
+
+/// A seed for everything random in a test; printed, and taken from `EVERLINE_CHAOS_SEED` to
+/// have the same again.
+fn seed() -> u64 {
+    let given = std::env::var("EVERLINE_CHAOS_SEED").ok().and_then(|text| text.parse().ok());
+    // Tests count upwards from here.
+    let seed = given.unwrap_or_else(rand::random::<u32>).into();
+    println!("EVERLINE_CHAOS_SEED={seed}");
+    seed
+}
