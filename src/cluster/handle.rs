@@ -8,7 +8,6 @@ use openraft::{Instant as _, ServerState};
 
 use super::api::{Answer, ClusterError, ClusterStatus, ControlPlane, GroupStatus, MemberOp, MemberStatus};
 use super::inner::{Inner, Member};
-use super::machine::Raft;
 use super::membership::Members;
 use super::peer::server::read_index;
 use super::peer::wire::{Kind, ReadIndexReply};
