@@ -50,8 +50,8 @@ impl Args {
         })?;
         out.line(&format!(
             "{} is now {}.\n\
-             1. start the replica again with --join and the peer address of a living member\n\
-             2. when `everline status` shows it as a voter, remove its old id: everline member remove OLD-ID\n\
+             1. start the replica again with its configuration: it joins its peers under a new id\n\
+             2. wait until `everline status` shows it as a voter; its old id leaves by itself\n\
              3. when you no longer want to look into the damage, delete {1}",
             folder.display(),
             aside.display()

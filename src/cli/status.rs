@@ -70,6 +70,9 @@ pub(crate) fn page(status: &StatusReply, paint: Paint) -> String {
         parts.push(paint.red(&format!("{} does not take part: {why}", status.cluster.name)));
     }
     if !status.cluster.members.is_empty() {
+        if !status.cluster.quorum {
+            parts.push(paint.yellow("no quorum: what follows is as of the last decision"));
+        }
         parts.push(members_table(&status.cluster.members, paint));
     }
     parts.push(if status.workers.is_empty() {
@@ -113,6 +116,9 @@ fn headline(status: &StatusReply, paint: Paint) -> String {
 
 /// Who leads, in a few words.
 pub(crate) fn leaders(cluster: &ClusterStatus) -> String {
+    if !cluster.quorum {
+        return "leader unknown".to_owned();
+    }
     let name = |leads: fn(&MemberStatus) -> bool| {
         cluster.members.iter().find(|m| leads(m)).map_or("none", |m| m.info.name.as_str())
     };

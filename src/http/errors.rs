@@ -195,7 +195,7 @@ impl From<ClusterError> for ApiError {
         match error {
             ClusterError::Unavailable { .. } => ApiError::new(
                 Code::ClusterUnavailable,
-                format!("{text}; nothing was changed for certain: try again, or see `everline status`"),
+                format!("{text}; whether the change is made when there is a quorum again is not known: look before you repeat it, and see `everline status`"),
             )
             .retry_after(1),
             ClusterError::Overloaded { .. } => ApiError::new(Code::ClusterUnavailable, text).retry_after(1),

@@ -65,6 +65,13 @@ impl Route {
     }
 }
 
+impl Route {
+    /// Whether requests to it go to a worker.
+    pub fn is_proxied(self) -> bool {
+        matches!(self, Route::ChatCompletions | Route::Completions | Route::Embeddings)
+    }
+}
+
 impl EncodeLabelValue for Route {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
         self.path().encode(encoder)
@@ -231,7 +238,7 @@ impl Metrics {
 
     /// Begins to measure a request.
     pub fn track(self: &Arc<Self>, route: Route) -> Tracked {
-        if matches!(route, Route::ChatCompletions | Route::Completions | Route::Embeddings) {
+        if route.is_proxied() {
             self.taken.fetch_add(1, Ordering::Relaxed);
         }
         Tracked {
@@ -307,21 +314,23 @@ impl Tracked {
         self.metrics.requests.get_or_create(&RequestLabels { route, outcome }).inc();
         let elapsed = self.started.elapsed();
         self.metrics.duration.get_or_create(&RouteLabels { route }).observe(elapsed.as_secs_f64());
-        let is_routine = matches!(route, Route::Health | Route::Metrics | Route::Nodes);
-        if is_routine && outcome == Outcome::Ok {
-            return;
+        // One line a request, without anything of its content; at debug level what is not a
+        // client's.
+        macro_rules! line {
+            ($level:ident) => {
+                tracing::$level!(
+                    target: "everline::access",
+                    route = route.path(),
+                    outcome = outcome.as_str(),
+                    status = self.status.as_u16(),
+                    request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok()),
+                    worker = self.worker.as_ref().map(WorkerId::as_str),
+                    first_byte_ms = self.first_byte.map(|t| t.as_millis() as u64),
+                    ms = elapsed.as_millis() as u64,
+                )
+            };
         }
-        // One line a request, without anything of its content.
-        tracing::info!(
-            target: "everline::access",
-            route = route.path(),
-            outcome = outcome.as_str(),
-            status = self.status.as_u16(),
-            request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok()),
-            worker = self.worker.as_ref().map(WorkerId::as_str),
-            first_byte_ms = self.first_byte.map(|t| t.as_millis() as u64),
-            ms = elapsed.as_millis() as u64,
-        );
+        if route.is_proxied() { line!(info) } else { line!(debug) }
     }
 
     /// Remembers an error for the status page.

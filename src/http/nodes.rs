@@ -124,6 +124,8 @@ impl<S: Send + Sync> FromRequestParts<S> for PathId {
 
 /// No such worker.
 pub(super) fn not_found(id: &WorkerId) -> ApiError {
-    let text = format!("worker {id} is not registered; register it with POST /v1/nodes");
+    let text = format!(
+        "worker {id} is not registered; register it with POST /v1/nodes, or see `everline worker list`"
+    );
     ApiError::new(Code::WorkerNotFound, text).param("id")
 }

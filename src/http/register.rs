@@ -126,7 +126,7 @@ async fn ask(shard: &Shard, spec: &WorkerSpec) -> Result<EngineFacts, ApiError> 
     let get = |path: &'static str| fetch::get(&shard.pool, &spec.url, path, limit);
     let failed = |path: &str, why: String| {
         let text = format!(
-            "the worker was asked GET {}{path}: {why}; start it first, or register with \"probe\": false",
+            "the worker was asked GET {}{path}: {why}; start it first, or register with \"probe\": false (--no-probe)",
             spec.url
         );
         ApiError::new(Code::ProbeFailed, text).param("url")

@@ -38,7 +38,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
     engines: u8,
     /// Port of the balancer on 127.0.0.1; 0 takes a free one
-    #[arg(long, default_value_t = 8080)]
+    #[arg(long, default_value_t = plan::DEFAULT_PORT)]
     port: u16,
     /// Write addresses and process ids to this file once everything is ready
     #[arg(long, value_name = "FILE")]
@@ -153,17 +153,19 @@ Endpoint   {url}/v1   (any API key, model {model})
 
 Stream something:
   curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Tell me a story\"}}]}}'
+    -d '{{\"model\":\"{model}\",\"stream\":true,\"max_tokens\":200,
+         \"messages\":[{{\"role\":\"user\",\"content\":\"Tell me a story\"}}]}}'
 
 From Python:
   from openai import OpenAI
   client = OpenAI(base_url=\"{url}/v1\", api_key=\"unused\")
-  for chunk in client.chat.completions.create(model=\"{model}\", stream=True,
+  for chunk in client.chat.completions.create(model=\"{model}\", stream=True, max_tokens=200,
                                               messages=[{{\"role\": \"user\", \"content\": \"Tell me a story\"}}]):
       print(chunk.choices[0].delta.content or \"\", end=\"\", flush=True)
 
 Look inside:
-  {exe} status --watch --server {admin}
+  export EVERLINE_SERVER={admin}
+  {exe} status --watch
 
 Now kill a replica and go on asking:
 {pids}

@@ -12,6 +12,10 @@ use super::child::{Children, Recipe};
 
 /// The model that the engines pretend to serve.
 pub(super) const MODEL: &str = "everline-demo";
+/// The balancer's port where none is asked for.
+pub(super) const DEFAULT_PORT: u16 = 8080;
+/// Where commands look for a replica when they are not told.
+const DEFAULT_ADMIN_PORT: u16 = 8081;
 /// The balancer's name among the children.
 pub(super) const BALANCER: &str = "balancer";
 
@@ -85,10 +89,15 @@ impl Plan {
             layout.engines.push(Engine { name: format!("e{n}"), address: hold(0)? });
         }
         for n in 1..=replicas {
+            // Where `everline status` looks by itself, if nobody else is there.
+            let usual = if n == 1 && port == DEFAULT_PORT { hold(DEFAULT_ADMIN_PORT).ok() } else { None };
             layout.replicas.push(Replica {
                 name: format!("r{n}"),
                 http: hold(0)?,
-                admin: hold(0)?,
+                admin: match usual {
+                    Some(admin) => admin,
+                    None => hold(0)?,
+                },
                 peer: hold(0)?,
                 config: PathBuf::new(),
                 data_dir: PathBuf::new(),
