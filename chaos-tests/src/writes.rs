@@ -161,6 +161,8 @@ async fn write(
         let key = format!("{name}-{}", number % KEYS);
         let mut request = paper_worker(&key);
         request.url = format!("http://127.0.0.1:{number}");
+        // Bulk, so that small log segments are filled by few writes.
+        request.labels = (0..8).map(|n| (format!("bulk-{n}"), "x".repeat(200))).collect();
         let promise = promises.0.entry(key).or_default();
         let sent = Instant::now();
         let mut result = Ok(());

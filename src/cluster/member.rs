@@ -27,6 +27,10 @@ use crate::state::cache::CacheState;
 use crate::state::command::{CacheCommand, ControlCommand};
 use crate::state::control::ControlState;
 
+/// Most bytes of segments gathered into one log entry, where log segments are large enough: an
+/// entry of more than half a log segment is refused by the log, which ends the consensus.
+const ENTRY_BYTES: u64 = 1 << 20;
+
 impl Inner {
     /// Opens log and checkpoints and starts both groups.
     pub(super) async fn become_member(
@@ -160,7 +164,8 @@ impl Inner {
         for group in Group::ALL {
             let raft = &rafts[group.index()];
             let (tx, rx) = mpsc::channel(proposer::INTAKE);
-            tokio::spawn(proposer::intake(raft.clone(), rx));
+            let entry_bytes = (self.config.wal_segment_bytes / 4).min(ENTRY_BYTES) as usize;
+            tokio::spawn(proposer::intake(raft.clone(), rx, entry_bytes));
             intakes.push(tx);
             let (tx, rx) = watch::channel(Route::Nowhere);
             tokio::spawn(follow_leader(raft.clone(), id, links.clone(), tx));

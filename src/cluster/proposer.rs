@@ -361,15 +361,15 @@ async fn send<S: State>(driver: &Driver<S>, segments: &[Segment], trouble: &Arc<
     }
 }
 
-/// Most segments and bytes put into one log entry.
+/// Most segments put into one log entry.
 const ENTRY_SEGMENTS: usize = 64;
-const ENTRY_BYTES: usize = 1 << 20;
 /// Segments that may wait at a leader.
 pub const INTAKE: usize = 256;
 
-/// The leader's side: gathers what has arrived into one entry after the other, without waiting
-/// for any of them; ends when all senders are gone.
-pub async fn intake(raft: super::machine::Raft, mut segments: mpsc::Receiver<Segment>) {
+/// The leader's side: gathers what has arrived into one entry after the other, each of at most
+/// `entry_bytes` unless one segment alone is larger, without waiting for any of them; ends when
+/// all senders are gone.
+pub async fn intake(raft: super::machine::Raft, mut segments: mpsc::Receiver<Segment>, entry_bytes: usize) {
     let mut next = None;
     loop {
         let Some(first) = (match next.take() {
@@ -383,7 +383,7 @@ pub async fn intake(raft: super::machine::Raft, mut segments: mpsc::Receiver<Seg
         while proposal.segments.len() < ENTRY_SEGMENTS {
             let Ok(segment) = segments.try_recv() else { break };
             bytes += segment.commands.len();
-            if bytes > ENTRY_BYTES {
+            if bytes > entry_bytes {
                 next = Some(segment);
                 break;
             }

@@ -141,16 +141,16 @@ sections! {
         propose_timeout_ms: u64 = 3_000, Kind::int("ms", 100, 600_000);
         /// Changes are gathered for at most this long before they are proposed as one.
         batch_window_us: u64 = 2_000, Kind::int("us", 0, 1_000_000);
-        /// ... or until they fill this much.
-        batch_bytes: u64 = 65_536, Kind::int("bytes", KIB, 64 * MIB);
+        /// ... or until they fill this much. At most a quarter of `wal_segment_bytes`.
+        batch_bytes: u64 = 65_536, Kind::int("bytes", KIB, 4 * MIB);
         /// Most bytes of proposals that wait for a leader; more are refused.
         queue_bytes: u64 = 8 * MIB, Kind::int("bytes", 64 * KIB, 4 * GIB);
         /// Write a checkpoint after this much log.
         checkpoint_log_bytes: u64 = 64 * MIB, Kind::int("bytes", 64 * KIB, 64 * GIB);
         /// ... or after this time, if anything changed.
         checkpoint_interval_s: u64 = 60, Kind::int("s", 1, 86_400);
-        /// Size of one pre-allocated segment of the write-ahead log.
-        wal_segment_bytes: u64 = 16 * MIB, Kind::int("bytes", 64 * KIB, GIB);
+        /// Size of one pre-allocated segment of the write-ahead log. An entry takes half of it at most.
+        wal_segment_bytes: u64 = 16 * MIB, Kind::int("bytes", MIB, GIB);
         /// Replicas compare digests of their state after each so many log entries; 0 turns that off.
         digest_every: u64 = 256, Kind::int("entries", 0, 1_000_000_000);
     }

@@ -118,6 +118,18 @@ fn cluster(config: &Config, problems: &mut Vec<ConfigError>) {
             .fix(format!("set election_min_ms to more than {}", cluster.heartbeat_ms)),
         );
     }
+    if cluster.batch_bytes > cluster.wal_segment_bytes / 4 {
+        problems.push(
+            ConfigError::about(
+                "cluster.batch_bytes",
+                format!(
+                    "{} is more than a quarter of wal_segment_bytes ({}): an entry might not fit into the log",
+                    cluster.batch_bytes, cluster.wal_segment_bytes
+                ),
+            )
+            .fix(format!("set it to at most {}", cluster.wal_segment_bytes / 4)),
+        );
+    }
     let mut names = BTreeSet::new();
     let mut addresses = BTreeSet::new();
     for peer in &cluster.peers {

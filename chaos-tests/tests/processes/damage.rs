@@ -20,17 +20,22 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Flips bits of some bytes in the middle of what was written to the log.
+/// How far a file that was made longer beforehand is really written.
+fn written(file: &Path) -> usize {
+    let bytes = fs::read(file).expect("a log can be read");
+    bytes.iter().rposition(|b| *b != 0).unwrap_or(0)
+}
+
+/// Flips bits of some bytes in the middle of what was written to the log, with good entries
+/// before and after: nothing that a crash could have done.
 fn flip(data_dir: &Path) {
     let segments = files(&data_dir.join("raft"));
-    let log = segments.iter().max_by_key(|path| fs::metadata(path).map_or(0, |m| m.len()));
-    let log = log.expect("there is a log");
-    let mut bytes = fs::read(log).expect("a log can be read");
-    let written = bytes.iter().rposition(|b| *b != 0).expect("something was written");
-    let at = written / 2;
+    let log = segments.iter().filter(|path| path.extension().is_some_and(|e| e == "wal"));
+    let log = log.max_by_key(|path| written(path)).expect("there is a log");
+    let (mut bytes, at) = (fs::read(log).expect("a log can be read"), written(log) / 2);
     bytes[at..at + 8].iter_mut().for_each(|b| *b ^= 0x5a);
     fs::write(log, bytes).expect("a log can be written");
-    println!("flipped 8 bytes at {at} of {written} in {}", log.display());
+    println!("flipped 8 bytes at {at} of {} in {}", written(log), log.display());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

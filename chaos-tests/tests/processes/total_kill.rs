@@ -10,7 +10,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 /// Moments at which a whole cluster is killed: of three, and of one.
-const ROUNDS: (usize, usize) = (80, 120);
+const ROUNDS: (usize, usize) = (100, 120);
 const BACK: Duration = Duration::from_secs(20);
 
 /// `EVERLINE_CHAOS_ROUNDS` rounds instead of the usual.
@@ -21,7 +21,7 @@ fn rounds(usual: usize) -> usize {
 /// Small segments and checkpoints, so that kills fall into their changes too.
 async fn small_logs(replicas: usize) -> Fleet {
     Fleet::of(replicas)
-        .set("cluster.wal_segment_bytes=65536")
+        .set("cluster.wal_segment_bytes=1048576")
         .set("cluster.checkpoint_log_bytes=65536")
         .set("cluster.checkpoint_interval_s=1")
         .set("cluster.digest_every=16")
