@@ -50,8 +50,8 @@ impl Args {
         })?;
         out.line(&format!(
             "{} is now {}.\n\
-             1. start the replica again with --join and the peer address of a living member\n\
-             2. when `everline status` shows it as a voter, remove its old id: everline member remove OLD-ID\n\
+             1. start the replica again as before; it must know its peers (cluster.peers or cluster.join)\n\
+             2. `everline status` shows it as a voter under a new id once it has caught up; the old id is gone then\n\
              3. when you no longer want to look into the damage, delete {1}",
             folder.display(),
             aside.display()
