@@ -254,3 +254,27 @@ impl Report {
         assert!(self.0.len() >= at_least, "only {} requests were made", self.0.len());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STREAMED: Kind = Kind { chat: false, stream: true };
+
+    fn reply(body: &'static str) -> Reply {
+        Reply { status: http::StatusCode::OK, headers: Default::default(), body: body.into() }
+    }
+
+    #[test]
+    fn only_a_whole_stream_counts() {
+        const A: &str = "data: {\"choices\":[{\"text\":\"a\",\"finish_reason\":null}]}\n\n";
+        const B: &str = "data: {\"choices\":[{\"text\":\"b\",\"finish_reason\":\"stop\"}]}\n\n";
+        const DONE: &str = "data: [DONE]\n\n";
+        let read = |parts: &[&str]| STREAMED.read(&reply(parts.concat().leak()));
+        assert_eq!(read(&[A, B, DONE]).as_deref(), Ok("ab"));
+        assert!(read(&[A, B]).is_err(), "no [DONE]");
+        assert!(read(&[A, DONE]).is_err(), "no finish_reason");
+        assert!(read(&[A, B, DONE, A]).is_err(), "something follows");
+        assert!(read(&[A, "data: {\"error\":{}}\n\n", DONE]).is_err(), "an error inside");
+    }
+}

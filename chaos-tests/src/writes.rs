@@ -25,7 +25,7 @@ pub struct Promise {
     pub acknowledged: u64,
     /// Registrations sent.
     pub attempted: u64,
-    /// Number of the newest acknowledged registration, which its port says.
+    /// Number of the newest acknowledged registration, which its address says.
     pub newest: u64,
 }
 
@@ -39,9 +39,14 @@ impl Promises {
         self.0.values().map(|p| p.acknowledged).sum()
     }
 
-    /// Adds what others were promised; their keys are others.
+    /// Adds what was promised to others, or later on to the same.
     pub fn extend(&mut self, other: Promises) {
-        self.0.extend(other.0);
+        for (key, more) in other.0 {
+            let promise = self.0.entry(key).or_default();
+            promise.acknowledged += more.acknowledged;
+            promise.attempted += more.attempted;
+            promise.newest = promise.newest.max(more.newest);
+        }
     }
 
     /// What is wrong with a registry, if anything.
@@ -54,10 +59,11 @@ impl Promises {
                     n => return Err(format!("{key} was acknowledged {n} times and is not there")),
                 }
             };
-            let port: u64 = worker.url.rsplit(':').next().and_then(|p| p.parse().ok()).unwrap_or(0);
+            let number = number_in(&worker.url);
             let generation = worker.generation;
-            if generation < promise.acknowledged || generation > promise.attempted || port < promise.newest {
-                return Err(format!("{key}: generation {generation}, number {port}, but {promise:?}"));
+            if generation < promise.acknowledged || generation > promise.attempted || number < promise.newest
+            {
+                return Err(format!("{key}: generation {generation}, number {number}, but {promise:?}"));
             }
         }
         Ok(())
@@ -80,6 +86,20 @@ impl Promises {
             panic!("{} has lost something: {why}", replica.name);
         }
     }
+}
+
+/// A loopback address that says a number of up to 24 bits.
+fn url_with(number: u64) -> String {
+    format!("http://127.{}.{}.{}:9", number >> 16, number >> 8 & 0xff, number & 0xff)
+}
+
+/// The number in an address of [`url_with`]; 0 for any other.
+fn number_in(url: &str) -> u64 {
+    let host = url.strip_prefix("http://127.").and_then(|rest| rest.strip_suffix(":9"));
+    host.unwrap_or_default()
+        .split('.')
+        .filter_map(|part| part.parse::<u64>().ok())
+        .fold(0, |n, part| n << 8 | part)
 }
 
 /// One write's fate.
@@ -111,16 +131,25 @@ pub struct Manner {
     pub limit: Duration,
     /// How often a writer repeats a write that was not acknowledged.
     pub retries: usize,
+    /// Writers number their writes from here on; for those who have keys of earlier writers.
+    pub first: u64,
 }
 
 impl Default for Manner {
     fn default() -> Self {
-        Self { per_replica: 1, pause: Duration::from_millis(5), limit: Duration::from_secs(5), retries: 0 }
+        Self {
+            per_replica: 1,
+            pause: Duration::from_millis(5),
+            limit: Duration::from_secs(5),
+            retries: 0,
+            first: 0,
+        }
     }
 }
 
 impl Writers {
-    /// Starts writers at each of these replicas; `name` must be new to the registry.
+    /// Starts writers at each of these replicas; `name` must be new to the registry,
+    /// or their [`Manner::first`] above all numbers of the earlier ones.
     pub fn start(name: &str, replicas: &[Endpoint], manner: Manner) -> Self {
         let (stop, stopped) = watch::channel(false);
         let mut tasks = JoinSet::new();
@@ -155,12 +184,12 @@ async fn write(
     stopped: watch::Receiver<bool>,
 ) -> (Promises, Vec<Write>) {
     let (mut promises, mut writes) = (Promises::default(), Vec::new());
-    let mut number = 0;
+    let mut number = manner.first;
     while !*stopped.borrow() {
         number += 1;
         let key = format!("{name}-{}", number % KEYS);
         let mut request = paper_worker(&key);
-        request.url = format!("http://127.0.0.1:{number}");
+        request.url = url_with(number);
         // Bulk, so that small log segments are filled by few writes.
         request.labels = (0..8).map(|n| (format!("bulk-{n}"), "x".repeat(200))).collect();
         let promise = promises.0.entry(key).or_default();
@@ -191,4 +220,39 @@ async fn write(
 pub fn longest_gap(writes: &[Write]) -> Duration {
     let good: Vec<Instant> = writes.iter().filter(|w| w.result.is_ok()).map(|w| w.answered).collect();
     good.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn worker(generation: u64, number: u64) -> WorkerStatus {
+        let worker = json!({
+            "id": "w", "url": url_with(number), "engine": "vllm", "role": "aggregated",
+            "models": [], "online": true, "drain": false, "source": "admin", "liveness": "probe",
+            "requests": 0, "prefill_tokens": 0, "decode_blocks": 0, "reachable": true,
+            "generation": generation, "weight": 100, "block_size": null, "capacity_blocks": null,
+        });
+        serde_json::from_value(worker).unwrap()
+    }
+
+    #[test]
+    fn numbers_survive_in_addresses() {
+        assert_eq!(url_with(0x01_02_03), "http://127.1.2.3:9");
+        assert!([0, 255, 256, 70_000, 0xff_ff_ff].into_iter().all(|n| number_in(&url_with(n)) == n));
+    }
+
+    #[test]
+    fn losses_repetitions_and_steps_back_are_found() {
+        let promise = Promise { acknowledged: 3, attempted: 4, newest: 17 };
+        let promises = Promises(BTreeMap::from([("w".to_owned(), promise)]));
+        assert!(promises.check(&[worker(3, 17)]).is_ok());
+        assert!(promises.check(&[worker(4, 25)]).is_ok(), "the unanswered one may have been applied");
+        assert!(promises.check(&[]).is_err(), "lost with its key");
+        assert!(promises.check(&[worker(2, 17)]).is_err(), "one is lost");
+        assert!(promises.check(&[worker(5, 17)]).is_err(), "one was applied twice");
+        assert!(promises.check(&[worker(3, 9)]).is_err(), "an older one stands");
+    }
 }
