@@ -1,16 +1,16 @@
 //! Signs of life heard at this replica, gathered and reported to the cluster in one command
 //! at most four times a second, and only when the cluster does not know as much already.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::machine::Cell;
 use super::proposer::Proposer;
 use crate::ids::WorkerId;
-use crate::state::command::ControlCommand;
+use crate::state::command::{ControlCommand, Sign};
 use crate::state::control::{ControlState, MAX_WORKERS};
 use crate::state::worker::Liveness;
 
@@ -20,8 +20,9 @@ const PERIOD: Duration = Duration::from_millis(250);
 
 #[derive(Default)]
 struct Heard {
-    heartbeats: BTreeSet<WorkerId>,
-    probed: BTreeSet<WorkerId>,
+    /// When the newest came that has not been reported.
+    heartbeats: BTreeMap<WorkerId, Instant>,
+    probed: BTreeMap<WorkerId, Instant>,
     failed: BTreeSet<WorkerId>,
 }
 
@@ -36,45 +37,62 @@ impl Pulse {
     pub fn heartbeat(&self, id: &WorkerId) {
         let mut heard = self.heard.lock();
         if heard.heartbeats.len() < MAX_WORKERS {
-            heard.heartbeats.insert(id.clone());
+            heard.heartbeats.insert(id.clone(), Instant::now());
         }
     }
 
     /// The result of a probe; the latest counts.
     pub fn probed(&self, id: &WorkerId, healthy: bool) {
         let mut heard = self.heard.lock();
-        let heard = &mut *heard;
-        let (to, from) = if healthy {
-            (&mut heard.probed, &mut heard.failed)
+        if healthy {
+            heard.failed.remove(id);
+            if heard.probed.len() < MAX_WORKERS {
+                heard.probed.insert(id.clone(), Instant::now());
+            }
         } else {
-            (&mut heard.failed, &mut heard.probed)
-        };
-        from.remove(id);
-        if to.len() < MAX_WORKERS {
-            to.insert(id.clone());
+            heard.probed.remove(id);
+            if heard.failed.len() < MAX_WORKERS {
+                heard.failed.insert(id.clone());
+            }
         }
     }
 
     /// What the cluster should be told. A sign of life is worth an entry only when a quarter of
     /// the timeout has passed since the last one that any replica reported, or when it changes
-    /// something.
-    fn take(&self, state: &ControlState, worker_timeout_ms: u64) -> Option<ControlCommand> {
-        let heard = std::mem::take(&mut *self.heard.lock());
-        let now_ms = state.now_ms();
-        let news = |id: &WorkerId, heartbeat: bool| {
-            state.workers().get(id).is_some_and(|w| {
-                !w.online
-                    || !w.failed_by.is_empty()
-                    || (heartbeat && w.liveness == Liveness::Probe)
-                    || now_ms.saturating_sub(w.last_heard_ms) >= worker_timeout_ms / 4
-            })
+    /// something; until then it is kept, so that the last one before a silence is not lost.
+    fn take(&self, state: &ControlState, worker_timeout: Duration) -> Option<ControlCommand> {
+        let mut heard = self.heard.lock();
+        let (now, now_ms) = (Instant::now(), state.now_ms());
+        let timeout_ms = worker_timeout.as_millis() as u64;
+        let signs = |of: &mut BTreeMap<WorkerId, Instant>, heartbeat: bool| {
+            let mut due = Vec::new();
+            of.retain(|id, at| {
+                let age = now - *at;
+                let Some(worker) = state.workers().get(id).filter(|_| age < worker_timeout) else {
+                    return false;
+                };
+                let age_ms = age.as_millis() as u64;
+                if worker.online && now_ms.saturating_sub(age_ms) < worker.last_heard_ms {
+                    return false;
+                }
+                let changes = !worker.online
+                    || !worker.failed_by.is_empty()
+                    || (heartbeat && worker.liveness == Liveness::Probe);
+                if changes || now_ms.saturating_sub(worker.last_heard_ms) >= timeout_ms / 4 {
+                    due.push(Sign { id: id.clone(), age_ms: age_ms as u32 });
+                    return false;
+                }
+                true
+            });
+            due
         };
+        let heard = &mut *heard;
+        let heartbeats = signs(&mut heard.heartbeats, true);
+        let probed = signs(&mut heard.probed, false);
         let failing = |id: &WorkerId| {
             state.workers().get(id).is_some_and(|w| w.online && w.liveness == Liveness::Probe)
         };
-        let heartbeats: Vec<_> = heard.heartbeats.into_iter().filter(|id| news(id, true)).collect();
-        let probed: Vec<_> = heard.probed.into_iter().filter(|id| news(id, false)).collect();
-        let failed: Vec<_> = heard.failed.into_iter().filter(failing).collect();
+        let failed: Vec<_> = std::mem::take(&mut heard.failed).into_iter().filter(failing).collect();
         if heartbeats.is_empty() && probed.is_empty() && failed.is_empty() {
             return None;
         }
@@ -89,12 +107,11 @@ pub async fn run(
     proposer: Proposer<ControlState>,
     worker_timeout: Duration,
 ) {
-    let worker_timeout_ms = worker_timeout.as_millis() as u64;
     let mut period = tokio::time::interval(PERIOD.min(worker_timeout / 20).max(Duration::from_millis(5)));
     period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         period.tick().await;
-        let report = control.read(|state| pulse.take(state, worker_timeout_ms));
+        let report = control.read(|state| pulse.take(state, worker_timeout));
         if let Some(report) = report {
             // With a full queue there is no leader; what is heard then will be heard again.
             let _ = proposer.submit(&[report]);

@@ -38,9 +38,9 @@ pub enum ControlCommand {
     /// Workers heard from at a replica since its last report: heartbeats or good probes.
     Heard {
         /// Workers whose own heartbeat arrived.
-        heartbeats: Vec<WorkerId>,
+        heartbeats: Vec<Sign>,
         /// Workers whose health route answered a probe.
-        probed: Vec<WorkerId>,
+        probed: Vec<Sign>,
         /// Workers whose health route refused or failed a probe at this replica.
         failed: Vec<WorkerId>,
     },
@@ -91,6 +91,15 @@ pub enum ControlCommand {
     },
     /// Nothing. A no-op through the whole path, for measuring and for barriers.
     Noop,
+}
+
+/// A sign of life.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub struct Sign {
+    /// Whose.
+    pub id: WorkerId,
+    /// How long before the report it came, milliseconds.
+    pub age_ms: u32,
 }
 
 /// A mutation of the cache group.

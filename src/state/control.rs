@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::command::{ControlCommand, ControlOutcome, ReplicaInfo};
+use super::command::{ControlCommand, ControlOutcome, ReplicaInfo, Sign};
 use super::digest::Digest;
 use super::replicated::{Records, State};
 use super::worker::{Liveness, WorkerRecord, WorkerSource, WorkerSpec};
@@ -183,15 +183,15 @@ impl ControlState {
         }
     }
 
-    fn sign_of_life(&mut self, id: &WorkerId, heartbeat: bool) {
-        let now_ms = self.scalars.now_ms;
-        let came_back = self.with_worker(id, |record| {
+    fn sign_of_life(&mut self, sign: &Sign, heartbeat: bool) {
+        let at_ms = self.scalars.now_ms.saturating_sub(sign.age_ms.into());
+        let came_back = self.with_worker(&sign.id, |record| {
             if heartbeat {
                 record.liveness = Liveness::Heartbeat;
             } else if record.liveness == Liveness::Heartbeat {
                 return false;
             }
-            record.last_heard_ms = now_ms;
+            record.last_heard_ms = record.last_heard_ms.max(at_ms);
             record.failed_by.clear();
             !std::mem::replace(&mut record.online, true)
         });
@@ -235,12 +235,13 @@ impl ControlState {
                 }
             });
         }
+        // Signs are dated by the tick before them, so one period is given in addition: nobody is
+        // offline before its time.
+        let allowed_ms = u64::from(worker_timeout_ms) + u64::from(elapsed_ms);
         let overdue: Vec<WorkerId> = self
             .workers
             .iter()
-            .filter(|(_, w)| {
-                w.online && now_ms.saturating_sub(w.last_heard_ms) > u64::from(worker_timeout_ms)
-            })
+            .filter(|(_, w)| w.online && now_ms.saturating_sub(w.last_heard_ms) > allowed_ms)
             .map(|(id, _)| id.clone())
             .collect();
         for id in overdue {
@@ -324,11 +325,11 @@ impl State for ControlState {
                 self.registry_version += 1;
             }
             ControlCommand::Heard { heartbeats, probed, failed } => {
-                for id in &heartbeats {
-                    self.sign_of_life(id, true);
+                for sign in &heartbeats {
+                    self.sign_of_life(sign, true);
                 }
-                for id in &probed {
-                    self.sign_of_life(id, false);
+                for sign in &probed {
+                    self.sign_of_life(sign, false);
                 }
                 for id in &failed {
                     self.probe_failed(id, origin);
