@@ -240,6 +240,10 @@ impl Fleet {
 impl Drop for Fleet {
     fn drop(&mut self) {
         if std::thread::panicking() {
+            if std::env::var_os("EVERLINE_CHAOS_KEEP").is_some() {
+                self.folder.disable_cleanup(true);
+                eprintln!("kept: {}", self.folder.path().display());
+            }
             for replica in &self.replicas {
                 eprintln!("{}", tail(replica.log()));
             }

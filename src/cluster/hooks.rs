@@ -41,6 +41,7 @@ impl Board {
 }
 
 fn report_digest(proposer: &Proposer<ControlState>, me: ReplicaId, group: Group, index: u64, digest: u64) {
+    tracing::debug!(%group, index, digest = format!("{digest:016x}"), "digest");
     // A report that finds the queue full is not worth waiting for; the next will do.
     let _ = proposer.submit(&[ControlCommand::Digest { id: me, group, index, digest }]);
 }

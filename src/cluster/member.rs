@@ -132,6 +132,12 @@ impl Inner {
             election_timeout_min: millis(self.config.election.0),
             election_timeout_max: millis(self.config.election.1),
             enable_pre_vote: Some(true),
+            // A leader's entries go to the followers while its own disk is still at it. One that
+            // is killed and goes on in the same term could give an index to another entry of
+            // that term, which log matching cannot see; and it does not know what it has
+            // committed, so its reads would be of the past. It stands for election like
+            // everybody else. Found by the digests, when all replicas were killed under writes.
+            enable_leader_restore: Some(false),
             // Our own trigger counts bytes; openraft's counts entries, which may be of any size.
             snapshot_policy: SnapshotPolicy::Never,
             // Purged by us, up to the checkpoint before the newest.

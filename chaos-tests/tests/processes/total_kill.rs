@@ -25,6 +25,7 @@ async fn small_logs(replicas: usize) -> Fleet {
         .set("cluster.checkpoint_log_bytes=65536")
         .set("cluster.checkpoint_interval_s=1")
         .set("cluster.digest_every=16")
+        .set("log.filter=info,everline::access=warn,everline::cluster::hooks=debug")
         .start()
         .await
 }
