@@ -255,7 +255,9 @@ fn a_cluster_of_one_survives_its_restarts() {
     let mut r = Replicas::new(1);
     for life in 1..=3u64 {
         r.register(0, &format!("w{life}"));
-        assert_eq!(r.plane(0).status().incarnation.0, life);
+        let status = r.plane(0).status();
+        assert_eq!(status.incarnation.0, life);
+        assert!(status.groups[0].term >= life, "nobody leads on from an earlier life: {status:?}");
         r.all[0].crash();
         r.all[0].start();
         r.until("all registrations back", || (1..=life).all(|w| knows(&r.plane(0), &format!("w{w}"))));

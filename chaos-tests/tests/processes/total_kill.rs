@@ -10,7 +10,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 /// Moments at which a whole cluster is killed: of three, and of one.
-const ROUNDS: (usize, usize) = (100, 120);
+const ROUNDS: (usize, usize) = (85, 120);
 const BACK: Duration = Duration::from_secs(20);
 
 /// `EVERLINE_CHAOS_ROUNDS` rounds instead of the usual.
