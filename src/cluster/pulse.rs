@@ -18,6 +18,10 @@ use crate::state::worker::Liveness;
 /// report is never what makes a worker late.
 const PERIOD: Duration = Duration::from_millis(250);
 
+/// Most entries of each kind in one report; the rest waits for the next. Keeps a report far below
+/// what the log takes in one entry.
+const MOST: usize = 512;
+
 #[derive(Default)]
 struct Heard {
     /// When the newest came that has not been reported.
@@ -78,7 +82,9 @@ impl Pulse {
                 let changes = !worker.online
                     || !worker.failed_by.is_empty()
                     || (heartbeat && worker.liveness == Liveness::Probe);
-                if changes || now_ms.saturating_sub(worker.last_heard_ms) >= timeout_ms / 4 {
+                if due.len() < MOST
+                    && (changes || now_ms.saturating_sub(worker.last_heard_ms) >= timeout_ms / 4)
+                {
                     due.push(Sign { id: id.clone(), age_ms: age_ms as u32 });
                     return false;
                 }
@@ -92,7 +98,8 @@ impl Pulse {
         let failing = |id: &WorkerId| {
             state.workers().get(id).is_some_and(|w| w.online && w.liveness == Liveness::Probe)
         };
-        let failed: Vec<_> = std::mem::take(&mut heard.failed).into_iter().filter(failing).collect();
+        let failed: Vec<_> =
+            std::mem::take(&mut heard.failed).into_iter().filter(failing).take(MOST).collect();
         if heartbeats.is_empty() && probed.is_empty() && failed.is_empty() {
             return None;
         }
