@@ -217,6 +217,7 @@ fn node_config(config: &Config) -> NodeConfig {
         propose_timeout: ms(cluster.propose_timeout_ms),
         batching: Batching {
             window: Duration::from_micros(cluster.batch_window_us),
+            load_window: Duration::from_micros(cluster.load_window_us),
             bytes: cluster.batch_bytes as usize,
             queue_bytes: cluster.queue_bytes as usize,
         },
