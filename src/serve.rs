@@ -23,7 +23,7 @@ use crate::cluster::proposer::Batching;
 use crate::config::{Config, Loaded, LogConfig, LogFormat};
 use crate::http::{
     Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, Metrics, NodeOptions,
-    PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
+    PoolOptions, ProxyOptions, RetryOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
     serve_client,
 };
 use crate::routing::policy;
@@ -254,11 +254,12 @@ fn front_config(config: &Config) -> FrontConfig {
                 n => n as usize,
             },
             grace: ms(http.shutdown_grace_ms),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
             ..FrontOptions::default()
         },
         proxy: ProxyOptions {
             body: BodyLimits::of(http.max_body_bytes as usize),
-            retries: proxy.retries,
+            retry: RetryOptions { attempts: proxy.retries, ..RetryOptions::default() },
             first_byte_timeout: ms(proxy.first_byte_timeout_ms),
             idle_timeout: ms(proxy.idle_timeout_ms),
             total_timeout: ms(proxy.total_timeout_ms),
