@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use ipnet::IpNet;
@@ -20,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use super::conn::{ConnState, ConnTimeouts, GuardedIo};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
+use super::routes::Listener;
 use super::service::FrontService;
 
 /// Bounds on connections of one listener.
@@ -147,8 +147,7 @@ impl Drop for Place {
 pub(super) async fn run(
     listener: TcpListener,
     shard: Arc<Shard>,
-    router: Router,
-    proxies: bool,
+    plane: Listener,
     shutdown: CancellationToken,
 ) {
     let options = Arc::new(shard.front.config.accept.clone());
@@ -174,7 +173,7 @@ pub(super) async fn run(
             turn_away(&stream);
             continue;
         };
-        let service = FrontService::new(Arc::clone(&shard), router.clone(), proxies);
+        let service = FrontService::new(Arc::clone(&shard), plane, peer);
         let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
         connections.spawn(async move {
             serve(stream, service, &options, shutdown, force).await;

@@ -8,8 +8,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::accept::FrontOptions;
 use super::allowed::Allowed;
-use super::auth::TokenDigests;
+use super::auth::{NodeToken, NodeTokens, TokenDigests};
 use super::body::BodyLimits;
+use super::keys::KeyRing;
 use super::metrics::Metrics;
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
@@ -50,8 +51,11 @@ impl Default for ProxyOptions {
 /// The node plane and health probing.
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
-    /// SHA-256 of each accepted node token; none means no authentication.
+    /// SHA-256 of each node token that is good everywhere; none, and no bound ones, means no
+    /// authentication.
     pub tokens: TokenDigests,
+    /// Node tokens bound to networks and roles.
+    pub bound_tokens: Vec<NodeToken>,
     /// How often a node should heartbeat; told to it with each answer: 1 s.
     pub heartbeat_interval: Duration,
     /// How often a worker that does not heartbeat is probed: 2 s.
@@ -64,6 +68,7 @@ impl Default for NodeOptions {
     fn default() -> Self {
         Self {
             tokens: TokenDigests::default(),
+            bound_tokens: Vec::new(),
             heartbeat_interval: Duration::from_secs(1),
             probe_interval: Duration::from_secs(2),
             probe_timeout: Duration::from_secs(2),
@@ -88,6 +93,10 @@ pub struct FrontConfig {
     pub nodes: NodeOptions,
     /// SHA-256 of each accepted admin token; none means no authentication.
     pub admin_tokens: TokenDigests,
+    /// API keys of clients: none are asked for. Whoever keeps a handle can replace them.
+    pub keys: Arc<KeyRing>,
+    /// Whether `/metrics` on the admin listener needs no token although there are some: false.
+    pub metrics_open_on_admin: bool,
     /// Whether `/metrics` is served on the client listener too: true.
     pub metrics_on_client: bool,
     /// Chooses among workers: power of two choices.
@@ -104,6 +113,8 @@ impl Default for FrontConfig {
             allow: Arc::default(),
             nodes: NodeOptions::default(),
             admin_tokens: TokenDigests::default(),
+            keys: Arc::new(KeyRing::new(None)),
+            metrics_open_on_admin: false,
             metrics_on_client: true,
             policy: Arc::new(PowerOfTwo),
         }
@@ -118,6 +129,7 @@ pub struct Front {
     pub control: Arc<dyn ControlPlane>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    pub(super) node_tokens: NodeTokens,
     /// Cancelled when this replica should get no new work: `/readyz` then answers 503.
     pub draining: CancellationToken,
     /// Since when.
@@ -136,10 +148,12 @@ impl Front {
     pub fn new(config: FrontConfig, control: Arc<dyn ControlPlane>, metrics: Arc<Metrics>) -> Arc<Self> {
         let replica = http::HeaderValue::from_str(&config.replica)
             .unwrap_or_else(|_| http::HeaderValue::from_static("unprintable"));
+        let node_tokens = NodeTokens::new(config.nodes.tokens.clone(), config.nodes.bound_tokens.clone());
         Arc::new(Self {
             config,
             control,
             metrics,
+            node_tokens,
             draining: CancellationToken::new(),
             started: Instant::now(),
             replica,

@@ -54,7 +54,7 @@ pub(super) fn to_worker(client: &HeaderMap, request_id: HeaderValue) -> HeaderMa
         let text = name.as_str();
         let private = [&AUTHORIZATION, &HOST, &EXPECT, &CONTENT_LENGTH, &REQUEST_ID].contains(&name)
             || ["x-forwarded-", "x-everline-", "everline-", "kv-comm-"].iter().any(|p| text.starts_with(p))
-            || text == "forwarded";
+            || matches!(text, "forwarded" | "x-api-key");
         if !private && !stays(name, &listed) {
             headers.append(name.clone(), value.clone());
         }
@@ -81,6 +81,7 @@ mod tests {
         let mut client = HeaderMap::new();
         for (name, value) in [
             ("authorization", "Bearer secret"),
+            ("x-api-key", "secret"),
             ("connection", "keep-alive, X-Listed"),
             ("x-listed", "1"),
             ("keep-alive", "5"),

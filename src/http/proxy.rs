@@ -15,6 +15,7 @@ use super::body::{FrontBody, collect, discard};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::headers::{self, REPLICA, REQUEST_ID, WORKER};
+use super::keys::Caller;
 use super::metrics::{Outcome, Route, Tracked};
 use super::peek::{Peek, peek};
 use super::relay::{Relay, RelayLimits};
@@ -34,6 +35,7 @@ pub(super) async fn forward(shard: &Shard, route: Route, request: Request<Incomi
     let mut tracked = shard.front.metrics.track(route);
     let request_id = headers::request_id(request.headers());
     tracked.set_request_id(request_id.clone());
+    tracked.set_caller(Caller::of(request.extensions()));
     let mut response = match try_forward(shard, tracked, request, &request_id).await {
         Ok(response) => response,
         Err(failed) => failed.into_response(shard),
@@ -63,7 +65,7 @@ impl Failed {
         if code.status().is_server_error() {
             self.tracked.note_error(format!("{}: {}", self.tracked.route().path(), self.error.message));
         }
-        self.error.response()
+        self.error.response_in(self.tracked.route().dialect())
     }
 }
 
@@ -95,6 +97,9 @@ async fn try_forward(
         Ok(asked) => asked,
         Err(error) => return Err(Failed { error, tracked }),
     };
+    if let Err(error) = Caller::of(&head.extensions).check_model(Some(&asked.model)) {
+        return Err(Failed { error, tracked });
+    }
     let attempts = Attempts {
         shard,
         target: head.uri.path_and_query().map_or(tracked.route().path(), PathAndQuery::as_str),
@@ -285,7 +290,8 @@ fn relayed(
     tracked.set_status(head.status);
     tracked.set_worker(booking.worker().id().clone());
     let content_type = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
-    let events = content_type.starts_with(b"text/event-stream")
+    let events = tracked.route().ends_with_done()
+        && content_type.starts_with(b"text/event-stream")
         && head.status.is_success()
         && !head.headers.contains_key(CONTENT_ENCODING);
     headers::strip_response(&mut head.headers);
