@@ -294,7 +294,6 @@ fn front_config(config: &Config) -> FrontConfig {
         metrics_open_on_admin: config.admin.listen.ip().is_loopback(),
         metrics_on_client: config.http.listen.ip().is_loopback(),
         policy,
-        ..FrontConfig::default()
     }
 }
 

@@ -494,6 +494,15 @@ mod tests {
     }
 
     #[test]
+    fn the_reference_names_every_route() {
+        let reference = include_str!("../../docs/reference/http-api.md");
+        for entry in TABLE {
+            let path = entry.path.replace("{*", "{");
+            assert!(reference.contains(&path), "docs/reference/http-api.md lacks {path}");
+        }
+    }
+
+    #[test]
     fn escapes_are_decoded_once() {
         assert_eq!(percent_decoded("a%20b%C3%A9").as_deref(), Some("a bé"));
         assert_eq!(percent_decoded("%2561").as_deref(), Some("%61"));

@@ -163,6 +163,27 @@ async fn a_key_sees_and_uses_its_models_only() {
 }
 
 #[tokio::test]
+async fn a_key_for_some_models_cannot_send_what_names_none() {
+    let limited = ClientKey { models: Some(vec!["m".into()]), ..key("a") };
+    let front = start(with_keys(vec![limited]));
+    let (address, seen) = remembering().await;
+    front.cluster.add("w", address);
+    for (method, path, body) in [
+        ("GET", "/v1/files", ""),
+        ("POST", "/v1/audio/speech", "{}"),
+        ("POST", "/v1/audio/speech", r#"{"model":"m-lora"}"#),
+        ("DELETE", "/v1/responses/x", ""),
+        ("POST", "/v1/chat/completions/", r#"{"model":["m"]}"#),
+    ] {
+        let response = exchange(front.address, as_key("a", method, path, body)).await;
+        assert!(matches!(status(&response), 400 | 403), "{method} {path}: {response}");
+    }
+    assert!(seen.lock().is_empty(), "nothing reached the worker");
+    let response = exchange(front.address, as_key("a", "POST", "/v1/audio/speech", CHAT)).await;
+    assert_eq!(status(&response), 200, "{response}");
+}
+
+#[tokio::test]
 async fn who_is_too_fast_is_told_when_to_come_back_and_others_are_not_held_up() {
     let slow = ClientKey { rate: Some(Rate::new(0.5, 2)), ..key("slow") };
     let front = start(with_keys(vec![slow, key("other")]));
