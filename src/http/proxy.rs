@@ -14,9 +14,12 @@ use super::body::{FrontBody, collect, discard};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::headers::{self, REPLICA, REQUEST_ID, WORKER};
-use super::metrics::{Outcome, Route, Tracked};
+use super::keys::Caller;
+use super::metrics::{Outcome, Tracked};
+use super::passthrough;
 use super::peek::peek;
 use super::relay::{Ending, Relay, RelayLimits};
+use super::routes::Route;
 use super::upstream::{HeadersToWorker, Outgoing};
 
 /// Bodies above this are read by the JSON parser away from the thread's other connections.
@@ -28,6 +31,7 @@ pub(super) async fn forward(shard: &Shard, route: Route, request: Request<Incomi
     let mut tracked = shard.front.metrics.track(route);
     let request_id = headers::request_id(request.headers());
     tracked.set_request_id(request_id.clone());
+    tracked.set_caller(Caller::of(request.extensions()));
     let mut response = match try_forward(shard, tracked, request, &request_id).await {
         Ok(response) => response,
         Err(failed) => failed.into_response(shard),
@@ -57,7 +61,7 @@ impl Failed {
         if code.status().is_server_error() {
             self.tracked.note_error(format!("{}: {}", self.tracked.route().path(), self.error.message));
         }
-        self.error.response()
+        self.error.response_in(self.tracked.route().dialect())
     }
 }
 
@@ -85,10 +89,13 @@ async fn try_forward(
             return Err(Failed { error, tracked });
         }
     };
-    let asked = match look_into(&body).await {
+    let asked = match look_into(tracked.route(), &head.headers, &body).await {
         Ok(asked) => asked,
         Err(error) => return Err(Failed { error, tracked }),
     };
+    if let Err(error) = Caller::of(&head.extensions).check_model(asked.model.as_deref()) {
+        return Err(Failed { error, tracked });
+    }
     let target = head.uri.path_and_query().map_or(tracked.route().path(), PathAndQuery::as_str);
     let headers = HeadersToWorker {
         client: &head.headers,
@@ -104,7 +111,10 @@ async fn try_forward(
 }
 
 /// Reads what routing needs; a large body on a thread where that holds nobody up.
-async fn look_into(body: &Bytes) -> Result<Asked<'_>, ApiError> {
+async fn look_into<'a>(route: Route, headers: &HeaderMap, body: &'a Bytes) -> Result<Asked<'a>, ApiError> {
+    if !route.needs_model() {
+        return Ok(Asked { model: passthrough::model(headers, body), prompt_tokens: 0, max_tokens: None });
+    }
     if body.len() <= LARGE_BODY {
         return ask(body);
     }
@@ -124,7 +134,12 @@ fn ask(body: &[u8]) -> Result<Asked<'_>, ApiError> {
     Ok(Asked { model: Some(peek.model), prompt_tokens: peek.prompt_tokens, max_tokens: peek.max_tokens })
 }
 
-fn relayed(shard: &Shard, answered: Answered, mut tracked: Tracked, deadline: Instant) -> Response<FrontBody> {
+fn relayed(
+    shard: &Shard,
+    answered: Answered,
+    mut tracked: Tracked,
+    deadline: Instant,
+) -> Response<FrontBody> {
     let Answered { response, booking, worker, slot } = answered;
     let (mut head, body) = response.into_parts();
     tracked.set_status(head.status);

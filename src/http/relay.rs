@@ -11,8 +11,9 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::body::BodyError;
 use super::errors::{ApiError, Code};
-use super::metrics::{Outcome, Route, Tracked};
+use super::metrics::{Outcome, Tracked};
 use super::queue::Held;
+use super::routes::{Dialect, Route};
 use super::upstream::UpstreamBody;
 
 /// How a relayed body is watched over.
@@ -40,10 +41,10 @@ pub(super) enum Ending {
 impl Ending {
     /// The ending of a route's streams.
     pub(super) fn of(route: Route) -> Self {
-        match route.path() {
-            "/v1/chat/completions" | "/v1/completions" => Ending::Done,
-            "/v1/messages" => Ending::AnthropicError,
-            _ => Ending::ErrorEvent,
+        match route.dialect() {
+            _ if route.ends_with_done() => Ending::Done,
+            Dialect::Anthropic => Ending::AnthropicError,
+            Dialect::OpenAi => Ending::ErrorEvent,
         }
     }
 
