@@ -25,8 +25,8 @@ use crate::cluster::proposer::Batching;
 use crate::config::{Config, Loaded, LogConfig, LogFormat, NodeTokenEntry};
 use crate::http::{
     Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, KeyGauges, KeyRing,
-    Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers,
-    run_prober, serve_admin, serve_client,
+    Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions, RetryOptions, TokenDigests, bind,
+    keep_configured_workers, run_prober, serve_admin, serve_client,
 };
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
@@ -228,6 +228,7 @@ fn node_config(config: &Config) -> NodeConfig {
         propose_timeout: ms(cluster.propose_timeout_ms),
         batching: Batching {
             window: Duration::from_micros(cluster.batch_window_us),
+            load_window: Duration::from_micros(cluster.load_window_us),
             bytes: cluster.batch_bytes as usize,
             queue_bytes: cluster.queue_bytes as usize,
         },
@@ -264,11 +265,12 @@ fn front_config(config: &Config) -> FrontConfig {
                 n => n as usize,
             },
             grace: ms(http.shutdown_grace_ms),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
             ..FrontOptions::default()
         },
         proxy: ProxyOptions {
             body: BodyLimits::of(http.max_body_bytes as usize),
-            retries: proxy.retries,
+            retry: RetryOptions { attempts: proxy.retries, ..RetryOptions::default() },
             first_byte_timeout: ms(proxy.first_byte_timeout_ms),
             idle_timeout: ms(proxy.idle_timeout_ms),
             total_timeout: ms(proxy.total_timeout_ms),

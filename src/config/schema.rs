@@ -148,6 +148,8 @@ sections! {
         propose_timeout_ms: u64 = 3_000, Kind::int("ms", 100, 600_000);
         /// Changes are gathered for at most this long before they are proposed as one.
         batch_window_us: u64 = 2_000, Kind::int("us", 0, 1_000_000);
+        /// Loads alone are proposed at most once in this time: shorter is fresher, longer saves disk syncs on every replica.
+        load_window_us: u64 = 4_000, Kind::int("us", 0, 1_000_000);
         /// ... or until they fill this much. At most a quarter of `wal_segment_bytes`.
         batch_bytes: u64 = 65_536, Kind::int("bytes", KIB, 4 * MIB);
         /// Most bytes of proposals that wait for a leader; more are refused.

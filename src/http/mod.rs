@@ -7,11 +7,12 @@
 //!
 //! Reading order: `routes` (what there is) → [`server`] → `accept` → `conn` and `head` (a
 //! connection's guard) → `service` (one request: its route, its credentials) → `proxy` →
-//! `upstream` and `relay`, or `call` (what is answered here).
+//! `attempts` → `upstream` and `relay`, or `call` (what is answered here).
 
 mod accept;
 mod admin;
 mod allowed;
+mod attempts;
 mod auth;
 mod body;
 mod call;
@@ -31,8 +32,10 @@ mod openapi;
 mod peek;
 mod probe;
 mod proxy;
+mod queue;
 mod register;
 mod relay;
+mod retry;
 mod routes;
 mod server;
 mod service;
@@ -49,11 +52,14 @@ pub use body::BodyLimits;
 pub use conn::ConnTimeouts;
 pub use errors::{ApiError, Code, RateLimit};
 pub use front::{Front, FrontConfig, NodeOptions, ProxyOptions, Shard};
+pub use headers::HeaderRules;
 pub use health::ClusterGauges;
 pub use keys::{ClientKey, KeyGauges, KeyRing};
 pub use metrics::{Metrics, RecentErrors};
 pub use probe::run_prober;
+pub use queue::QueueOptions;
 pub use register::keep_configured_workers;
+pub use retry::RetryOptions;
 pub use routes::{Listener, Route};
 pub use server::{serve_admin, serve_client};
 pub use throttle::Rate;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use super::accept;
-use super::front::{Front, Shard};
+use super::front::Front;
 use super::routes::Listener;
 
 /// Serves clients and nodes on `listener` until `shutdown`, then for the grace time what is in
@@ -16,7 +16,16 @@ pub async fn serve_client(
     front: Arc<Front>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    serve(listener, front, Listener::Client, shutdown).await
+    let announce = async {
+        shutdown.cancelled().await;
+        front.draining.cancel();
+    };
+    let threads = front.config.accept.threads;
+    let (ended, ()) = tokio::join!(
+        accept::run(listener, Arc::clone(&front), Listener::Client, threads, shutdown.clone()),
+        announce
+    );
+    ended
 }
 
 /// Serves operators on `listener` until `shutdown`.
@@ -25,24 +34,5 @@ pub async fn serve_admin(
     front: Arc<Front>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    serve(listener, front, Listener::Admin, shutdown).await
-}
-
-async fn serve(
-    listener: std::net::TcpListener,
-    front: Arc<Front>,
-    plane: Listener,
-    shutdown: CancellationToken,
-) -> io::Result<()> {
-    listener.set_nonblocking(true)?;
-    let listener = tokio::net::TcpListener::from_std(listener)?;
-    let announce = async {
-        shutdown.cancelled().await;
-        if plane == Listener::Client {
-            front.draining.cancel();
-        }
-    };
-    let shard = Shard::new(Arc::clone(&front));
-    tokio::join!(accept::run(listener, shard, plane, shutdown.clone()), announce);
-    Ok(())
+    accept::run(listener, front, Listener::Admin, 0, shutdown).await
 }

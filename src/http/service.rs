@@ -101,8 +101,8 @@ impl FrontService {
             discard(&mut body, &BodyLimits::of(REFUSED_BODY)).await;
         }
         let mut response = error.response_in(route.dialect());
-        response.headers_mut().insert(REQUEST_ID.clone(), request_id);
-        response.headers_mut().insert(REPLICA.clone(), front.replica_header());
+        response.headers_mut().insert(REQUEST_ID, request_id);
+        response.headers_mut().insert(REPLICA, front.replica_header());
         response
     }
 }
