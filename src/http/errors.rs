@@ -186,7 +186,7 @@ impl ApiError {
     }
 
     /// The error object as the clients of a route expect it.
-    fn json_in(&self, dialect: Dialect) -> String {
+    pub(super) fn json_in(&self, dialect: Dialect) -> String {
         match dialect {
             Dialect::OpenAi => self.json(),
             Dialect::Anthropic => json!({"type": "error", "error": {

@@ -1,37 +1,42 @@
 //! The model of a request that is passed through without being understood: named in a JSON body
 //! or in a form, as the audio routes have it, or not at all.
 
-use std::borrow::Cow;
-
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
-
-use super::peek::peek;
 
 /// Longest model name taken from a form.
 const MAX_NAME: usize = 512;
 
-/// The model named in a body; `None` where there is none to be seen, and any worker will do.
-pub(super) fn model<'a>(headers: &HeaderMap, body: &'a [u8]) -> Option<Cow<'a, str>> {
-    let content_type = headers.get(CONTENT_TYPE)?.to_str().ok()?;
-    let essence = content_type.split(';').next()?.trim();
-    if essence.eq_ignore_ascii_case("application/json") {
-        return peek(body).ok().map(|peek| peek.model);
-    }
-    if essence.eq_ignore_ascii_case("multipart/form-data") {
-        return in_form(content_type, body).map(Cow::Borrowed);
-    }
-    None
+/// What a body is, as far as its headers say.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// JSON, said or not said to be.
+    Json,
+    /// A form with this boundary.
+    Form(String),
+    /// Read by its own rules at the worker: what looks like JSON in it proves nothing.
+    Other,
 }
 
-/// The value of the part called `model` (RFC 7578).
-fn in_form<'a>(content_type: &str, body: &'a [u8]) -> Option<&'a str> {
-    let parameters = content_type.split(';').skip(1).map(str::trim);
-    let boundary = parameters
-        .filter_map(|parameter| parameter.split_once('='))
-        .find(|(name, _)| name.eq_ignore_ascii_case("boundary"))?
-        .1
-        .trim_matches('"');
+/// What a body is.
+pub(super) fn content(headers: &HeaderMap) -> Content {
+    let Some(value) = headers.get(CONTENT_TYPE) else { return Content::Json };
+    let mut parts = value.to_str().unwrap_or_default().split(';').map(str::trim);
+    let essence = parts.next().unwrap_or_default();
+    if essence.eq_ignore_ascii_case("application/json") {
+        return Content::Json;
+    }
+    let mut parameters = parts.filter_map(|parameter| parameter.split_once('='));
+    match parameters.find(|(name, _)| name.eq_ignore_ascii_case("boundary")) {
+        Some((_, boundary)) if essence.eq_ignore_ascii_case("multipart/form-data") => {
+            Content::Form(boundary.trim_matches('"').to_owned())
+        }
+        _ => Content::Other,
+    }
+}
+
+/// The value of the part called `model` (RFC 7578); `None` if there is none to be seen.
+pub(super) fn model_in_form<'a>(boundary: &str, body: &'a [u8]) -> Option<&'a str> {
     let delimiter = format!("\r\n--{boundary}");
     // The first delimiter has no line before it.
     let mut rest = body.strip_prefix(&delimiter.as_bytes()[2..])?;
@@ -65,36 +70,36 @@ mod tests {
 
     use super::*;
 
-    fn model_of(content_type: &'static str, body: &str) -> Option<String> {
-        let mut headers = HeaderMap::new();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-        model(&headers, body.as_bytes()).map(Cow::into_owned)
+    #[test]
+    fn content_is_told_by_its_type() {
+        let content_of = |content_type: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+            content(&headers)
+        };
+        assert_eq!(content(&HeaderMap::new()), Content::Json);
+        assert_eq!(content_of("Application/JSON; charset=utf-8"), Content::Json);
+        assert_eq!(content_of("multipart/form-data; Boundary=\"x y\""), Content::Form("x y".into()));
+        for other in ["text/plain", "multipart/form-data", "multipart/mixed; boundary=x", ""] {
+            assert_eq!(content_of(other), Content::Other, "{other}");
+        }
     }
 
     #[test]
-    fn the_model_is_found_in_json_and_in_forms() {
-        assert_eq!(model_of("application/json; charset=utf-8", r#"{"model":"m"}"#).as_deref(), Some("m"));
+    fn the_model_of_a_form_is_found_and_only_there() {
         let form = "--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\nname=\"model\"\r\n\r\nno\
                     \r\n--x\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--x--\r\n";
-        assert_eq!(model_of("multipart/form-data; boundary=x", form).as_deref(), Some("whisper"));
-        assert_eq!(model_of("multipart/form-data; Boundary=\"x\"", form).as_deref(), Some("whisper"));
-    }
-
-    #[test]
-    fn what_is_not_understood_names_no_model() {
-        for (content_type, body) in [
-            ("application/json", "{"),
-            ("application/json", "[]"),
-            ("text/plain", "model=m"),
-            ("multipart/form-data", "--x\r\n"),
-            ("multipart/form-data; boundary=x", ""),
-            (
-                "multipart/form-data; boundary=x",
-                "--x\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n",
-            ),
-            ("multipart/form-data; boundary=x", "--x\r\nA: b\r\n\r\nm\r\n--x--"),
+        assert_eq!(model_in_form("x", form.as_bytes()), Some("whisper"));
+        for body in [
+            "",
+            "--x\r\n",
+            "--x--\r\n",
+            "--x\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n",
+            "--x\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n\r\n--x--\r\n",
+            "--x\r\nA: b\r\n\r\nm\r\n--x--",
+            "name=\"model\"\r\n\r\nm\r\n",
         ] {
-            assert_eq!(model_of(content_type, body), None, "{body}");
+            assert_eq!(model_in_form("x", body.as_bytes()), None, "{body}");
         }
     }
 }

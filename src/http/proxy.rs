@@ -16,7 +16,7 @@ use super::front::Shard;
 use super::headers::{self, REPLICA, REQUEST_ID, WORKER};
 use super::keys::Caller;
 use super::metrics::{Outcome, Tracked};
-use super::passthrough;
+use super::passthrough::{self, Content};
 use super::peek::peek;
 use super::relay::{Ending, Relay, RelayLimits};
 use super::routes::Route;
@@ -110,11 +110,26 @@ async fn try_forward(
     }
 }
 
-/// Reads what routing needs; a large body on a thread where that holds nobody up.
+/// What routing needs to know. Where a route does without a model, a body that names none, or is
+/// none of our business, may go to any worker.
 async fn look_into<'a>(route: Route, headers: &HeaderMap, body: &'a Bytes) -> Result<Asked<'a>, ApiError> {
-    if !route.needs_model() {
-        return Ok(Asked { model: passthrough::model(headers, body), prompt_tokens: 0, max_tokens: None });
+    if route.needs_model() {
+        return read(body).await;
     }
+    let any = Asked { model: None, prompt_tokens: 0, max_tokens: None };
+    match passthrough::content(headers) {
+        _ if body.is_empty() => Ok(any),
+        Content::Json => Ok(read(body).await.unwrap_or(any)),
+        Content::Form(boundary) => {
+            let model = passthrough::model_in_form(&boundary, body).map(Cow::Borrowed);
+            Ok(Asked { model, ..any })
+        }
+        Content::Other => Ok(any),
+    }
+}
+
+/// Reads a JSON body; a large one on a thread where that holds nobody up.
+async fn read(body: &Bytes) -> Result<Asked<'_>, ApiError> {
     if body.len() <= LARGE_BODY {
         return ask(body);
     }
@@ -145,7 +160,9 @@ fn relayed(
     tracked.set_status(head.status);
     tracked.set_worker(worker.id().clone());
     let content_type = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    let ending = Ending::of(tracked.route());
     let events = content_type.starts_with(b"text/event-stream")
+        && (ending == Ending::Done || !head.headers.contains_key(CONTENT_LENGTH))
         && head.status.is_success()
         && !head.headers.contains_key(CONTENT_ENCODING);
     if events {
@@ -153,7 +170,7 @@ fn relayed(
         head.headers.remove(CONTENT_LENGTH);
     }
     head.headers.insert(WORKER, slot.id().clone());
-    let ending = events.then(|| Ending::of(tracked.route()));
+    let ending = events.then_some(ending);
     let limits = RelayLimits { idle: shard.front.config.proxy.idle_timeout, deadline, ending };
     let relay = Relay::new(body, booking, tracked, limits);
     let mut response = Response::new(FrontBody::relay(relay));

@@ -41,10 +41,10 @@ pub(super) enum Ending {
 impl Ending {
     /// The ending of a route's streams.
     pub(super) fn of(route: Route) -> Self {
-        match route.dialect() {
-            _ if route.ends_with_done() => Ending::Done,
-            Dialect::Anthropic => Ending::AnthropicError,
-            Dialect::OpenAi => Ending::ErrorEvent,
+        match route {
+            Route::ChatCompletions | Route::Completions => Ending::Done,
+            Route::Messages => Ending::AnthropicError,
+            _ => Ending::ErrorEvent,
         }
     }
 
@@ -54,11 +54,7 @@ impl Ending {
             Ending::Done => format!("data: {}\n\ndata: [DONE]\n\n", error.json()),
             Ending::ErrorEvent => format!("event: error\ndata: {}\n\n", error.json()),
             Ending::AnthropicError => {
-                let shaped = serde_json::json!({
-                    "type": "error",
-                    "error": {"type": "api_error", "message": error.message},
-                });
-                format!("event: error\ndata: {shaped}\n\n")
+                format!("event: error\ndata: {}\n\n", error.json_in(Dialect::Anthropic))
             }
         };
         Bytes::from(text)

@@ -195,7 +195,7 @@ routes! {
         [];
 }
 
-/// How an error, and the end of an event stream, is told to the clients of a route.
+/// How an error is told to the clients of a route.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Dialect {
     /// `{"error": {…}}`
@@ -228,12 +228,6 @@ impl Route {
     /// The dialect of its clients.
     pub fn dialect(self) -> Dialect {
         if self == Route::Messages { Dialect::Anthropic } else { Dialect::OpenAi }
-    }
-
-    /// Whether its event streams end with `data: [DONE]`. Those of the others end with an event
-    /// of their own, or in a way this program does not know.
-    pub fn ends_with_done(self) -> bool {
-        matches!(self, Route::ChatCompletions | Route::Completions)
     }
 }
 
