@@ -20,7 +20,7 @@ use crate::cluster::down::DownPlane;
 use crate::cluster::inner::{NodeConfig, StartError};
 use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
-use crate::config::{Config, Loaded, LogConfig, LogFormat};
+use crate::config::{Certificates, Config, ConfigErrors, Loaded, LogConfig, LogFormat};
 use crate::http::{
     Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, Metrics, NodeOptions,
     PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
@@ -36,13 +36,14 @@ const HEARTBEATS_PER_TIMEOUT: u32 = 5;
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let config = loaded.config;
     start_logging(&config.log);
+    let certificates = Certificates::open(&config).map_err(ConfigErrors)?;
     // All listeners first: a port that is taken must not cost a life of the log.
     let http = listen("http", config.http.listen)?;
     let admin = listen("admin", config.admin.listen)?;
     let peer = listen("peer", config.peer.listen)?;
 
     let (cluster, plane): (Option<Cluster>, Arc<dyn ControlPlane>) = match Cluster::start(
-        node_config(&config),
+        NodeConfig { tls: certificates.peer.clone(), ..node_config(&config) },
         peer,
     ) {
         Ok(cluster) => {
@@ -211,6 +212,7 @@ fn node_config(config: &Config) -> NodeConfig {
         data_dir: config.replica.data_dir.clone(),
         peers: cluster.peers.iter().map(|p| (p.name.clone(), p.address.clone())).collect(),
         join: cluster.join.clone(),
+        tls: None,
         auto_promote: cluster.auto_promote,
         heartbeat: ms(cluster.heartbeat_ms),
         election: (ms(cluster.election_min_ms), ms(cluster.election_max_ms)),

@@ -4,6 +4,7 @@
 //! flags. Errors are collected, not just the first reported, and each names its place and a
 //! remedy. This module and `main` are the only places that read the environment.
 
+mod certificates;
 mod environment;
 mod errors;
 mod keys;
@@ -21,6 +22,7 @@ use std::path::Path;
 use serde::Deserialize as _;
 use toml::{Table, Value};
 
+pub use certificates::Certificates;
 pub use environment::{no_color, temporary_folder, variables};
 pub use errors::{ConfigError, ConfigErrors, Origin, Place};
 pub use keys::{KeyDoc, Kind, SectionDoc, all as all_keys, find as find_key, suggest};
@@ -117,6 +119,10 @@ fn assemble(found: Found) -> Result<Loaded, ConfigErrors> {
     // speak about something nobody wrote, so they wait until every value is right.
     if errors.is_empty() {
         errors = validate::problems(&config);
+    }
+    // Only of a configuration that makes sense otherwise: certificates are of a name.
+    if errors.is_empty() {
+        errors = Certificates::open(&config).err().unwrap_or_default();
     }
     if errors.is_empty() {
         return Ok(Loaded { origins: origins(&config, &places), config });
