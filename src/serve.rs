@@ -69,7 +69,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the HTTP runtime")?;
-    let result = runtime.block_on(serve(&config, cluster, plane, http, admin));
+    let result = runtime.block_on(serve(&config, &certificates, cluster, plane, http, admin));
     runtime.shutdown_background();
     result
 }
@@ -82,6 +82,7 @@ fn listen(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
 
 async fn serve(
     config: &Config,
+    certificates: &Certificates,
     cluster: Option<Cluster>,
     plane: Arc<dyn ControlPlane>,
     http: TcpListener,
@@ -90,7 +91,16 @@ async fn serve(
     let mut signals = Signals::new().context("cannot listen for signals")?;
     let mut metrics = Metrics::default();
     metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(Arc::clone(&plane))));
-    let front = Front::new(front_config(config), plane, Arc::new(metrics));
+    let front_config = FrontConfig {
+        client_tls: certificates.http.clone(),
+        admin_tls: certificates.admin.clone(),
+        ..front_config(config)
+    };
+    let front = Front::new(front_config, plane, Arc::new(metrics));
+    for tls in [&certificates.http, &certificates.admin].into_iter().flatten().cloned() {
+        // Ends with the runtime: nothing is left half done by it.
+        tokio::spawn(async move { tls.watch().await });
+    }
     let shutdown = CancellationToken::new();
     let admin_shutdown = CancellationToken::new();
     tracing::info!(

@@ -2,11 +2,13 @@
 
 use std::error::Error as _;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde::Serialize;
@@ -14,6 +16,7 @@ use serde::de::DeserializeOwned;
 
 use super::output::Failure;
 use crate::admin_types::ErrorReply;
+use crate::tls::client_config;
 
 /// How long connecting and answering may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,26 +35,49 @@ pub(crate) struct Server {
         default_value = "http://127.0.0.1:8081"
     )]
     pub(crate) server: String,
+    /// Authority that the certificate of an https server must be of (PEM) [default: Mozilla's list]
+    #[arg(long, env = "EVERLINE_CA", hide_env_values = true, value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+}
+
+impl Server {
+    /// A client for it.
+    pub(crate) fn client(&self) -> Result<Client, Failure> {
+        Client::with_ca(&self.server, self.ca.as_deref())
+    }
 }
 
 /// A connection pool to one server.
 pub(crate) struct Client {
     base: String,
     timeout: Duration,
-    inner: hyper_util::client::legacy::Client<HttpConnector, Full<Bytes>>,
+    inner: hyper_util::client::legacy::Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
 }
 
 impl Client {
-    /// A client for `http://host:port`; the scheme may be left out.
+    /// A client for `http://host:port` or `https://host:port`; http may be left out.
     pub(crate) fn new(server: &str) -> Result<Self, Failure> {
+        Self::with_ca(server, None)
+    }
+
+    fn with_ca(server: &str, ca: Option<&Path>) -> Result<Self, Failure> {
         let base = server.trim_end_matches('/');
         let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
-        if !base.starts_with("http://") {
-            return Err(Failure::Usage(format!("--server {server}: only http:// URLs are spoken here")));
+        if !base.starts_with("http://") && !base.starts_with("https://") {
+            return Err(Failure::Usage(format!(
+                "--server {server}: only http:// and https:// URLs are spoken here"
+            )));
         }
-        let mut connector = HttpConnector::new();
-        connector.set_connect_timeout(Some(TIMEOUT));
-        connector.set_nodelay(true);
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_connect_timeout(Some(TIMEOUT));
+        tcp.set_nodelay(true);
+        let tls = client_config(ca).map_err(|e| Failure::Usage(format!("--ca: {e}")))?;
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(tcp);
         let inner = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
         Ok(Self { base, timeout: TIMEOUT, inner })
     }
@@ -143,10 +169,24 @@ fn reason(error: &hyper_util::client::legacy::Error) -> String {
         {
             return "connection refused".to_owned();
         }
-        last = inner.to_string();
+        last = tls_reason(inner).unwrap_or_else(|| inner.to_string());
         cause = inner.source();
     }
     last
+}
+
+/// What went wrong in a handshake, if it is that.
+fn tls_reason(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    use rustls::{CertificateError, Error};
+    let tls = error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref::<Error>()?;
+    Some(match tls {
+        Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+            "its certificate is of an authority that is not trusted here (name the authority's file with --ca)"
+                .to_owned()
+        }
+        Error::InvalidMessage(_) => "it does not speak TLS (try http://)".to_owned(),
+        other => other.to_string(),
+    })
 }
 
 /// Percent-encodes a path segment.

@@ -2,6 +2,7 @@
 //! [`client`].
 
 mod balancer;
+mod certs;
 mod client;
 mod completions;
 mod config;
@@ -59,6 +60,7 @@ enum Command {
     Worker(worker::Args),
     Member(member::Args),
     Config(config::Args),
+    Certs(certs::Args),
     Completions(completions::Args),
 }
 
@@ -96,6 +98,7 @@ impl Command {
             Command::Worker(args) => args.run(out),
             Command::Member(args) => args.run(out),
             Command::Config(args) => args.run(out),
+            Command::Certs(args) => args.run(out),
             Command::Completions(args) => args.run(out),
         }
     }

@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -21,6 +22,7 @@ use super::conn::{ConnState, ConnTimeouts, GuardedIo};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::service::FrontService;
+use crate::tls::listener::{ListenerTls, secure};
 
 /// Bounds on connections of one listener.
 #[derive(Clone, Debug)]
@@ -152,6 +154,8 @@ pub(super) async fn run(
     shutdown: CancellationToken,
 ) {
     let options = Arc::new(shard.front.config.accept.clone());
+    let config = &shard.front.config;
+    let tls = if proxies { config.client_tls.clone() } else { config.admin_tls.clone() };
     let census = Arc::new(Census::default());
     let connections = TaskTracker::new();
     let force = CancellationToken::new();
@@ -171,13 +175,17 @@ pub(super) async fn run(
         };
         let Some(place) = census.enter(peer.ip(), &options, &shard.front.metrics.connections) else {
             shard.front.metrics.reject(Code::TooManyConnections.as_str());
-            turn_away(&stream);
+            // In plain text it would only look like a broken handshake.
+            if tls.is_none() {
+                turn_away(&stream);
+            }
             continue;
         };
         let service = FrontService::new(Arc::clone(&shard), router.clone(), proxies);
         let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
+        let tls = tls.clone();
         connections.spawn(async move {
-            serve(stream, service, &options, shutdown, force).await;
+            serve(stream, tls.as_deref(), service, &options, shutdown, force).await;
             drop(place);
         });
     }
@@ -202,6 +210,7 @@ fn turn_away(stream: &TcpStream) {
 
 async fn serve(
     stream: TcpStream,
+    tls: Option<&ListenerTls>,
     service: FrontService,
     options: &FrontOptions,
     shutdown: CancellationToken,
@@ -210,8 +219,22 @@ async fn serve(
     if stream.set_nodelay(true).is_err() {
         return;
     }
+    let accepted = Instant::now();
+    let secured = tokio::select! {
+        secured = secure(tls, stream, options.timeouts.first_byte) => secured,
+        () = force.cancelled() => return,
+    };
+    let stream = match secured {
+        Ok(stream) => stream,
+        Err(error) => {
+            tracing::trace!(%error, "no handshake");
+            return;
+        }
+    };
+    // What the handshake took is gone from the time for the first byte.
+    let first_byte = options.timeouts.first_byte.saturating_sub(accepted.elapsed());
     let state: Arc<ConnState> = Arc::clone(service.state());
-    let io = TokioIo::new(GuardedIo::new(stream, state, options.timeouts));
+    let io = TokioIo::new(GuardedIo::new(stream, state, ConnTimeouts { first_byte, ..options.timeouts }));
     let mut builder = Builder::new(TokioExecutor::new());
     // hyper's own head timer is the second line: it cannot tell an idle connection from a slow
     // head, which the guarded socket does.

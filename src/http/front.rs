@@ -14,6 +14,7 @@ use super::metrics::Metrics;
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
 use crate::routing::policy::{Policy, PowerOfTwo};
+use crate::tls::listener::ListenerTls;
 
 /// Time limits and retries of the proxy path.
 #[derive(Clone, Debug)]
@@ -78,6 +79,10 @@ pub struct FrontConfig {
     pub replica: String,
     /// Connections.
     pub accept: FrontOptions,
+    /// TLS of the client listener; none means plain text.
+    pub client_tls: Option<Arc<ListenerTls>>,
+    /// TLS of the admin listener.
+    pub admin_tls: Option<Arc<ListenerTls>>,
     /// The proxy path.
     pub proxy: ProxyOptions,
     /// Connections to workers.
@@ -99,6 +104,8 @@ impl Default for FrontConfig {
         Self {
             replica: "everline".to_owned(),
             accept: FrontOptions::default(),
+            client_tls: None,
+            admin_tls: None,
             proxy: ProxyOptions::default(),
             pool: PoolOptions::default(),
             allow: Arc::default(),

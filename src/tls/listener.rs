@@ -3,11 +3,14 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustls::ServerConfig;
 use rustls::sign::SingleCertAndKey;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -57,6 +60,72 @@ impl ListenerTls {
         tokio::time::timeout(limit, acceptor.accept(stream))
             .await
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake in time"))?
+    }
+}
+
+/// A client's connection, after the handshake where there is one.
+#[derive(Debug)]
+pub enum ListenerIo {
+    /// In plain text.
+    Plain(TcpStream),
+    /// Encrypted.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Does the handshake, if the listener speaks TLS.
+pub async fn secure(
+    tls: Option<&ListenerTls>,
+    stream: TcpStream,
+    within: Duration,
+) -> io::Result<ListenerIo> {
+    match tls {
+        None => Ok(ListenerIo::Plain(stream)),
+        Some(tls) => Ok(ListenerIo::Tls(Box::new(tls.accept(stream, within).await?))),
+    }
+}
+
+/// Does the same with whichever stream it is.
+macro_rules! either {
+    ($self:ident, $io:ident => $call:expr) => {
+        match $self.get_mut() {
+            ListenerIo::Plain($io) => $call,
+            ListenerIo::Tls($io) => $call,
+        }
+    };
+}
+
+impl AsyncRead for ListenerIo {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        either!(self, io => Pin::new(io).poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for ListenerIo {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        either!(self, io => Pin::new(io).poll_write(cx, buf))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        either!(self, io => Pin::new(io).poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        either!(self, io => Pin::new(io).poll_shutdown(cx))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        either!(self, io => Pin::new(io).poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            ListenerIo::Plain(io) => io.is_write_vectored(),
+            ListenerIo::Tls(io) => io.is_write_vectored(),
+        }
     }
 }
 

@@ -4,3 +4,4 @@ mod limits;
 mod planes;
 mod proxy;
 mod support;
+mod tls;
