@@ -161,6 +161,16 @@ impl Client {
 }
 
 fn reason(error: &hyper_util::client::legacy::Error) -> String {
+    use rustls::{CertificateError, Error};
+    match crate::tls::cause(error) {
+        Some(Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
+            return "its certificate is of an authority that is not trusted here (name the authority's file with --ca)"
+                .to_owned();
+        }
+        Some(Error::InvalidMessage(_)) => return "it does not speak TLS (try http://)".to_owned(),
+        Some(other) => return other.to_string(),
+        None => {}
+    }
     let mut cause = error.source();
     let mut last = error.to_string();
     while let Some(inner) = cause {
@@ -169,24 +179,13 @@ fn reason(error: &hyper_util::client::legacy::Error) -> String {
         {
             return "connection refused".to_owned();
         }
-        last = tls_reason(inner).unwrap_or_else(|| inner.to_string());
+        if inner.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
+            return "it does not answer in HTTP (if it speaks TLS, try https://)".to_owned();
+        }
+        last = inner.to_string();
         cause = inner.source();
     }
     last
-}
-
-/// What went wrong in a handshake, if it is that.
-fn tls_reason(error: &(dyn std::error::Error + 'static)) -> Option<String> {
-    use rustls::{CertificateError, Error};
-    let tls = error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref::<Error>()?;
-    Some(match tls {
-        Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
-            "its certificate is of an authority that is not trusted here (name the authority's file with --ca)"
-                .to_owned()
-        }
-        Error::InvalidMessage(_) => "it does not speak TLS (try http://)".to_owned(),
-        other => other.to_string(),
-    })
 }
 
 /// Percent-encodes a path segment.

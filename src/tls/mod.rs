@@ -78,3 +78,14 @@ pub fn client_config(ca: Option<&Path>) -> Result<ClientConfig, TlsError> {
         .map_err(|e| TlsError::content(ca.unwrap_or(Path::new("rustls")), e))?;
     Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
+
+/// The TLS error at the bottom of an error, if there is one: it is often wrapped in I/O errors.
+pub fn cause<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+        return Some(tls);
+    }
+    match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+        Some(inner) => cause(inner),
+        None => cause(error.source()?),
+    }
+}

@@ -309,11 +309,8 @@ impl ClientCertVerifier for Verifier {
 struct WrongMember(String);
 
 /// What an error of a handshake says, in words.
-pub fn explain(error: &io::Error) -> String {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(tls) => explain_tls(tls),
-        None => error.to_string(),
-    }
+pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
+    super::cause(error).map_or_else(|| error.to_string(), explain_tls)
 }
 
 fn explain_tls(error: &rustls::Error) -> String {

@@ -46,13 +46,13 @@ async fn call_client(
 
 /// The innermost cause: "transport error" helps nobody.
 pub(super) fn reason(status: &tonic::Status) -> String {
+    if crate::tls::cause(status).is_some() {
+        return crate::tls::peer::explain(status);
+    }
     let mut cause = std::error::Error::source(status);
     let mut text = status.message().to_owned();
     while let Some(error) = cause {
-        text = match error.downcast_ref::<std::io::Error>() {
-            Some(error) => crate::tls::peer::explain(error),
-            None => error.to_string(),
-        };
+        text = error.to_string();
         cause = error.source();
     }
     text
