@@ -8,7 +8,7 @@
 use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -22,15 +22,18 @@ use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
 use crate::config::{Certificates, Config, ConfigErrors, Loaded, LogConfig, LogFormat};
 use crate::http::{
-    Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, Metrics, NodeOptions,
-    PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
-    serve_client,
+    Allowed, BodyLimits, CertificateGauges, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions,
+    Metrics, NodeOptions, PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers, run_prober,
+    serve_admin, serve_client,
 };
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
 const HEARTBEATS_PER_TIMEOUT: u32 = 5;
+
+/// From when on a certificate's end is near: two weeks.
+const EXPIRES_SOON: Duration = Duration::from_secs(14 * 86_400);
 
 /// Runs a replica until it is told to stop, or its consensus fails for good.
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
@@ -91,6 +94,10 @@ async fn serve(
     let mut signals = Signals::new().context("cannot listen for signals")?;
     let mut metrics = Metrics::default();
     metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(Arc::clone(&plane))));
+    let expiring = certificates.clone();
+    let gauges = CertificateGauges::new(move || expiring.expiries());
+    metrics.registry_mut().register_collector(Box::new(gauges));
+    tokio::spawn(warn_before_expiry(certificates.clone()));
     let front_config = FrontConfig {
         client_tls: certificates.http.clone(),
         admin_tls: certificates.admin.clone(),
@@ -163,6 +170,24 @@ async fn serve(
     match failure {
         Some(why) => anyhow::bail!("{why}"),
         None => Ok(()),
+    }
+}
+
+/// Says every day which certificates are near their end. Ends with the runtime.
+async fn warn_before_expiry(certificates: Certificates) {
+    loop {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        for (listener, expires) in certificates.expiries() {
+            let left = u64::try_from(expires).unwrap_or_default().saturating_sub(now);
+            if left < EXPIRES_SOON.as_secs() {
+                tracing::warn!(
+                    listener,
+                    hours_left = left / 3600,
+                    "a certificate expires soon; put a new one in its place"
+                );
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(86_400)).await;
     }
 }
 

@@ -42,6 +42,15 @@ impl Certificates {
         });
         if errors.is_empty() { Ok(Self { http, admin, peer }) } else { Err(errors) }
     }
+
+    /// When the certificate of each listener expires, in seconds since 1970; as of now, since
+    /// they may be replaced.
+    pub fn expiries(&self) -> Vec<(&'static str, i64)> {
+        let http = self.http.as_ref().map(|tls| ("http", tls.expires()));
+        let admin = self.admin.as_ref().map(|tls| ("admin", tls.expires()));
+        let peer = self.peer.as_ref().map(|tls| ("peer", tls.expires()));
+        [http, admin, peer].into_iter().flatten().collect()
+    }
 }
 
 /// The error with the key that names the file.

@@ -43,7 +43,7 @@ pub use body::BodyLimits;
 pub use conn::ConnTimeouts;
 pub use errors::{ApiError, Code};
 pub use front::{Front, FrontConfig, NodeOptions, ProxyOptions, Shard};
-pub use health::ClusterGauges;
+pub use health::{CertificateGauges, ClusterGauges};
 pub use metrics::{Metrics, RecentErrors};
 pub use probe::run_prober;
 pub use register::keep_configured_workers;

@@ -114,3 +114,10 @@ pub fn certified_key(cert: (&Path, &[u8]), key: (&Path, &[u8])) -> Result<Arc<Ce
         Err(other) => Err(TlsError::content(key.0, other)),
     }
 }
+
+/// When the first certificate of a chain expires, in seconds since 1970.
+pub fn expires(path: &Path, chain: &[CertificateDer<'_>]) -> Result<i64, TlsError> {
+    let first = chain.first().ok_or_else(|| TlsError::content(path, "has no certificate in it"))?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(first).map_err(|e| TlsError::content(path, e))?;
+    Ok(parsed.validity().not_after.timestamp())
+}

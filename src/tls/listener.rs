@@ -30,8 +30,15 @@ pub struct ListenerFiles {
 /// A listener's side of TLS.
 #[derive(Debug)]
 pub struct ListenerTls {
-    config: Arc<Reloading<ServerConfig>>,
+    material: Arc<Reloading<Material>>,
     handshake: Duration,
+}
+
+/// What is made of one state of the files.
+#[derive(Debug)]
+struct Material {
+    config: Arc<ServerConfig>,
+    expires: i64,
 }
 
 impl ListenerTls {
@@ -39,23 +46,28 @@ impl ListenerTls {
     pub fn open(what: &'static str, files: &ListenerFiles, handshake: Duration) -> Result<Self, TlsError> {
         let sources = vec![Source::public(&files.cert), Source::secret(&files.key)];
         let paths = files.clone();
-        let config = Reloading::open(what, sources, move |contents| server_config(&paths, contents))?;
-        Ok(Self { config: Arc::new(config), handshake })
+        let material = Reloading::open(what, sources, move |contents| material(&paths, contents))?;
+        Ok(Self { material: Arc::new(material), handshake })
     }
 
     /// Keeps the certificate current; drop the future to stop.
     pub async fn watch(&self) {
-        Arc::clone(&self.config).watch().await;
+        Arc::clone(&self.material).watch().await;
     }
 
     /// Looks at the files once.
     pub fn look(&self) -> Look {
-        self.config.look()
+        self.material.look()
+    }
+
+    /// When the certificate in use expires, in seconds since 1970.
+    pub fn expires(&self) -> i64 {
+        self.material.get().expires
     }
 
     /// Answers a client that has connected, within the time for the handshake and `within`.
     pub async fn accept(&self, stream: TcpStream, within: Duration) -> io::Result<TlsStream<TcpStream>> {
-        let acceptor = TlsAcceptor::from(self.config.get());
+        let acceptor = TlsAcceptor::from(Arc::clone(&self.material.get().config));
         let limit = self.handshake.min(within);
         tokio::time::timeout(limit, acceptor.accept(stream))
             .await
@@ -129,16 +141,17 @@ impl AsyncWrite for ListenerIo {
     }
 }
 
-fn server_config(paths: &ListenerFiles, contents: &[Vec<u8>]) -> Result<ServerConfig, TlsError> {
+fn material(paths: &ListenerFiles, contents: &[Vec<u8>]) -> Result<Material, TlsError> {
     let [cert, key] = contents else {
         return Err(TlsError::content(&paths.cert, "two files are needed"));
     };
     let key = files::certified_key((&paths.cert, cert), (&paths.key, key))?;
+    let expires = files::expires(&paths.cert, &key.cert)?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
         .map_err(|e| TlsError::content(&paths.cert, e))?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
+    Ok(Material { config: Arc::new(config), expires })
 }

@@ -58,6 +58,7 @@ struct Material {
     key: Arc<CertifiedKey>,
     server: Arc<ServerConfig>,
     me: MemberName,
+    expires: i64,
     provider: Arc<CryptoProvider>,
 }
 
@@ -85,6 +86,11 @@ impl PeerTls {
     /// Who this replica is.
     pub fn me(&self) -> &MemberName {
         &self.me
+    }
+
+    /// When this replica's certificate expires, in seconds since 1970.
+    pub fn expires(&self) -> i64 {
+        self.material.get().expires
     }
 
     /// Keeps the certificates current; drop the future to stop.
@@ -148,7 +154,8 @@ impl Material {
         server.alpn_protocols = vec![ALPN.to_vec()];
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
-        Ok(Self { roots, key, server: Arc::new(server), me, provider })
+        let expires = files::expires(&paths.cert, &key.cert)?;
+        Ok(Self { roots, key, server: Arc::new(server), me, expires, provider })
     }
 
     fn client(&self, member: Option<String>) -> Result<ClientConfig, rustls::Error> {

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::support::*;
-use crate::http::{Front, FrontConfig, Metrics, bind, serve_admin};
+use crate::http::{CertificateGauges, Front, FrontConfig, Metrics, bind, serve_admin};
 use crate::tls::listener::ListenerTls;
 use crate::tls::reload::Look;
 use crate::tls::testing::{Certs, client, connect, shown};
@@ -218,7 +218,11 @@ async fn a_new_certificate_is_for_new_connections_and_requests_in_flight_go_on()
 async fn the_admin_listener_has_a_certificate_of_its_own() {
     let certs = Certs::new("prod");
     let config = FrontConfig { admin_tls: Some(tls(&certs, HANDSHAKE)), ..FrontConfig::default() };
-    let front = Front::new(config, MemoryCluster::new(), Arc::new(Metrics::default()));
+    let admin_tls = config.admin_tls.clone().unwrap();
+    let mut metrics = Metrics::default();
+    let gauges = CertificateGauges::new(move || vec![("admin", admin_tls.expires())]);
+    metrics.registry_mut().register_collector(Box::new(gauges));
+    let front = Front::new(config, MemoryCluster::new(), Arc::new(metrics));
     let listener = bind(loopback(), false).unwrap();
     let address = listener.local_addr().unwrap();
     let stop = CancellationToken::new();
@@ -227,6 +231,13 @@ async fn the_admin_listener_has_a_certificate_of_its_own() {
     stream.write_all(request("GET", "/livez", "", "").as_bytes()).await.unwrap();
     let answer = String::from_utf8(rest(&mut stream).await).unwrap();
     assert_eq!(status(&answer), 200, "{answer}");
+    let mut stream = connect(client(&certs.ca_file(), None, &[]), address).await.unwrap();
+    stream.write_all(request("GET", "/metrics", "", "").as_bytes()).await.unwrap();
+    let answer = String::from_utf8(rest(&mut stream).await).unwrap();
+    let value = answer.split("certificate_expiry_seconds{listener=\"admin\"} ").nth(1).expect(&answer);
+    let expires: u64 = value.lines().next().unwrap().parse().unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    assert!((expires - now).abs_diff(5 * 86_400) < 600, "five days from now, as issued");
     // An idle handshake does not hold up the end.
     let _idle = TcpStream::connect(address).await.unwrap();
     stop.cancel();
