@@ -138,6 +138,8 @@ pub(super) fn spec(id: &str) -> WorkerSpec {
         capacity_blocks: None,
         labels: Default::default(),
         weight: 100,
+        http2: false,
+        max_requests: None,
         source: WorkerSource::Node,
     }
 }
