@@ -54,7 +54,7 @@ pub use conn::ConnTimeouts;
 pub use errors::{ApiError, Code, RateLimit};
 pub use front::{Front, FrontConfig, NodeOptions, ProxyOptions, Shard};
 pub use headers::HeaderRules;
-pub use health::ClusterGauges;
+pub use health::{CertificateGauges, ClusterGauges};
 pub use keys::{ClientKey, KeyGauges, KeyRing};
 pub use metrics::{Metrics, RecentErrors};
 pub use probe::run_prober;

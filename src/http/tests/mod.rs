@@ -6,3 +6,4 @@ mod matrix;
 mod planes;
 mod proxy;
 mod support;
+mod tls;
