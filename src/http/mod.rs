@@ -37,7 +37,7 @@ mod tests;
 mod upstream;
 
 pub use accept::{FrontOptions, bind};
-pub use allowed::{Allowed, Forbidden};
+pub use allowed::{Allowed, Forbidden, Resolve, Resolved, SystemResolver};
 pub use auth::TokenDigests;
 pub use body::BodyLimits;
 pub use conn::ConnTimeouts;

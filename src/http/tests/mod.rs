@@ -3,4 +3,5 @@
 mod limits;
 mod planes;
 mod proxy;
+mod registration;
 mod support;
