@@ -12,6 +12,9 @@ use hyper_util::rt::TokioExecutor;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// How long an answer may take where nothing else is said.
+const LIMIT: Duration = Duration::from_secs(20);
+
 /// A whole answer.
 #[derive(Clone, Debug)]
 pub struct Reply {
@@ -68,8 +71,17 @@ impl Http {
         body: Option<&impl Serialize>,
         limit: Duration,
     ) -> Result<Reply, String> {
-        let request =
-            Request::builder().method(method).uri(url).header(header::CONTENT_TYPE, "application/json");
+        let request = Request::builder().method(method).uri(url);
+        self.exchange(request, body, limit).await
+    }
+
+    async fn exchange(
+        &self,
+        request: http::request::Builder,
+        body: Option<&impl Serialize>,
+        limit: Duration,
+    ) -> Result<Reply, String> {
+        let request = request.header(header::CONTENT_TYPE, "application/json");
         let body =
             body.map_or_else(Vec::new, |body| serde_json::to_vec(body).expect("a body can be written"));
         let request = request.body(Full::new(Bytes::from(body))).map_err(|e| e.to_string())?;
@@ -94,5 +106,17 @@ impl Http {
     /// `POST` of JSON.
     pub async fn post(&self, url: &str, body: &impl Serialize, limit: Duration) -> Result<Reply, String> {
         self.send(Method::POST, url, Some(body), limit).await
+    }
+
+    /// `POST` of JSON with more headers, within [`LIMIT`].
+    pub async fn post_with(
+        &self,
+        url: &str,
+        headers: &[(&str, &str)],
+        body: &impl Serialize,
+    ) -> Result<Reply, String> {
+        let request = Request::builder().method(Method::POST).uri(url);
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        self.exchange(request, Some(body), LIMIT).await
     }
 }

@@ -12,6 +12,7 @@ pub mod fleet;
 pub mod load;
 pub mod ports;
 pub mod process;
+pub mod raw;
 pub mod replica;
 pub mod wait;
 pub mod writes;

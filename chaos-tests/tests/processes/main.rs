@@ -2,8 +2,10 @@
 
 mod cli;
 mod damage;
+mod dead_worker;
 mod demo;
 mod frozen;
+mod hostile_workers;
 mod leader_kill;
 mod liveness;
 mod loads;
