@@ -12,6 +12,7 @@ mod loads;
 mod quorum;
 mod rolling;
 mod sdk;
+mod smuggling;
 mod total_kill;
 mod wiped;
 
