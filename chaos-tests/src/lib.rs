@@ -9,6 +9,7 @@ pub mod client;
 pub mod endpoint;
 pub mod figures;
 pub mod fleet;
+pub mod h2;
 pub mod load;
 pub mod ports;
 pub mod process;

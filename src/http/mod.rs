@@ -27,6 +27,7 @@ mod nodes;
 mod peek;
 mod probe;
 mod proxy;
+mod pump;
 mod register;
 mod relay;
 mod server;

@@ -77,10 +77,15 @@ impl hyper::service::Service<Request<Incoming>> for FrontService {
         let in_flight = self.state.begin();
         let is_http1 = request.version() <= http::Version::HTTP_11;
         let service = self.clone();
+        let timeouts = self.shard.front.config.accept.timeouts;
         Box::pin(async move {
             let mut response = service.answer(request).await.map(|body| body.holding(in_flight));
             if !is_http1 {
                 response.headers_mut().remove(http::header::CONNECTION);
+                // A stalled HTTP/1 client stalls its socket, which `conn` watches; a stream
+                // without window stalls nothing that could be seen there.
+                let stall = timeouts.write_stall;
+                response = response.map(|body| body.pumped(stall));
             }
             Ok(response)
         })

@@ -5,6 +5,7 @@ mod damage;
 mod dead_worker;
 mod demo;
 mod frozen;
+mod h2_attacks;
 mod hostile_workers;
 mod leader_kill;
 mod liveness;
