@@ -151,7 +151,7 @@ async fn nonsense_is_answered_with_an_openai_error() {
     }
     let good = json!({"model": MODEL, "prompt": "x"}).to_string();
     for (line, fields, status, code) in [
-        ("POST /v1/nothing", "", 404, "unknown_route"),
+        ("POST /nothing", "", 404, "unknown_route"),
         ("GET /", "", 404, "unknown_route"),
         ("GET /v1/completions", "", 405, "method_not_allowed"),
         ("DELETE /v1/completions", "", 405, "method_not_allowed"),

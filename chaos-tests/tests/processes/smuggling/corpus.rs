@@ -228,7 +228,7 @@ pub(super) fn cases() -> Vec<Case> {
         ("a target in asterisk form", "OPTIONS * HTTP/1.1\r\n"),
         ("GET with a body", "GET /v1/models HTTP/1.1\r\n"),
         ("HEAD with a body", "HEAD /livez HTTP/1.1\r\n"),
-        ("an unknown route with a body", "POST /v1/nothing HTTP/1.1\r\n"),
+        ("an unknown route with a body", "POST /nothing HTTP/1.1\r\n"),
         ("a route with dots", "POST /v1/../v1/completions HTTP/1.1\r\n"),
         ("a route with an encoded slash", "POST /v1%2fcompletions HTTP/1.1\r\n"),
         ("the admin plane", "POST /v1/admin/workers HTTP/1.1\r\n"),
