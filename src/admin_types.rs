@@ -89,6 +89,34 @@ pub struct MembersReply {
     pub members: Vec<MemberStatus>,
 }
 
+/// `GET /v1/admin/keys`
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct KeysReply {
+    /// Whether clients need a key here.
+    pub required: bool,
+    /// The keys in force at the answering replica, by id.
+    pub keys: Vec<KeyStatus>,
+}
+
+/// An API key in force, with what it did at the answering replica; never its secret.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct KeyStatus {
+    /// What it is called.
+    pub id: String,
+    /// Models it may use; all where left out.
+    pub models: Option<Vec<String>>,
+    /// From when on it is refused, in seconds since 1970; never where left out.
+    pub expires_unix_s: Option<u64>,
+    /// Whether that time has come.
+    pub expired: bool,
+    /// Requests in flight.
+    pub in_flight: u32,
+    /// Requests let in since the start.
+    pub admitted: u64,
+    /// Requests refused for its limits since the start.
+    pub limited: u64,
+}
+
 /// What a registration answers.
 #[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
 pub struct RegisteredReply {
@@ -204,6 +232,12 @@ pub struct RegisterRequest {
     /// Relative share of traffic, 1 to 1000; 100 where left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<u32>,
+    /// Speak HTTP/2 to it; false where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http2: Option<bool>,
+    /// Requests it should have at once; more wait at the replicas.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_requests: Option<u32>,
     /// Whether the worker will heartbeat; else it is probed. Where left out: true for
     /// `POST /v1/nodes`, false elsewhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -227,6 +261,8 @@ impl RegisterRequest {
         "capacity_blocks",
         "labels",
         "weight",
+        "http2",
+        "max_requests",
         "heartbeat",
         "probe",
     ];
@@ -249,6 +285,8 @@ impl RegisterRequest {
             capacity_blocks: None,
             labels: BTreeMap::new(),
             weight: None,
+            http2: None,
+            max_requests: None,
             heartbeat: None,
             probe: None,
         }
@@ -279,6 +317,8 @@ impl RegisterRequest {
             capacity_blocks: self.capacity_blocks,
             labels: self.labels.clone(),
             weight: self.weight.unwrap_or(100),
+            http2: self.http2.unwrap_or(false),
+            max_requests: self.max_requests,
             source,
         };
         spec.validate()?;
@@ -312,6 +352,7 @@ mod tests {
         (full.dp_ranks, full.block_size, full.capacity_blocks) = (Some(1), Some(1), Some(1));
         full.labels.insert("a".into(), "b".into());
         (full.weight, full.heartbeat, full.probe) = (Some(1), Some(true), Some(true));
+        (full.http2, full.max_requests) = (Some(true), Some(1));
         let json = serde_json::to_value(&full).unwrap();
         let mut names: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
         let mut fields = RegisterRequest::FIELDS.to_vec();

@@ -1,9 +1,12 @@
 //! Runs a replica: puts configuration, cluster and HTTP front together, and takes them apart in
 //! order when told to stop.
 //!
-//! On SIGTERM or SIGINT: `/readyz` goes off, leadership is handed over, listeners close, what is
-//! in flight may finish for `http.shutdown_grace_ms`, then the log is closed. A second signal
+//! On SIGTERM or SIGINT: `/readyz` goes off, leadership is handed over, after
+//! `http.drain_settle_ms` (SIGTERM only) listeners close, what is in flight may finish for
+//! `http.shutdown_grace_ms`, then the log is closed. A second signal
 //! ends the process at once; the log takes that as it takes a crash.
+
+mod keys;
 
 use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpListener};
@@ -20,14 +23,16 @@ use crate::cluster::down::DownPlane;
 use crate::cluster::inner::{NodeConfig, StartError};
 use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
-use crate::config::{Config, Loaded, LogConfig, LogFormat};
+use crate::config::{Config, Loaded, LogConfig, LogFormat, NodeTokenEntry};
 use crate::http::{
-    Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, Metrics, NodeOptions,
-    PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
-    serve_client,
+    Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, HeaderRules,
+    KeyGauges, KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions, QueueOptions,
+    RetryOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin, serve_client,
 };
+use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
+use keys::{KeysFile, client_key};
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
 const HEARTBEATS_PER_TIMEOUT: u32 = 5;
@@ -89,7 +94,11 @@ async fn serve(
     let mut signals = Signals::new().context("cannot listen for signals")?;
     let mut metrics = Metrics::default();
     metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(Arc::clone(&plane))));
-    let front = Front::new(front_config(config), plane, Arc::new(metrics));
+    let front_config = front_config(config);
+    let keys = Arc::clone(&front_config.keys);
+    metrics.registry_mut().register_collector(Box::new(KeyGauges::new(Arc::clone(&keys))));
+    let keys_file = KeysFile::load(config, keys)?;
+    let front = Front::new(front_config, plane, Arc::new(metrics));
     let shutdown = CancellationToken::new();
     let admin_shutdown = CancellationToken::new();
     tracing::info!(
@@ -104,15 +113,24 @@ async fn serve(
     tokio::spawn(run_prober(Arc::clone(&front), shutdown.clone()));
     tokio::spawn(keep_configured_workers(Arc::clone(&front), config.worker.clone(), shutdown.clone()));
 
+    if let Some(file) = keys_file {
+        tokio::spawn(file.follow(shutdown.clone()));
+    }
+
     let failed = async {
         match &cluster {
             Some(cluster) => cluster.failed().await,
             None => std::future::pending().await,
         }
     };
+    let mut settle = Duration::ZERO;
     let failure = tokio::select! {
         signal = signals.next() => {
             tracing::info!(signal, "stopping; a second signal stops at once");
+            // A person at a terminal has no balancer that must notice first.
+            if signal == SIGTERM {
+                settle = ms(config.http.drain_settle_ms);
+            }
             None
         }
         why = failed => {
@@ -127,9 +145,13 @@ async fn serve(
     let stop = async {
         front.draining.cancel();
         let hand_over = async {
-            if let (Some(cluster), None) = (&cluster, &failure) {
-                cluster.hand_over_leadership().await;
-            }
+            let transfer = async {
+                if let (Some(cluster), None) = (&cluster, &failure) {
+                    cluster.hand_over_leadership().await;
+                }
+            };
+            // Requests are still taken meanwhile: a balancer sends some until its next check.
+            tokio::join!(transfer, tokio::time::sleep(settle));
             shutdown.cancel();
             let _ = clients.await;
             // The admin listener stays to the end, so that an operator can watch.
@@ -155,6 +177,9 @@ async fn serve(
     }
 }
 
+/// The name of the signal that supervisors send.
+const SIGTERM: &str = "SIGTERM";
+
 /// SIGTERM and SIGINT.
 struct Signals {
     term: Signal,
@@ -168,7 +193,7 @@ impl Signals {
 
     async fn next(&mut self) -> &'static str {
         tokio::select! {
-            _ = self.term.recv() => "SIGTERM",
+            _ = self.term.recv() => SIGTERM,
             _ = self.int.recv() => "SIGINT",
         }
     }
@@ -217,6 +242,7 @@ fn node_config(config: &Config) -> NodeConfig {
         propose_timeout: ms(cluster.propose_timeout_ms),
         batching: Batching {
             window: Duration::from_micros(cluster.batch_window_us),
+            load_window: Duration::from_micros(cluster.load_window_us),
             bytes: cluster.batch_bytes as usize,
             queue_bytes: cluster.queue_bytes as usize,
         },
@@ -232,6 +258,11 @@ fn node_config(config: &Config) -> NodeConfig {
     }
 }
 
+/// Names that the configuration's checks have let pass.
+fn header_names(names: &[String]) -> Vec<http::HeaderName> {
+    names.iter().filter_map(|name| name.parse().ok()).collect()
+}
+
 fn front_config(config: &Config) -> FrontConfig {
     let (http, proxy) = (&config.http, &config.proxy);
     let heartbeat_interval = ms(config.workers.timeout_ms) / HEARTBEATS_PER_TIMEOUT;
@@ -243,7 +274,7 @@ fn front_config(config: &Config) -> FrontConfig {
                 first_byte: ms(http.first_byte_timeout_ms),
                 head: ms(http.header_timeout_ms),
                 idle: ms(http.idle_timeout_ms),
-                ..FrontOptions::default().timeouts
+                write_stall: ms(http.write_stall_timeout_ms),
             },
             max_headers: http.max_headers as usize,
             max_head_bytes: http.max_header_bytes as usize,
@@ -253,11 +284,35 @@ fn front_config(config: &Config) -> FrontConfig {
                 n => n as usize,
             },
             grace: ms(http.shutdown_grace_ms),
+            max_h2_streams: http.max_h2_streams,
+            threads: match http.threads {
+                0 => std::thread::available_parallelism().map_or(1, usize::from),
+                n => n as usize,
+            },
             ..FrontOptions::default()
         },
         proxy: ProxyOptions {
-            body: BodyLimits::of(http.max_body_bytes as usize),
-            retries: proxy.retries,
+            body: BodyLimits {
+                total: ms(http.body_timeout_ms),
+                floor: http.body_min_bytes_per_s.into(),
+                ..BodyLimits::of(http.max_body_bytes as usize)
+            },
+            retry: RetryOptions {
+                attempts: proxy.retries,
+                budget_percent: proxy.retry_budget_percent,
+                pause: ms(proxy.retry_pause_ms),
+            },
+            breaker: BreakerOptions {
+                failures: proxy.breaker_failures,
+                open_ms: proxy.breaker_open_ms,
+                max_open_ms: proxy.breaker_max_open_ms.max(proxy.breaker_open_ms),
+            },
+            max_requests_per_worker: proxy.max_requests_per_worker,
+            queue: QueueOptions { most: proxy.queue_max as usize, patience: ms(proxy.queue_timeout_ms) },
+            headers: HeaderRules {
+                forward: header_names(&proxy.headers_forward),
+                drop: header_names(&proxy.headers_drop),
+            },
             first_byte_timeout: ms(proxy.first_byte_timeout_ms),
             idle_timeout: ms(proxy.idle_timeout_ms),
             total_timeout: ms(proxy.total_timeout_ms),
@@ -266,17 +321,33 @@ fn front_config(config: &Config) -> FrontConfig {
         pool: PoolOptions {
             connect_timeout: ms(proxy.connect_timeout_ms),
             max_idle_per_worker: proxy.pool_idle_per_worker as usize,
+            idle_timeout: ms(proxy.pool_idle_timeout_ms),
+            max_head_bytes: proxy.max_response_header_bytes as usize,
             ..PoolOptions::default()
         },
         allow: Arc::new(Allowed::new(config.workers.allow.clone())),
         nodes: NodeOptions {
             tokens: TokenDigests::new(config.nodes.token_sha256.iter().map(|digest| digest.0).collect()),
+            bound_tokens: config.node_token.iter().map(node_token).collect(),
             heartbeat_interval,
             probe_interval: ms(config.workers.probe_interval_ms),
             probe_timeout: ms(config.workers.probe_timeout_ms),
         },
+        admin_tokens: TokenDigests::new(config.admin.token_sha256.iter().map(|digest| digest.0).collect()),
+        keys: Arc::new(KeyRing::new(
+            config.wants_client_keys().then(|| config.key.iter().map(client_key).collect()),
+        )),
+        metrics_open_on_admin: config.admin.listen.ip().is_loopback(),
         metrics_on_client: config.http.listen.ip().is_loopback(),
         policy,
-        ..FrontConfig::default()
+    }
+}
+
+fn node_token(entry: &NodeTokenEntry) -> NodeToken {
+    NodeToken {
+        id: entry.id.clone(),
+        digest: entry.sha256.0,
+        networks: entry.networks.clone(),
+        roles: entry.roles.clone(),
     }
 }

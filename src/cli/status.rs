@@ -33,7 +33,7 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, out: &mut Out) -> Result<(), Failure> {
         block_on(async {
-            let client = Client::new(&self.server.server)?;
+            let client = self.server.client()?;
             loop {
                 let shown = self.look(&client, out).await;
                 if !self.watch {

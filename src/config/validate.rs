@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use super::access;
 use super::errors::ConfigError;
 use super::keys;
 use super::schema::Config;
@@ -16,6 +17,10 @@ pub(super) fn problems(config: &Config) -> Vec<ConfigError> {
     listeners(config, &mut problems);
     cluster(config, &mut problems);
     workers(config, &mut problems);
+    headers(config, &mut problems);
+    let keys = config.key.iter().enumerate().map(|(at, key)| (format!("key[{at}]"), key));
+    problems.extend(access::key_problems(keys));
+    problems.extend(access::node_token_problems(&config.node_token));
     problems
 }
 
@@ -85,7 +90,7 @@ fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
             );
         }
     }
-    if !config.http.listen.ip().is_loopback() && config.nodes.token_sha256.is_empty() {
+    if !config.http.listen.ip().is_loopback() && !config.wants_node_tokens() {
         problems.push(
             ConfigError::about("nodes.token_sha256", "is empty while workers can register from other machines at http.listen: anybody could register a worker and be sent prompts")
                 .fix("put a token into a file and name it: nodes.token_file = \"/etc/everline/node-tokens\""),
@@ -159,6 +164,19 @@ fn cluster(config: &Config, problems: &mut Vec<ConfigError>) {
     for address in &cluster.join {
         if let Err(message) = check_host_port(address) {
             problems.push(ConfigError::about("cluster.join", message));
+        }
+    }
+}
+
+fn headers(config: &Config, problems: &mut Vec<ConfigError>) {
+    let proxy = &config.proxy;
+    for (key, names) in
+        [("proxy.headers_forward", &proxy.headers_forward), ("proxy.headers_drop", &proxy.headers_drop)]
+    {
+        for name in names {
+            if http::HeaderName::from_bytes(name.as_bytes()).is_err() {
+                problems.push(ConfigError::about(key, format!("{name:?} is not the name of a header")));
+            }
         }
     }
 }

@@ -11,6 +11,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::conn::InFlight;
 use super::errors::{ApiError, Code};
+use super::keys::Pass;
 use super::pump::Pumped;
 use super::relay::Relay;
 
@@ -18,11 +19,13 @@ use super::relay::Relay;
 pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What a response carries. Holds the connection's in-flight mark until the last byte is
-/// handed over, so that idle timeouts do not run meanwhile.
+/// handed over, so that idle timeouts do not run meanwhile; and the request's place among those
+/// in flight of its API key.
 #[derive(Debug)]
 pub struct FrontBody {
     kind: Kind,
     in_flight: Option<InFlight>,
+    pass: Pass,
 }
 
 #[derive(Debug)]
@@ -37,17 +40,21 @@ impl FrontBody {
     /// A body held in memory.
     pub fn full(bytes: impl Into<Bytes>) -> Self {
         let bytes = bytes.into();
-        Self { kind: Kind::Full(Some(bytes).filter(|b| !b.is_empty())), in_flight: None }
+        Self {
+            kind: Kind::Full(Some(bytes).filter(|b| !b.is_empty())),
+            in_flight: None,
+            pass: Pass::default(),
+        }
     }
 
     /// An upstream response on its way through.
     pub(super) fn relay(relay: Relay) -> Self {
-        Self { kind: Kind::Relay(Box::new(relay)), in_flight: None }
+        Self { kind: Kind::Relay(Box::new(relay)), in_flight: None, pass: Pass::default() }
     }
 
     /// The answer of an axum handler.
     pub(super) fn axum(body: axum::body::Body) -> Self {
-        Self { kind: Kind::Axum(body), in_flight: None }
+        Self { kind: Kind::Axum(body), in_flight: None, pass: Pass::default() }
     }
 
     pub(super) fn holding(mut self, in_flight: InFlight) -> Self {
@@ -56,14 +63,20 @@ impl FrontBody {
     }
 
     /// Has a relayed body read by a task of its own, which lets go of the worker when the client
-    /// takes nothing for `stall`. The task holds the in-flight mark, too.
+    /// takes nothing for `stall`. The task holds the in-flight mark and the pass, too.
     pub(super) fn pumped(self, stall: Duration) -> Self {
         match &self.kind {
             Kind::Relay(relay) if !relay.is_end_stream() => {
-                Self { kind: Kind::Pumped(Pumped::new(self, stall)), in_flight: None }
+                let kind = Kind::Pumped(Pumped::new(self, stall));
+                Self { kind, in_flight: None, pass: Pass::default() }
             }
             _ => self,
         }
+    }
+
+    pub(super) fn holding_pass(mut self, pass: Pass) -> Self {
+        self.pass = pass;
+        self
     }
 }
 

@@ -8,11 +8,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::accept::FrontOptions;
 use super::allowed::Allowed;
-use super::auth::TokenDigests;
+use super::auth::{NodeToken, NodeTokens, TokenDigests};
 use super::body::BodyLimits;
+use super::headers::HeaderRules;
+use super::keys::KeyRing;
 use super::metrics::Metrics;
+use super::queue::{Queue, QueueOptions};
+use super::retry::{RetryBudget, RetryOptions};
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
+use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy::{Policy, PowerOfTwo};
 
 /// Time limits and retries of the proxy path.
@@ -20,8 +25,16 @@ use crate::routing::policy::{Policy, PowerOfTwo};
 pub struct ProxyOptions {
     /// Largest request body: 32 MiB. Its times as in [`BodyLimits::of`].
     pub body: BodyLimits,
-    /// Attempts after the first at workers that could not be connected to: 2.
-    pub retries: u32,
+    /// Attempts after the first.
+    pub retry: RetryOptions,
+    /// When a worker that fails is left alone.
+    pub breaker: BreakerOptions,
+    /// Requests a worker should have at once where its registration does not say: 8,192.
+    pub max_requests_per_worker: u32,
+    /// Requests that wait while all workers have as many as they should.
+    pub queue: QueueOptions,
+    /// Which headers pass.
+    pub headers: HeaderRules,
     /// Most workers that may see one request: 2, so that a request that kills engines kills
     /// few of them.
     pub max_workers_reached: u32,
@@ -38,7 +51,11 @@ impl Default for ProxyOptions {
     fn default() -> Self {
         Self {
             body: BodyLimits::of(32 << 20),
-            retries: 2,
+            retry: RetryOptions::default(),
+            breaker: BreakerOptions::default(),
+            max_requests_per_worker: 8192,
+            queue: QueueOptions::default(),
+            headers: HeaderRules::default(),
             max_workers_reached: 2,
             first_byte_timeout: Duration::from_secs(600),
             idle_timeout: Duration::from_secs(300),
@@ -50,8 +67,11 @@ impl Default for ProxyOptions {
 /// The node plane and health probing.
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
-    /// SHA-256 of each accepted node token; none means no authentication.
+    /// SHA-256 of each node token that is good everywhere; none, and no bound ones, means no
+    /// authentication.
     pub tokens: TokenDigests,
+    /// Node tokens bound to networks and roles.
+    pub bound_tokens: Vec<NodeToken>,
     /// How often a node should heartbeat; told to it with each answer: 1 s.
     pub heartbeat_interval: Duration,
     /// How often a worker that does not heartbeat is probed: 2 s.
@@ -64,6 +84,7 @@ impl Default for NodeOptions {
     fn default() -> Self {
         Self {
             tokens: TokenDigests::default(),
+            bound_tokens: Vec::new(),
             heartbeat_interval: Duration::from_secs(1),
             probe_interval: Duration::from_secs(2),
             probe_timeout: Duration::from_secs(2),
@@ -88,6 +109,10 @@ pub struct FrontConfig {
     pub nodes: NodeOptions,
     /// SHA-256 of each accepted admin token; none means no authentication.
     pub admin_tokens: TokenDigests,
+    /// API keys of clients: none are asked for. Whoever keeps a handle can replace them.
+    pub keys: Arc<KeyRing>,
+    /// Whether `/metrics` on the admin listener needs no token although there are some: false.
+    pub metrics_open_on_admin: bool,
     /// Whether `/metrics` is served on the client listener too: true.
     pub metrics_on_client: bool,
     /// Chooses among workers: power of two choices.
@@ -104,6 +129,8 @@ impl Default for FrontConfig {
             allow: Arc::default(),
             nodes: NodeOptions::default(),
             admin_tokens: TokenDigests::default(),
+            keys: Arc::new(KeyRing::new(None)),
+            metrics_open_on_admin: false,
             metrics_on_client: true,
             policy: Arc::new(PowerOfTwo),
         }
@@ -118,10 +145,14 @@ pub struct Front {
     pub control: Arc<dyn ControlPlane>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    pub(super) node_tokens: NodeTokens,
     /// Cancelled when this replica should get no new work: `/readyz` then answers 503.
     pub draining: CancellationToken,
     /// Since when.
     pub started: Instant,
+    /// Requests that wait for a worker.
+    pub(super) queue: Arc<Queue>,
+    pub(super) retry_budget: RetryBudget,
     replica: http::HeaderValue,
 }
 
@@ -136,14 +167,24 @@ impl Front {
     pub fn new(config: FrontConfig, control: Arc<dyn ControlPlane>, metrics: Arc<Metrics>) -> Arc<Self> {
         let replica = http::HeaderValue::from_str(&config.replica)
             .unwrap_or_else(|_| http::HeaderValue::from_static("unprintable"));
+        let started = Instant::now();
+        let node_tokens = NodeTokens::new(config.nodes.tokens.clone(), config.nodes.bound_tokens.clone());
         Arc::new(Self {
             config,
             control,
             metrics,
+            node_tokens,
             draining: CancellationToken::new(),
-            started: Instant::now(),
+            started,
+            queue: Arc::default(),
+            retry_budget: RetryBudget::new(started),
             replica,
         })
+    }
+
+    /// Milliseconds since the start, from 1; never goes back.
+    pub(super) fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64 + 1
     }
 
     /// The value of `Everline-Replica`.
@@ -152,7 +193,7 @@ impl Front {
     }
 }
 
-/// What one listener (later: one I/O thread) has to itself.
+/// What one I/O thread has to itself.
 #[derive(Debug)]
 pub struct Shard {
     /// What it shares with the others.

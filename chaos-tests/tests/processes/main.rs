@@ -8,6 +8,7 @@ mod frozen;
 mod h2_attacks;
 mod hostile_clients;
 mod hostile_workers;
+mod keys;
 mod leader_kill;
 mod liveness;
 mod loads;

@@ -212,7 +212,10 @@ async fn when_all_are_dead_the_error_names_them_and_says_when_to_come_back() {
     assert_eq!(header(&response, "retry-after"), Some("1"));
     // Marked unreachable both: tried again all the same, and found alive again.
     let revived = answering(ok("application/json", "{}")).await;
-    front.cluster.change("a", |record| record.spec.url = format!("http://{revived}"));
+    front.cluster.change("a", |record| {
+        record.spec.url = format!("http://{revived}");
+        record.generation += 1;
+    });
     assert_eq!(status(&exchange(front.address, chat()).await), 200);
     assert!(!front.cluster.worker("a").unwrap().live.unreachable.load(Ordering::Relaxed));
 }
@@ -247,7 +250,7 @@ async fn bad_requests_get_openai_errors() {
         (request("POST", path, "content-encoding: gzip\r\n", "x"), (415, "unsupported_encoding")),
         (request("GET", path, "", ""), (405, "method_not_allowed")),
         (request("POST", "/v1/models", "", ""), (405, "method_not_allowed")),
-        (request("GET", "/v1/nothing", "", ""), (404, "unknown_route")),
+        (request("GET", "/nothing", "", ""), (404, "unknown_route")),
         (request("GET", "/v1/admin/status", "", ""), (404, "unknown_route")),
     ] {
         let response = exchange(front.address, &request).await;
