@@ -196,7 +196,7 @@ sections! {
 
     /// How workers are admitted and watched.
     "workers" => WorkersConfig {
-        /// Networks a worker's address must lie in before a prompt is sent there.
+        /// Networks a worker's address must lie in before a prompt is sent there. Link-local addresses and the clouds' metadata services are in no network: they count only where the address itself is listed (`/32`, `/128`). Multicast, broadcast and unspecified addresses never count.
         allow: Vec<IpNet> = loopback_networks(), Kind::List("CIDR network");
         /// A worker is offline after this time without a sign of life.
         timeout_ms: u64 = 5_000, Kind::int("ms", 500, HOUR_MS);
