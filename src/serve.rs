@@ -20,11 +20,11 @@ use crate::cluster::down::DownPlane;
 use crate::cluster::inner::{NodeConfig, StartError};
 use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
-use crate::config::{Config, Loaded, LogConfig, LogFormat};
+use crate::config::{AccessLog, Config, Loaded, LogConfig, LogFormat};
 use crate::http::{
-    Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, Metrics, NodeOptions,
-    PoolOptions, ProxyOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
-    serve_client,
+    Access, AccessOptions, Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig,
+    FrontOptions, Metrics, NodeOptions, PoolOptions, ProxyOptions, TokenDigests, bind,
+    keep_configured_workers, run_prober, serve_admin, serve_client,
 };
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
@@ -87,7 +87,7 @@ async fn serve(
     admin: TcpListener,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
-    let mut metrics = Metrics::default();
+    let mut metrics = Metrics::new(access_options(&config.log));
     metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(Arc::clone(&plane))));
     let front = Front::new(front_config(config), plane, Arc::new(metrics));
     let shutdown = CancellationToken::new();
@@ -230,6 +230,15 @@ fn node_config(config: &Config) -> NodeConfig {
         wal_segment_bytes: cluster.wal_segment_bytes,
         digest_every: cluster.digest_every,
     }
+}
+
+fn access_options(config: &LogConfig) -> AccessOptions {
+    let access = match config.access {
+        AccessLog::All => Access::All,
+        AccessLog::Errors => Access::Errors,
+        AccessLog::Off => Access::Off,
+    };
+    AccessOptions { access, slow: ms(config.access_slow_ms) }
 }
 
 fn front_config(config: &Config) -> FrontConfig {

@@ -313,14 +313,15 @@ fn layers_name_only_what_lies_below_them() {
         ("ids", &[]),
         ("codec", &[]),
         ("balancer", &[]),
+        ("telemetry", &[]),
         ("kv", &["codec", "ids"]),
         ("state", &["codec", "ids", "kv"]),
         ("routing", &["ids", "kv", "state"]),
-        ("cluster", &["codec", "ids", "kv", "routing", "state"]),
+        ("cluster", &["codec", "ids", "kv", "routing", "state", "telemetry"]),
         ("admin_types", &["cluster", "ids", "state"]),
         ("config", &["admin_types", "ids", "routing", "state"]),
         ("engines", &["ids", "kv", "state"]),
-        ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state"]),
+        ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state", "telemetry"]),
     ];
     let mut found = Vec::new();
     for (file, code) in &sources() {

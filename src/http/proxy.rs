@@ -15,7 +15,7 @@ use super::body::{FrontBody, collect, discard};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::headers::{self, REPLICA, REQUEST_ID, WORKER};
-use super::metrics::{Outcome, Route, Tracked};
+use super::metrics::{Outcome, Retry, Route, Tracked};
 use super::peek::{Peek, peek};
 use super::relay::{Relay, RelayLimits};
 use super::upstream::SendError;
@@ -69,7 +69,7 @@ impl Failed {
 
 async fn try_forward(
     shard: &Shard,
-    tracked: Tracked,
+    mut tracked: Tracked,
     request: Request<Incoming>,
     request_id: &HeaderValue,
 ) -> Result<Response<FrontBody>, Failed> {
@@ -91,6 +91,7 @@ async fn try_forward(
             return Err(Failed { error, tracked });
         }
     };
+    tracked.body_read();
     let asked = match peek(&body) {
         Ok(asked) => asked,
         Err(error) => return Err(Failed { error, tracked }),
@@ -98,12 +99,14 @@ async fn try_forward(
     let attempts = Attempts {
         shard,
         target: head.uri.path_and_query().map_or(tracked.route().path(), PathAndQuery::as_str),
+        tracked: &mut tracked,
         asked: &asked,
         headers: headers::to_worker(&head.headers, request_id.clone()),
         body: body.clone(),
         deadline,
         tried: Vec::new(),
         failures: Vec::new(),
+        trouble: Retry::Connect,
         reached: 0,
         stale: false,
     };
@@ -118,6 +121,7 @@ struct Attempts<'a> {
     shard: &'a Shard,
     /// Path and query, as the client sent them.
     target: &'a str,
+    tracked: &'a mut Tracked,
     asked: &'a Peek<'a>,
     headers: HeaderMap,
     body: Bytes,
@@ -126,6 +130,8 @@ struct Attempts<'a> {
     tried: Vec<WorkerId>,
     /// What went wrong so far, for the error text; bounded by the number of attempts.
     failures: Vec<String>,
+    /// What went wrong last, for the metrics.
+    trouble: Retry,
     /// Workers that have seen the request.
     reached: u32,
     /// A kept-alive connection has failed already.
@@ -145,9 +151,11 @@ impl Attempts<'_> {
                 Err(refusal) => return held.ok_or_else(|| self.refuse(&refusal)),
             };
             if attempt > 0 {
-                self.shard.front.metrics.retries.inc();
+                self.tracked.retrying(self.trouble);
             }
+            self.tracked.set_model(&self.asked.model);
             let booking = self.book(&worker);
+            self.tracked.sent_upstream();
             match self.send(&worker).await {
                 Ok(response) => {
                     worker.live.unreachable.store(false, Ordering::Relaxed);
@@ -157,6 +165,7 @@ impl Attempts<'_> {
                         return Ok((response, booking));
                     }
                     self.tried.push(worker.id().clone());
+                    self.trouble = Retry::Status;
                     held = Some((response, booking));
                 }
                 Err(Attempt::Timeout(error)) => return Err(error),
@@ -207,6 +216,12 @@ impl Attempts<'_> {
     }
 
     fn note(&mut self, worker: &WorkerView, why: &SendError) {
+        self.trouble = match why {
+            SendError::Connect(_) | SendError::Forbidden(_) => Retry::Connect,
+            SendError::Stale => Retry::Stale,
+            SendError::Closed => Retry::Closed,
+            SendError::Garbage(_) => Retry::Garbage,
+        };
         match why {
             SendError::Connect(_) => {
                 worker.live.unreachable.store(true, Ordering::Relaxed);
@@ -290,6 +305,7 @@ fn relayed(
         && !head.headers.contains_key(CONTENT_ENCODING);
     headers::strip_response(&mut head.headers);
     if events {
+        tracked.set_events();
         // The ending may have to differ from what the worker announced.
         head.headers.remove(CONTENT_LENGTH);
     }

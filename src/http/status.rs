@@ -3,8 +3,17 @@
 use std::sync::atomic::Ordering;
 
 use super::front::Front;
-use crate::admin_types::{RecentError, StatusReply, WorkerStatus};
-use crate::routing::view::WorkerView;
+use crate::admin_types::{BreakerState, RecentError, StatusReply, WorkerStatus};
+use crate::routing::view::{WorkerLive, WorkerView};
+
+/// A worker's breaker. As long as one failed connection takes a worker out of the choice and a
+/// probe brings it back, that is open and closed.
+pub(super) fn breaker(live: &WorkerLive) -> BreakerState {
+    match live.unreachable.load(Ordering::Relaxed) {
+        true => BreakerState::Open,
+        false => BreakerState::Closed,
+    }
+}
 
 /// One worker for people and tools.
 pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
@@ -23,6 +32,7 @@ pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
         requests: load.requests,
         prefill_tokens: load.prefill_tokens,
         decode_blocks: load.decode_blocks,
+        breaker: breaker(&worker.live),
         reachable: !worker.live.unreachable.load(Ordering::Relaxed),
         generation: record.generation,
         weight: record.spec.weight,

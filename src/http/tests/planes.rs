@@ -332,7 +332,7 @@ async fn metrics_speak_of_requests_workers_and_raft() {
         "everline_requests_total{route=\"/v1/chat/completions\",outcome=\"ok\"} 1",
         "everline_requests_total{route=\"/v1/completions\",outcome=\"client_error\"} 1",
         "everline_rejected_total{reason=\"invalid_json\"} 1",
-        "everline_upstream_retries_total 0",
+        "everline_retries_total{reason=\"connect\"} 0",
         "everline_worker_online{worker=\"w\"} 1",
         "everline_worker_requests{worker=\"w\"} 0",
         "everline_raft_term{group=\"\"} 0",
