@@ -28,6 +28,7 @@ use crate::http::{
 };
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
+use crate::telemetry::trace::{TraceOptions, Tracing};
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
 const HEARTBEATS_PER_TIMEOUT: u32 = 5;
@@ -87,9 +88,10 @@ async fn serve(
     admin: TcpListener,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
-    let mut metrics = Metrics::new(access_options(&config.log));
+    let mut metrics = Metrics::new(access_options(&config.log)).with_tracing(tracing(&config.replica.name));
     metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(Arc::clone(&plane))));
-    let front = Front::new(front_config(config), plane, Arc::new(metrics));
+    let metrics = Arc::new(metrics);
+    let front = Front::new(front_config(config), plane, Arc::clone(&metrics));
     let shutdown = CancellationToken::new();
     let admin_shutdown = CancellationToken::new();
     tracing::info!(
@@ -138,6 +140,7 @@ async fn serve(
             if let Some(cluster) = cluster {
                 cluster.shutdown().await;
             }
+            let _ = tokio::task::spawn_blocking(move || metrics.flush_spans()).await;
         };
         hand_over.await;
         tracing::info!("stopped");
@@ -230,6 +233,22 @@ fn node_config(config: &Config) -> NodeConfig {
         wal_segment_bytes: cluster.wal_segment_bytes,
         digest_every: cluster.digest_every,
     }
+}
+
+/// Traces, where the `OTEL_*` variables ask for them. What they ask for and cannot have is said,
+/// and no reason not to serve.
+fn tracing(replica: &str) -> Option<Tracing> {
+    let started = TraceOptions::from_variables(crate::config::variables()).and_then(|options| {
+        let Some(options) = options else { return Ok(None) };
+        let collector = options.collector();
+        let tracing = Tracing::start(options, replica)?;
+        tracing::info!(%collector, "sending traces");
+        Ok(Some(tracing))
+    });
+    started.unwrap_or_else(|why| {
+        tracing::error!("{why}");
+        None
+    })
 }
 
 fn access_options(config: &LogConfig) -> AccessOptions {

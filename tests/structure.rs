@@ -290,6 +290,13 @@ fn only_the_codec_names_bincode() {
 }
 
 #[test]
+fn only_telemetry_names_opentelemetry() {
+    let elsewhere = |file: &str| !file.starts_with("src/telemetry/trace/");
+    let names = ["opentelemetry", "opentelemetry_sdk", "opentelemetry_otlp", "opentelemetry_http"];
+    fail_if_any("OpenTelemetry lives in src/telemetry/trace", &violations(elsewhere, &names));
+}
+
+#[test]
 fn only_the_configuration_reads_the_environment() {
     let mut found = Vec::new();
     for (file, code) in sources().iter().filter(|(file, _)| *file != "src/config/environment.rs") {

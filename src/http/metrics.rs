@@ -25,6 +25,7 @@ pub use self::tracked::Tracked;
 use self::access::AccessLog;
 use self::counts::{Counts, Exported};
 use crate::telemetry::process::ProcessMetrics;
+use crate::telemetry::trace::Tracing;
 
 /// A route template.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -67,6 +68,26 @@ impl Route {
             Route::Health => "health",
             Route::Metrics => "/metrics",
             Route::Unknown => "unknown",
+        }
+    }
+
+    /// What its spans are called.
+    fn span_name(self) -> &'static str {
+        match self {
+            Route::ChatCompletions => "POST /v1/chat/completions",
+            Route::Completions => "POST /v1/completions",
+            Route::Embeddings => "POST /v1/embeddings",
+            other => other.path(),
+        }
+    }
+
+    /// What is asked of a model there, in the words of OpenTelemetry.
+    fn operation(self) -> &'static str {
+        match self {
+            Route::ChatCompletions => "chat",
+            Route::Completions => "text_completion",
+            Route::Embeddings => "embeddings",
+            other => other.path(),
         }
     }
 
@@ -202,6 +223,7 @@ pub struct Metrics {
     recent: RecentErrors,
     taken: AtomicU64,
     access: AccessLog,
+    tracing: Option<Tracing>,
 }
 
 impl Default for Metrics {
@@ -233,6 +255,20 @@ impl Metrics {
             recent: RecentErrors::default(),
             taken: AtomicU64::new(0),
             access: AccessLog::new(access),
+            tracing: None,
+        }
+    }
+
+    /// The same, with a span for each request to a worker.
+    pub fn with_tracing(mut self, tracing: Option<Tracing>) -> Self {
+        self.tracing = tracing;
+        self
+    }
+
+    /// Sends the spans that wait, for two seconds at most. Blocks.
+    pub fn flush_spans(&self) {
+        if let Some(tracing) = &self.tracing {
+            tracing.shutdown();
         }
     }
 

@@ -34,6 +34,7 @@ pub(super) async fn forward(shard: &Shard, route: Route, request: Request<Incomi
     let mut tracked = shard.front.metrics.track(route);
     let request_id = headers::request_id(request.headers());
     tracked.set_request_id(request_id.clone());
+    tracked.begin_span(request.headers());
     let mut response = match try_forward(shard, tracked, request, &request_id).await {
         Ok(response) => response,
         Err(failed) => failed.into_response(shard),
@@ -96,12 +97,14 @@ async fn try_forward(
         Ok(asked) => asked,
         Err(error) => return Err(Failed { error, tracked }),
     };
+    let mut headers = headers::to_worker(&head.headers, request_id.clone());
+    tracked.put_span_into(&mut headers);
     let attempts = Attempts {
         shard,
         target: head.uri.path_and_query().map_or(tracked.route().path(), PathAndQuery::as_str),
         tracked: &mut tracked,
         asked: &asked,
-        headers: headers::to_worker(&head.headers, request_id.clone()),
+        headers,
         body: body.clone(),
         deadline,
         tried: Vec::new(),

@@ -6,3 +6,4 @@
 
 pub mod histogram;
 pub mod process;
+pub mod trace;

@@ -10,14 +10,15 @@ use super::models::ModelCounts;
 use super::{Metrics, Outcome, Retry, Route};
 use crate::ids::WorkerId;
 use crate::telemetry::histogram::{BETWEEN_TOKENS, Local};
+use crate::telemetry::trace::RequestSpan;
 
 /// How often a stream merges what it has gathered.
 const MERGE_EVERY: Duration = Duration::from_secs(1);
 
 /// A request being measured; counted once, as canceled if nobody said otherwise before the drop.
 ///
-/// In the order of a request: [`Tracked::body_read`], [`Tracked::set_model`],
-/// [`Tracked::sent_upstream`], [`Tracked::retrying`], [`Tracked::set_status`],
+/// In the order of a request: [`Tracked::begin_span`], [`Tracked::body_read`], [`Tracked::set_model`],
+/// [`Tracked::put_span_into`], [`Tracked::sent_upstream`], [`Tracked::retrying`], [`Tracked::set_status`],
 /// [`Tracked::set_events`], [`Tracked::first_byte`], [`Tracked::chunk`], [`Tracked::finish`].
 #[derive(Debug)]
 pub struct Tracked {
@@ -31,6 +32,7 @@ pub struct Tracked {
     retries: u32,
     model: Option<Arc<ModelCounts>>,
     stream: Option<Box<Stream>>,
+    span: Option<Box<RequestSpan>>,
     request_id: Option<http::HeaderValue>,
     worker: Option<WorkerId>,
     finished: bool,
@@ -59,6 +61,7 @@ impl Tracked {
             retries: 0,
             model: None,
             stream: None,
+            span: None,
             request_id: None,
             worker: None,
             finished: false,
@@ -70,6 +73,27 @@ impl Tracked {
         self.route
     }
 
+    /// Begins the request's span, if there are traces, below the one that the client named.
+    pub fn begin_span(&mut self, client: &http::HeaderMap) {
+        let Some(tracing) = &self.metrics.tracing else { return };
+        let mut span = tracing.request(self.route.span_name(), client);
+        if span.is_recording() {
+            span.set("http.request.method", "POST");
+            span.set("http.route", self.route.path());
+            span.set("url.path", self.route.path());
+            span.set("gen_ai.operation.name", self.route.operation());
+        }
+        self.span = Some(Box::new(span));
+    }
+
+    /// Names the span as the parent, in the headers that go to a worker. Without traces the
+    /// client's own headers stay as they are.
+    pub fn put_span_into(&self, worker: &mut http::HeaderMap) {
+        if let Some(span) = &self.span {
+            span.put_into(worker);
+        }
+    }
+
     /// The whole request is here: from now on time is the router's own.
     pub fn body_read(&mut self) {
         self.read = Instant::now();
@@ -79,6 +103,9 @@ impl Tracked {
     pub fn set_model(&mut self, name: &str) {
         if self.model.is_none() {
             self.model = Some(self.metrics.counts.models.get(name));
+            if let Some(span) = &mut self.span {
+                span.set("gen_ai.request.model", name.to_owned());
+            }
         }
     }
 
@@ -93,6 +120,9 @@ impl Tracked {
     pub fn retrying(&mut self, why: Retry) {
         self.retries += 1;
         self.metrics.counts.retried(why);
+        if let Some(span) = &mut self.span {
+            span.event("retry", "everline.retry.reason", why.as_str());
+        }
     }
 
     /// The status that was passed on.
@@ -167,6 +197,30 @@ impl Tracked {
             }
         }
         self.log(outcome, elapsed);
+        self.end_span(outcome);
+    }
+
+    fn end_span(&mut self, outcome: Outcome) {
+        let Some(mut span) = self.span.take().filter(|span| span.is_recording()) else { return };
+        if outcome != Outcome::Canceled || self.first_byte.is_some() {
+            span.set("http.response.status_code", i64::from(self.status.as_u16()));
+        }
+        span.set("everline.outcome", outcome.as_str());
+        span.set("everline.retries", i64::from(self.retries));
+        if let Some(worker) = &self.worker {
+            span.set("everline.worker", worker.as_str().to_owned());
+        }
+        if let Some(id) = self.request_id.as_ref().and_then(|id| id.to_str().ok()) {
+            span.set("everline.request_id", id.to_owned());
+        }
+        if let Some(after) = self.first_byte {
+            let name = if self.stream.is_some() { "everline.ttft_ms" } else { "everline.first_byte_ms" };
+            span.set(name, after.as_secs_f64() * 1000.0);
+        }
+        // A client's own fault and its leaving are no errors of a server's span.
+        if !matches!(outcome, Outcome::Ok | Outcome::ClientError | Outcome::Canceled) {
+            span.failed(outcome.as_str());
+        }
     }
 
     /// A line without anything of the content, for those that get one; at debug level for what

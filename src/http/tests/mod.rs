@@ -5,3 +5,4 @@ mod metrics;
 mod planes;
 mod proxy;
 mod support;
+mod traces;
