@@ -24,6 +24,7 @@ fn documented_lines_are_accepted() {
         "engine-sim --listen 127.0.0.1:0",
         "balancer --listen 127.0.0.1:0 --backend 127.0.0.1:1 --backend 127.0.0.1:2 --check-interval-ms 100",
         "status --server http://h:1 --json --watch",
+        "status -o json --local",
         "worker add http://h:1 --id w --engine sglang --model a --model b --role prefill --dp-ranks 2",
         "worker add http://h:1 --block-size 16 --capacity-blocks 9 --label k=v --weight 5 --no-probe",
         "worker remove w",

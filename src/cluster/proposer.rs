@@ -326,7 +326,9 @@ fn seal<S: State>(driver: &Driver<S>, shared: &Shared<S>) -> Option<Segment> {
 async fn resend<S: State>(driver: &Driver<S>, shared: &Shared<S>, trouble: &Arc<Notify>) {
     let segments: Vec<Segment> = shared.queue.lock().in_flight.iter().map(|f| f.segment.clone()).collect();
     if !segments.is_empty() {
-        shared.counters.resent(segments.len());
+        if !matches!(*driver.route.borrow(), Route::Nowhere) {
+            shared.counters.resent(segments.len());
+        }
         send(driver, &segments, trouble).await;
     }
 }

@@ -41,6 +41,9 @@ pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
     }
 }
 
+/// Errors in a status; the newest.
+const RECENT_ERRORS: usize = 16;
+
 /// Everything about this replica and the cluster as it sees it.
 pub(super) fn status(front: &Front) -> StatusReply {
     let errors = front.metrics.recent().list();
@@ -50,6 +53,10 @@ pub(super) fn status(front: &Front) -> StatusReply {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         uptime_s: front.started.elapsed().as_secs(),
         requests_total: front.metrics.requests_taken(),
-        recent_errors: errors.into_iter().map(|(at_ms_ago, what)| RecentError { at_ms_ago, what }).collect(),
+        recent_errors: errors
+            .into_iter()
+            .take(RECENT_ERRORS)
+            .map(|(at_ms_ago, what)| RecentError { at_ms_ago, what })
+            .collect(),
     }
 }
