@@ -220,6 +220,12 @@ pub struct RegisterRequest {
     /// Relative share of traffic, 1 to 1000; 100 where left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<u32>,
+    /// Speak HTTP/2 to it; false where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http2: Option<bool>,
+    /// Requests it should have at once; more wait at the replicas.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_requests: Option<u32>,
     /// Whether the worker will heartbeat; else it is probed. Where left out: true for
     /// `POST /v1/nodes`, false elsewhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -243,6 +249,8 @@ impl RegisterRequest {
         "capacity_blocks",
         "labels",
         "weight",
+        "http2",
+        "max_requests",
         "heartbeat",
         "probe",
     ];
@@ -265,6 +273,8 @@ impl RegisterRequest {
             capacity_blocks: None,
             labels: BTreeMap::new(),
             weight: None,
+            http2: None,
+            max_requests: None,
             heartbeat: None,
             probe: None,
         }
@@ -295,6 +305,8 @@ impl RegisterRequest {
             capacity_blocks: self.capacity_blocks,
             labels: self.labels.clone(),
             weight: self.weight.unwrap_or(100),
+            http2: self.http2.unwrap_or(false),
+            max_requests: self.max_requests,
             source,
         };
         spec.validate()?;
@@ -328,6 +340,7 @@ mod tests {
         (full.dp_ranks, full.block_size, full.capacity_blocks) = (Some(1), Some(1), Some(1));
         full.labels.insert("a".into(), "b".into());
         (full.weight, full.heartbeat, full.probe) = (Some(1), Some(true), Some(true));
+        (full.http2, full.max_requests) = (Some(true), Some(1));
         let json = serde_json::to_value(&full).unwrap();
         let mut names: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
         let mut fields = RegisterRequest::FIELDS.to_vec();

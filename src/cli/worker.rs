@@ -95,6 +95,12 @@ struct Add {
     /// Relative share of traffic, 1 to 1000 [default: 100]
     #[arg(long)]
     weight: Option<u32>,
+    /// Speak HTTP/2 to it
+    #[arg(long)]
+    http2: bool,
+    /// Requests it should have at once; more wait [default: proxy.max_requests_per_worker]
+    #[arg(long, value_name = "N")]
+    max_requests: Option<u32>,
     /// Register it without asking the engine for its health and models
     #[arg(long)]
     no_probe: bool,
@@ -115,6 +121,8 @@ impl Add {
             capacity_blocks: self.capacity_blocks,
             labels: self.labels.iter().cloned().collect(),
             weight: self.weight,
+            http2: self.http2.then_some(true),
+            max_requests: self.max_requests,
             heartbeat: None,
             probe: self.no_probe.then_some(false),
         }

@@ -198,6 +198,7 @@ impl Inner {
             route: control_route.clone(),
             intake: control_intake.clone(),
             fill: Box::new(up),
+            has_peers: has_peers(rafts[0].clone()),
         }));
         let (bookings, board) = (self.bookings.clone(), self.board.clone());
         let announced = OnceLock::new();
@@ -225,6 +226,7 @@ impl Inner {
             route: cache_route.clone(),
             intake: cache_intake.clone(),
             fill: Box::new(fill),
+            has_peers: has_peers(rafts[1].clone()),
         }));
         tokio::spawn(clock::run_control(rafts[0].clone(), self.config.rhythm));
         tokio::spawn(clock::run_cache(rafts[1].clone(), cache.clone(), self.config.rhythm));
@@ -261,6 +263,12 @@ impl Inner {
             tracing::error!("became a member twice");
         }
     }
+}
+
+/// Whether a group has members beside this one.
+fn has_peers(raft: Raft) -> Box<dyn Fn() -> bool + Send + Sync> {
+    let metrics = raft.server_metrics();
+    Box::new(move || metrics.borrow_watched().membership_config.membership().nodes().count() > 1)
 }
 
 /// Keeps the proposers' route to the leader; ends when nobody wants to know or the group stops.

@@ -42,6 +42,9 @@ const OPEN_PATIENCE: Duration = Duration::from_millis(200);
 pub struct Batching {
     /// Gather at most this long while something is in flight.
     pub window: Duration,
+    /// Least time between two segments that carry nothing but what [`Driver::fill`] gives:
+    /// summed loads, which nobody waits for. Each segment costs every replica a disk sync.
+    pub load_window: Duration,
     /// Seal a segment at this many bytes.
     pub bytes: usize,
     /// Refuse more than this many bytes waiting.
@@ -50,7 +53,12 @@ pub struct Batching {
 
 impl Default for Batching {
     fn default() -> Self {
-        Self { window: Duration::from_millis(2), bytes: 64 << 10, queue_bytes: 8 << 20 }
+        Self {
+            window: Duration::from_millis(2),
+            load_window: Duration::from_millis(4),
+            bytes: 64 << 10,
+            queue_bytes: 8 << 20,
+        }
     }
 }
 
@@ -214,7 +222,12 @@ pub struct Driver<S: State> {
     pub intake: mpsc::Sender<Segment>,
     /// Called when a segment is about to be sealed: commands that wait elsewhere, already summed.
     pub fill: Box<dyn Fn() -> Vec<S::Command> + Send + Sync>,
+    /// Whether any other replica wants to know.
+    pub has_peers: Box<dyn Fn() -> bool + Send + Sync>,
 }
+
+/// [`Batching::load_window`] of a replica without peers: only its own log hears of its loads.
+const LONELY_WINDOW: Duration = Duration::from_millis(100);
 
 /// Drives a proposer until the route's sender is gone.
 pub async fn run<S: State>(mut driver: Driver<S>) {
@@ -228,7 +241,7 @@ pub async fn run<S: State>(mut driver: Driver<S>) {
         // Seal and send what is due.
         let mut due = None;
         while shared.queue.lock().in_flight.len() < IN_FLIGHT {
-            let wait = patience(&shared, sealed_at);
+            let wait = patience(&driver, &shared, sealed_at);
             if wait > Duration::ZERO {
                 due = Some(wait);
                 break;
@@ -285,9 +298,15 @@ pub async fn run<S: State>(mut driver: Driver<S>) {
 }
 
 /// How long what has gathered may go on gathering: not at all when nothing is in flight or a
-/// segment is full, else until a window has passed since the last was sealed.
-fn patience<S: State>(shared: &Shared<S>, sealed_at: Instant) -> Duration {
+/// segment is full, else until a window has passed since the last was sealed. Where nobody has
+/// submitted anything there may still be something to fill a segment with, in its own time.
+fn patience<S: State>(driver: &Driver<S>, shared: &Shared<S>, sealed_at: Instant) -> Duration {
     let queue = shared.queue.lock();
+    if queue.waiting.is_empty() {
+        drop(queue);
+        let window = if (driver.has_peers)() { shared.batching.load_window } else { LONELY_WINDOW };
+        return window.saturating_sub(sealed_at.elapsed());
+    }
     let full = queue.waiting.front().is_some_and(|batch| batch.list.len() >= shared.batching.bytes);
     if full || queue.in_flight.is_empty() {
         return Duration::ZERO;
@@ -446,6 +465,7 @@ mod tests {
             route,
             intake,
             fill: Box::new(Vec::new),
+            has_peers: Box::new(|| true),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

@@ -133,6 +133,8 @@ fn spec(id: &str) -> WorkerSpec {
         capacity_blocks: None,
         labels: Default::default(),
         weight: 100,
+        http2: false,
+        max_requests: None,
         source: WorkerSource::Node,
     }
 }

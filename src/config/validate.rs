@@ -16,6 +16,7 @@ pub(super) fn problems(config: &Config) -> Vec<ConfigError> {
     listeners(config, &mut problems);
     cluster(config, &mut problems);
     workers(config, &mut problems);
+    headers(config, &mut problems);
     problems
 }
 
@@ -159,6 +160,19 @@ fn cluster(config: &Config, problems: &mut Vec<ConfigError>) {
     for address in &cluster.join {
         if let Err(message) = check_host_port(address) {
             problems.push(ConfigError::about("cluster.join", message));
+        }
+    }
+}
+
+fn headers(config: &Config, problems: &mut Vec<ConfigError>) {
+    let proxy = &config.proxy;
+    for (key, names) in
+        [("proxy.headers_forward", &proxy.headers_forward), ("proxy.headers_drop", &proxy.headers_drop)]
+    {
+        for name in names {
+            if http::HeaderName::from_bytes(name.as_bytes()).is_err() {
+                problems.push(ConfigError::about(key, format!("{name:?} is not the name of a header")));
+            }
         }
     }
 }

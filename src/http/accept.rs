@@ -1,7 +1,7 @@
 //! The accept loop: bounds on connections before anything is read, and a graceful end.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,12 +14,13 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::conn::{ConnState, ConnTimeouts, GuardedIo};
 use super::errors::{ApiError, Code};
-use super::front::Shard;
+use super::front::{Front, Shard};
 use super::service::FrontService;
 
 /// Bounds on connections of one listener.
@@ -41,6 +42,9 @@ pub struct FrontOptions {
     pub per_ip_exempt: Vec<IpNet>,
     /// Most concurrent h2 streams of a connection: 128.
     pub max_h2_streams: u32,
+    /// Threads that serve connections, each with its own runtime and connections to workers; 0
+    /// serves them on the runtime of the caller.
+    pub threads: usize,
     /// How long requests in flight may take to finish at shutdown: 30 s.
     pub grace: Duration,
 }
@@ -60,6 +64,7 @@ impl Default for FrontOptions {
             max_connections_per_ip: 256,
             per_ip_exempt: ["127.0.0.0/8", "::1/128"].iter().filter_map(|net| net.parse().ok()).collect(),
             max_h2_streams: 128,
+            threads: 0,
             grace: Duration::from_secs(30),
         }
     }
@@ -142,25 +147,70 @@ impl Drop for Place {
     }
 }
 
+/// Where accepted connections are served: an I/O thread with its own runtime, its own pool of
+/// connections to workers, and nothing shared but counters.
+struct Lane {
+    connections: mpsc::Sender<Accepted>,
+    open: Arc<AtomicUsize>,
+    /// Told when the last connection is closed.
+    ended: oneshot::Receiver<()>,
+}
+
+/// A connection on its way to a lane.
+struct Accepted {
+    stream: std::net::TcpStream,
+    /// Given back when the connection is closed.
+    place: Place,
+    on_lane: OnLane,
+}
+
+/// Counts a connection on its lane until it is closed.
+struct OnLane(Arc<AtomicUsize>);
+
+impl Drop for OnLane {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Connections handed to a lane and not yet taken up; more are turned away.
+const HANDED_OVER: usize = 1024;
+
+/// What a listener serves, made anew for each lane.
+pub(super) trait Serving: Clone + Send + 'static {
+    /// The routes of a lane.
+    fn router(&self, shard: &Arc<Shard>) -> Router;
+    /// Whether requests for workers are taken.
+    fn proxies(&self) -> bool;
+}
+
 /// Accepts until `shutdown`, then lets requests in flight finish for the grace time, then
-/// closes what is left. Returns when the last connection is closed.
+/// closes what is left. Returns when the last connection is closed. With `threads` 0 everything
+/// runs on the runtime of the caller.
 pub(super) async fn run(
-    listener: TcpListener,
-    shard: Arc<Shard>,
-    router: Router,
-    proxies: bool,
+    listener: std::net::TcpListener,
+    front: Arc<Front>,
+    serving: impl Serving,
+    threads: usize,
     shutdown: CancellationToken,
-) {
-    let options = Arc::new(shard.front.config.accept.clone());
+) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    let options = &front.config.accept;
     let census = Arc::new(Census::default());
-    let connections = TaskTracker::new();
-    let force = CancellationToken::new();
+    let mut lanes = Vec::new();
+    for number in 0..threads.max(1) {
+        lanes.push(start_lane(number, threads > 0, &front, serving.clone(), shutdown.clone())?);
+    }
+    let mut turn = 0;
     loop {
         let accepted = tokio::select! {
             biased;
             () = shutdown.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
+        // Taken off this runtime; its lane's will drive it.
+        let accepted = accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer)));
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -169,19 +219,96 @@ pub(super) async fn run(
                 continue;
             }
         };
-        let Some(place) = census.enter(peer.ip(), &options, &shard.front.metrics.connections) else {
-            shard.front.metrics.reject(Code::TooManyConnections.as_str());
-            turn_away(&stream);
+        let Some(place) = census.enter(peer.ip(), options, &front.metrics.connections) else {
+            front.metrics.reject(Code::TooManyConnections.as_str());
+            turn_away(stream);
             continue;
         };
-        let service = FrontService::new(Arc::clone(&shard), router.clone(), proxies);
+        // The lane with the fewest connections; where several have as few, in turn.
+        turn = (turn + 1) % lanes.len();
+        let (before, after) = lanes.split_at(turn);
+        let Some(lane) = after.iter().chain(before).min_by_key(|lane| lane.open.load(Ordering::Relaxed))
+        else {
+            break;
+        };
+        lane.open.fetch_add(1, Ordering::AcqRel);
+        let accepted = Accepted { stream, place, on_lane: OnLane(Arc::clone(&lane.open)) };
+        if let Err(mpsc::error::TrySendError::Full(accepted) | mpsc::error::TrySendError::Closed(accepted)) =
+            lane.connections.try_send(accepted)
+        {
+            front.metrics.reject(Code::TooManyConnections.as_str());
+            turn_away(accepted.stream);
+        }
+    }
+    drop(listener);
+    for lane in lanes {
+        drop(lane.connections);
+        let _ = lane.ended.await;
+    }
+    Ok(())
+}
+
+fn start_lane(
+    number: usize,
+    own_thread: bool,
+    front: &Arc<Front>,
+    serving: impl Serving,
+    shutdown: CancellationToken,
+) -> io::Result<Lane> {
+    let (connections, incoming) = mpsc::channel(HANDED_OVER);
+    let (tell, ended) = oneshot::channel();
+    let lane = Lane { connections, open: Arc::default(), ended };
+    let front = Arc::clone(front);
+    let run = async move {
+        serve_lane(incoming, front, serving, shutdown).await;
+        let _ = tell.send(());
+    };
+    if own_thread {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        std::thread::Builder::new().name(format!("http-{number}")).spawn(move || {
+            runtime.block_on(run);
+            // Handlers that outlive their connection (none should) end here.
+            runtime.shutdown_background();
+        })?;
+    } else {
+        tokio::spawn(run);
+    }
+    Ok(lane)
+}
+
+/// How often a lane looks after its idle connections to workers.
+const SWEEP: Duration = Duration::from_secs(1);
+
+async fn serve_lane(
+    mut incoming: mpsc::Receiver<Accepted>,
+    front: Arc<Front>,
+    serving: impl Serving,
+    shutdown: CancellationToken,
+) {
+    let shard = Shard::new(front);
+    let router = serving.router(&shard);
+    let options = Arc::new(shard.front.config.accept.clone());
+    let connections = TaskTracker::new();
+    let force = CancellationToken::new();
+    let mut sweep = tokio::time::interval(SWEEP);
+    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let accepted = tokio::select! {
+            accepted = incoming.recv() => accepted,
+            _ = sweep.tick() => {
+                shard.pool.sweep();
+                continue;
+            }
+        };
+        let Some(Accepted { stream, place, on_lane }) = accepted else { break };
+        let Ok(stream) = TcpStream::from_std(stream) else { continue };
+        let service = FrontService::new(Arc::clone(&shard), router.clone(), serving.proxies());
         let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
         connections.spawn(async move {
             serve(stream, service, &options, shutdown, force).await;
-            drop(place);
+            drop((place, on_lane));
         });
     }
-    drop(listener);
     connections.close();
     if tokio::time::timeout(options.grace, connections.wait()).await.is_err() {
         force.cancel();
@@ -190,14 +317,14 @@ pub(super) async fn run(
 }
 
 /// Says why before closing; a courtesy, so nothing waits for it.
-fn turn_away(stream: &TcpStream) {
+fn turn_away(mut stream: std::net::TcpStream) {
     let error = ApiError::new(Code::TooManyConnections, "too many open connections; try again").json();
     let text = format!(
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n\
          connection: close\r\ncontent-length: {}\r\n\r\n{error}",
         error.len()
     );
-    let _ = stream.try_write(text.as_bytes());
+    let _ = stream.write(text.as_bytes());
 }
 
 async fn serve(
@@ -233,6 +360,7 @@ async fn serve(
     let connection = builder.serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
+        biased;
         ended = connection.as_mut() => Some(ended),
         () = shutdown.cancelled() => None,
     };

@@ -74,8 +74,10 @@ async fn list_workers(
     RawQuery(query): RawQuery,
 ) -> Result<Json<WorkersReply>, ApiError> {
     settle(&shard, query).await?;
-    let view = shard.front.control.registry();
-    Ok(Json(WorkersReply { workers: view.workers.iter().map(|worker| worker_status(worker)).collect() }))
+    let (view, now_ms) = (shard.front.control.registry(), shard.front.now_ms());
+    Ok(Json(WorkersReply {
+        workers: view.workers.iter().map(|worker| worker_status(worker, now_ms)).collect(),
+    }))
 }
 
 async fn show_worker(
@@ -84,7 +86,7 @@ async fn show_worker(
     RawQuery(query): RawQuery,
 ) -> Result<Json<WorkerStatus>, ApiError> {
     settle(&shard, query).await?;
-    Ok(Json(worker_status(&*find(&shard, id)?)))
+    Ok(Json(worker_status(&*find(&shard, id)?, shard.front.now_ms())))
 }
 
 async fn add_worker(State(shard): State<Arc<Shard>>, request: Request) -> Result<Response, ApiError> {

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 
-use bytes::Bytes;
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderValue, Response, StatusCode};
 use serde_json::json;
@@ -81,6 +80,8 @@ codes! {
     NoWorkers = "no_workers", SERVICE_UNAVAILABLE, "server_error";
     /// Workers serve the model, none may be chosen now.
     NoWorkerAvailable = "no_worker_available", SERVICE_UNAVAILABLE, "server_error";
+    /// All workers have as many requests as they should, and too many wait already.
+    WorkersSaturated = "workers_saturated", TOO_MANY_REQUESTS, "rate_limit_error";
     /// No worker could be connected to.
     UpstreamConnectFailed = "upstream_connect_failed", BAD_GATEWAY, "server_error";
     /// A worker broke off or answered nonsense.
@@ -148,11 +149,6 @@ impl ApiError {
             "code": self.code.as_str(),
         }})
         .to_string()
-    }
-
-    /// What ends a server-sent event stream that has failed midway.
-    pub fn sse(&self) -> Bytes {
-        Bytes::from(format!("data: {}\n\ndata: [DONE]\n\n", self.json()))
     }
 
     /// The whole response.

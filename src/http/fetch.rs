@@ -3,12 +3,10 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, StatusCode, Uri};
-use http_body_util::Full;
 use tokio::time::timeout;
 
 use super::body::{BodyLimits, collect};
-use super::upstream::{Pool, SendError};
+use super::upstream::{Endpoint, Pool, SendError};
 
 /// Largest answer read: metrics of an engine with many ranks run to hundreds of KiB.
 const MAX_ANSWER: usize = 4 << 20;
@@ -27,27 +25,23 @@ pub(super) enum FetchError {
     Bad(String),
 }
 
-/// `GET url + path`; an answer other than 2xx is an error. Redirects are not followed.
-pub(super) async fn get(pool: &Pool, url: &str, path: &str, limit: Duration) -> Result<Bytes, FetchError> {
+/// `GET path` of a worker; an answer other than 2xx is an error. Redirects are not followed.
+pub(super) async fn get(
+    pool: &Pool,
+    endpoint: &Endpoint,
+    path: &str,
+    limit: Duration,
+) -> Result<Bytes, FetchError> {
     let fetched = timeout(limit, async {
-        let uri: Uri =
-            format!("{url}{path}").parse().map_err(|_| FetchError::Bad("not a valid url".into()))?;
-        let mut request = Request::new(Full::new(Bytes::new()));
-        *request.uri_mut() = uri;
-        let mut answer = pool.send(request.clone()).await;
-        if matches!(answer, Err(SendError::Stale)) {
-            answer = pool.send(request).await;
-        }
-        let response = answer.map_err(|error| match error {
+        let (status, body) = pool.fetch(endpoint, path).await.map_err(|error| match error {
             SendError::Connect(why) => FetchError::Connect(why),
             other => FetchError::Bad(other.to_string()),
         })?;
-        let status: StatusCode = response.status();
         if !status.is_success() {
             return Err(FetchError::Bad(format!("answered {status}")));
         }
         let limits = BodyLimits::of(MAX_ANSWER);
-        collect(response.into_body(), &limits).await.map_err(|error| FetchError::Bad(error.message.into()))
+        collect(body, &limits).await.map_err(|error| FetchError::Bad(error.message.into()))
     });
     fetched.await.unwrap_or(Err(FetchError::Timeout(limit)))
 }

@@ -10,9 +10,13 @@ use super::accept::FrontOptions;
 use super::allowed::Allowed;
 use super::auth::TokenDigests;
 use super::body::BodyLimits;
+use super::headers::HeaderRules;
 use super::metrics::Metrics;
+use super::queue::{Queue, QueueOptions};
+use super::retry::{RetryBudget, RetryOptions};
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
+use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy::{Policy, PowerOfTwo};
 
 /// Time limits and retries of the proxy path.
@@ -20,8 +24,16 @@ use crate::routing::policy::{Policy, PowerOfTwo};
 pub struct ProxyOptions {
     /// Largest request body: 32 MiB. Its times as in [`BodyLimits::of`].
     pub body: BodyLimits,
-    /// Attempts after the first at workers that could not be connected to: 2.
-    pub retries: u32,
+    /// Attempts after the first.
+    pub retry: RetryOptions,
+    /// When a worker that fails is left alone.
+    pub breaker: BreakerOptions,
+    /// Requests a worker should have at once where its registration does not say: 8,192.
+    pub max_requests_per_worker: u32,
+    /// Requests that wait while all workers have as many as they should.
+    pub queue: QueueOptions,
+    /// Which headers pass.
+    pub headers: HeaderRules,
     /// Most workers that may see one request: 2, so that a request that kills engines kills
     /// few of them.
     pub max_workers_reached: u32,
@@ -38,7 +50,11 @@ impl Default for ProxyOptions {
     fn default() -> Self {
         Self {
             body: BodyLimits::of(32 << 20),
-            retries: 2,
+            retry: RetryOptions::default(),
+            breaker: BreakerOptions::default(),
+            max_requests_per_worker: 8192,
+            queue: QueueOptions::default(),
+            headers: HeaderRules::default(),
             max_workers_reached: 2,
             first_byte_timeout: Duration::from_secs(600),
             idle_timeout: Duration::from_secs(300),
@@ -122,6 +138,9 @@ pub struct Front {
     pub draining: CancellationToken,
     /// Since when.
     pub started: Instant,
+    /// Requests that wait for a worker.
+    pub(super) queue: Arc<Queue>,
+    pub(super) retry_budget: RetryBudget,
     replica: http::HeaderValue,
 }
 
@@ -136,14 +155,22 @@ impl Front {
     pub fn new(config: FrontConfig, control: Arc<dyn ControlPlane>, metrics: Arc<Metrics>) -> Arc<Self> {
         let replica = http::HeaderValue::from_str(&config.replica)
             .unwrap_or_else(|_| http::HeaderValue::from_static("unprintable"));
+        let started = Instant::now();
         Arc::new(Self {
             config,
             control,
             metrics,
             draining: CancellationToken::new(),
-            started: Instant::now(),
+            started,
+            queue: Arc::default(),
+            retry_budget: RetryBudget::new(started),
             replica,
         })
+    }
+
+    /// Milliseconds since the start, from 1; never goes back.
+    pub(super) fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64 + 1
     }
 
     /// The value of `Everline-Replica`.
@@ -152,7 +179,7 @@ impl Front {
     }
 }
 
-/// What one listener (later: one I/O thread) has to itself.
+/// What one I/O thread has to itself.
 #[derive(Debug)]
 pub struct Shard {
     /// What it shares with the others.

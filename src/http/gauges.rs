@@ -1,4 +1,4 @@
-//! What is read from the cluster at the moment of a scrape: workers and their loads, the life of
+//! What is read at the moment of a scrape: requests that wait, workers and their loads, the life of
 //! both Raft groups, batches, proposals, the log and what is known of other replicas.
 
 use std::fmt;
@@ -11,42 +11,31 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
+use super::front::Front;
 use super::status::breaker;
 use crate::admin_types::BreakerState;
-use crate::cluster::api::{
-    ClusterStats, ClusterStatus, ControlPlane, GroupStats, GroupStatus, LogStats, MemberStatus,
-};
+use crate::cluster::api::{ClusterStats, ClusterStatus, GroupStats, GroupStatus, LogStats, MemberStatus};
 use crate::routing::view::WorkerView;
 use crate::telemetry::histogram::Snapshot;
 
 /// The roles of [`GroupStatus::role`], one of which is 1.
 const ROLES: [&str; 5] = ["leader", "follower", "candidate", "learner", "down"];
 
-/// Exports the cluster's state.
-pub struct ClusterGauges {
-    control: Arc<dyn ControlPlane>,
-}
+/// Exports the state of a front and of its cluster.
+#[derive(Debug)]
+pub(super) struct Gauges(pub(super) Arc<Front>);
 
-impl ClusterGauges {
-    /// Reads from `control`.
-    pub fn new(control: Arc<dyn ControlPlane>) -> Self {
-        Self { control }
-    }
-}
-
-impl fmt::Debug for ClusterGauges {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ClusterGauges")
-    }
-}
-
-impl Collector for ClusterGauges {
+impl Collector for Gauges {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        workers(&mut encoder, &self.control.registry().workers)?;
-        let status = self.control.status();
+        let front = &*self.0;
+        let help = "Requests that stand in line because all workers are saturated";
+        let waiting = encoder.encode_descriptor("queue_requests", help, None, MetricType::Gauge)?;
+        ConstGauge::new(front.queue.waiting() as u64).encode(waiting)?;
+        workers(&mut encoder, &front.control.registry().workers, front.now_ms())?;
+        let status = front.control.status();
         groups(&mut encoder, &status)?;
         peers(&mut encoder, &status)?;
-        let stats = self.control.stats();
+        let stats = front.control.stats();
         proposals(&mut encoder, &stats)?;
         match &stats.log {
             Some(log) => self::log(&mut encoder, log),
@@ -55,26 +44,24 @@ impl Collector for ClusterGauges {
     }
 }
 
-fn workers(encoder: &mut DescriptorEncoder<'_>, workers: &[Arc<WorkerView>]) -> fmt::Result {
-    type Read = fn(&WorkerView) -> i64;
-    let gauges: [(&str, &str, Read); 7] = [
-        ("worker_requests", "Requests booked", |w| w.live.load().requests),
-        ("worker_prefill_tokens", "Prompt tokens still to be prefilled, as booked", |w| {
+fn workers(encoder: &mut DescriptorEncoder<'_>, workers: &[Arc<WorkerView>], now_ms: u64) -> fmt::Result {
+    let state = |worker: &WorkerView| match breaker(&worker.live, now_ms) {
+        BreakerState::Closed => 0,
+        BreakerState::HalfOpen => 1,
+        BreakerState::Open => 2,
+    };
+    let reachable = |worker: &WorkerView| !worker.live.unreachable.load(Ordering::Relaxed);
+    type Read<'a> = &'a dyn Fn(&WorkerView) -> i64;
+    let gauges: [(&str, &str, Read<'_>); 7] = [
+        ("worker_requests", "Requests booked", &|w| w.live.load().requests),
+        ("worker_prefill_tokens", "Prompt tokens still to be prefilled, as booked", &|w| {
             w.live.load().prefill_tokens
         }),
-        ("worker_decode_blocks", "KV blocks held, as booked", |w| w.live.load().decode_blocks),
-        ("worker_online", "1 if online by the cluster's decision", |w| w.record.online.into()),
-        ("worker_draining", "1 if kept from new requests", |w| w.record.drain.into()),
-        ("worker_reachable", "1 unless this replica failed to connect to it last", |w| {
-            (!w.live.unreachable.load(Ordering::Relaxed)).into()
-        }),
-        ("worker_breaker_state", "This replica's breaker: 0 closed, 1 half-open, 2 open", |w| match breaker(
-            &w.live,
-        ) {
-            BreakerState::Closed => 0,
-            BreakerState::HalfOpen => 1,
-            BreakerState::Open => 2,
-        }),
+        ("worker_decode_blocks", "KV blocks held, as booked", &|w| w.live.load().decode_blocks),
+        ("worker_online", "1 if online by the cluster's decision", &|w| w.record.online.into()),
+        ("worker_draining", "1 if kept from new requests", &|w| w.record.drain.into()),
+        ("worker_reachable", "1 unless this replica failed to connect to it last", &|w| reachable(w).into()),
+        ("worker_breaker_state", "This replica's breaker: 0 closed, 1 half-open, 2 open", &state),
     ];
     for (name, help, read) in gauges {
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::errors::{ApiError, Code};
 use super::front::Shard;
+use super::gauges::Gauges;
 
 /// The process runs and answers; nothing else is looked at.
 pub(super) async fn livez() -> &'static str {
@@ -51,7 +52,7 @@ pub(super) async fn readyz(State(shard): State<Arc<Shard>>, RawQuery(query): Raw
 
 /// The counters in OpenMetrics text.
 pub(super) async fn metrics(State(shard): State<Arc<Shard>>) -> Response {
-    let Ok(text) = shard.front.metrics.encode() else {
+    let Ok(text) = shard.front.metrics.encode(Gauges(Arc::clone(&shard.front))) else {
         return ApiError::new(Code::Internal, "the metrics could not be encoded").into_response();
     };
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";

@@ -11,6 +11,7 @@ mod tracked;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use prometheus_client::collector::Collector;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -179,6 +180,8 @@ impl Outcome {
 pub enum Retry {
     /// No connection, or none allowed.
     Connect,
+    /// As many connections as allowed, all in use.
+    Full,
     /// A kept-alive connection turned out to be closed.
     Stale,
     /// A fresh connection was closed without an answer.
@@ -191,12 +194,14 @@ pub enum Retry {
 
 impl Retry {
     /// All of them, in the order of their declaration.
-    pub const ALL: [Retry; 5] = [Retry::Connect, Retry::Stale, Retry::Closed, Retry::Garbage, Retry::Status];
+    pub const ALL: [Retry; 6] =
+        [Retry::Connect, Retry::Full, Retry::Stale, Retry::Closed, Retry::Garbage, Retry::Status];
 
     /// The name in metrics and spans.
     pub fn as_str(self) -> &'static str {
         match self {
             Retry::Connect => "connect",
+            Retry::Full => "full",
             Retry::Stale => "stale",
             Retry::Closed => "closed",
             Retry::Garbage => "garbage",
@@ -209,6 +214,9 @@ impl Retry {
 struct RejectLabels {
     reason: &'static str,
 }
+
+/// What the names of families begin with.
+const PREFIX: &str = "everline";
 
 /// All that the front counts; one for a replica, shared by its listeners.
 #[derive(Debug)]
@@ -235,7 +243,7 @@ impl Default for Metrics {
 impl Metrics {
     /// Nothing counted yet.
     pub fn new(access: AccessOptions) -> Self {
-        let mut registry = Registry::with_prefix("everline");
+        let mut registry = Registry::with_prefix(PREFIX);
         let counts = Arc::<Counts>::default();
         registry.register_collector(Box::new(Exported(Arc::clone(&counts))));
         let rejected = Family::<RejectLabels, Counter>::default();
@@ -272,16 +280,14 @@ impl Metrics {
         }
     }
 
-    /// Lets another part of the program add its families before the metrics are shared.
-    pub fn registry_mut(&mut self) -> &mut Registry {
-        &mut self.registry
-    }
-
-    /// Everything, as OpenMetrics text.
-    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+    /// Everything, as OpenMetrics text, with what `gauges` reads at this moment.
+    pub fn encode(&self, gauges: impl Collector) -> Result<String, std::fmt::Error> {
         use prometheus_client::encoding::text::{encode_eof, encode_registry};
         let mut text = String::new();
+        let mut read_now = Registry::with_prefix(PREFIX);
+        read_now.register_collector(Box::new(gauges));
         encode_registry(&mut text, &self.registry)?;
+        encode_registry(&mut text, &read_now)?;
         encode_registry(&mut text, &self.process)?;
         encode_eof(&mut text)?;
         Ok(text)

@@ -6,11 +6,12 @@
 //! listeners own a [`front::Shard`] each and share a [`front::Front`].
 //!
 //! Reading order: [`server`] (planes) → `accept` → `conn` and `head` (a connection's guard) →
-//! `service` (one request) → `proxy` → `upstream` and `relay`.
+//! `service` (one request) → `proxy` → `attempts` → `upstream` and `relay`.
 
 mod accept;
 mod admin;
 mod allowed;
+mod attempts;
 mod auth;
 mod body;
 mod checks;
@@ -28,8 +29,10 @@ mod nodes;
 mod peek;
 mod probe;
 mod proxy;
+mod queue;
 mod register;
 mod relay;
+mod retry;
 mod server;
 mod service;
 mod status;
@@ -44,9 +47,11 @@ pub use body::BodyLimits;
 pub use conn::ConnTimeouts;
 pub use errors::{ApiError, Code};
 pub use front::{Front, FrontConfig, NodeOptions, ProxyOptions, Shard};
-pub use gauges::ClusterGauges;
+pub use headers::HeaderRules;
 pub use metrics::{Access, AccessOptions, Metrics, RecentErrors};
 pub use probe::run_prober;
+pub use queue::QueueOptions;
 pub use register::keep_configured_workers;
+pub use retry::RetryOptions;
 pub use server::{serve_admin, serve_client};
 pub use upstream::{Pool, PoolOptions};

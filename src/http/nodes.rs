@@ -93,13 +93,14 @@ pub(super) async fn remove(
 
 async fn list(State(shard): State<Arc<Shard>>) -> Json<serde_json::Value> {
     let view = shard.front.control.registry();
-    let nodes: Vec<_> = view.workers.iter().map(|worker| worker_status(worker)).collect();
+    let nodes: Vec<_> =
+        view.workers.iter().map(|worker| worker_status(worker, shard.front.now_ms())).collect();
     Json(json!({"object": "list", "data": nodes}))
 }
 
 async fn show(State(shard): State<Arc<Shard>>, PathId(id): PathId) -> Result<Response, ApiError> {
     let worker = find(&shard, id)?;
-    Ok(Json(worker_status(&worker)).into_response())
+    Ok(Json(worker_status(&worker, shard.front.now_ms())).into_response())
 }
 
 /// Finds a worker by the id in a path.

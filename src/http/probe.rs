@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::fetch;
 use super::front::{Front, Shard};
+use super::upstream::Endpoint;
 use crate::routing::view::WorkerView;
 use crate::state::worker::Liveness;
 
@@ -47,7 +48,11 @@ fn is_due(worker: &WorkerView) -> bool {
 }
 
 async fn probe(shard: &Shard, worker: Arc<WorkerView>, limit: Duration) {
-    let answer = fetch::get(&shard.pool, &worker.record.spec.url, "/health", limit).await;
+    let spec = &worker.record.spec;
+    let answer = match Endpoint::parse(&spec.url, spec.http2) {
+        Ok(endpoint) => fetch::get(&shard.pool, &endpoint, "/health", limit).await,
+        Err(why) => Err(fetch::FetchError::Connect(why.to_string())),
+    };
     match &answer {
         Ok(_) => worker.live.unreachable.store(false, Ordering::Relaxed),
         Err(fetch::FetchError::Connect(_)) => worker.live.unreachable.store(true, Ordering::Relaxed),

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use http::Uri;
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +13,7 @@ use super::body::{BodyLimits, collect};
 use super::errors::{ApiError, Code};
 use super::fetch;
 use super::front::{Front, Shard};
-use super::upstream::port_of;
+use super::upstream::Endpoint;
 use crate::admin_types::{RegisterRequest, RegisteredReply};
 use crate::engines::probe::{EngineFacts, parse_metrics, parse_models};
 use crate::ids::Group;
@@ -56,9 +55,9 @@ pub(super) async fn register(
         shard.front.control.read_barrier(Group::Control).await?;
         refuse_takeover(shard.front.control.registry().worker(&spec.id), &spec)?;
     }
-    check_address(shard, &spec.url).await?;
+    let endpoint = check_address(shard, &spec.url, spec.http2).await?;
     if probe {
-        let facts = ask(shard, &spec).await?;
+        let facts = ask(shard, &spec, &endpoint).await?;
         fill_in(&mut spec, facts, engine_given);
         // What the engine says is checked like what the caller says.
         spec.validate().map_err(|why| ApiError::new(Code::ProbeFailed, why))?;
@@ -98,19 +97,14 @@ fn refuse_takeover(standing: Option<&Arc<WorkerView>>, spec: &WorkerSpec) -> Res
     Err(ApiError::new(Code::WorkerExists, text).param("id"))
 }
 
-async fn check_address(shard: &Shard, url: &str) -> Result<(), ApiError> {
+async fn check_address(shard: &Shard, url: &str, http2: bool) -> Result<Endpoint, ApiError> {
     let invalid = |why: String| ApiError::new(Code::InvalidValue, why).param("url");
-    let uri: Uri = url.parse().map_err(|_| invalid("`url` must be http://host:port".to_owned()))?;
-    if uri.scheme_str() != Some("http") {
-        return Err(invalid("`url` must start with http://; TLS to workers is not supported".to_owned()));
-    }
-    let host = uri.host().filter(|host| !host.is_empty());
-    let host = host.ok_or_else(|| invalid("`url` must be http://host:port".to_owned()))?;
-    let port = port_of(&uri).ok_or_else(|| invalid("`url` has an invalid port".to_owned()))?;
+    let endpoint = Endpoint::parse(url, http2).map_err(|why| invalid(why.to_string()))?;
+    let (host, port) = (endpoint.host(), endpoint.port());
     let limit = shard.front.config.nodes.probe_timeout;
     let resolved = tokio::time::timeout(limit, shard.front.config.allow.resolve(host, port)).await;
     match resolved {
-        Ok(Ok(_)) => Ok(()),
+        Ok(Ok(_)) => Ok(endpoint),
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::PermissionDenied => {
             Err(ApiError::new(Code::AddressForbidden, error.to_string()).param("url"))
         }
@@ -121,9 +115,9 @@ async fn check_address(shard: &Shard, url: &str) -> Result<(), ApiError> {
 
 /// Asks the worker: health must answer; models must be listed unless they were given; metrics
 /// are taken where there are any.
-async fn ask(shard: &Shard, spec: &WorkerSpec) -> Result<EngineFacts, ApiError> {
+async fn ask(shard: &Shard, spec: &WorkerSpec, endpoint: &Endpoint) -> Result<EngineFacts, ApiError> {
     let limit = shard.front.config.nodes.probe_timeout;
-    let get = |path: &'static str| fetch::get(&shard.pool, &spec.url, path, limit);
+    let get = |path: &'static str| fetch::get(&shard.pool, endpoint, path, limit);
     let failed = |path: &str, why: String| {
         let text = format!(
             "the worker was asked GET {}{path}: {why}; start it first, or register with \"probe\": false (--no-probe)",

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::body::BodyError;
 use super::errors::{ApiError, Code};
-use super::metrics::{Outcome, Tracked};
-use crate::routing::book::Booking;
+use super::metrics::{Outcome, Route, Tracked};
+use super::queue::Held;
+use super::upstream::UpstreamBody;
 
 /// How a relayed body is watched over.
 #[derive(Debug)]
@@ -22,26 +22,66 @@ pub(super) struct RelayLimits {
     pub(super) idle: Duration,
     /// When the whole request must be over.
     pub(super) deadline: Instant,
-    /// The response is an event stream whose failure can be told in an event.
-    pub(super) events: bool,
+    /// How the response ends, if it is an event stream: its failure can be told in an event.
+    pub(super) ending: Option<Ending>,
+}
+
+/// How event streams of a route end, well or badly.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Ending {
+    /// With `data: [DONE]`; an error is an object in a `data` line before it.
+    Done,
+    /// With the last event; an error is an `error` event in OpenAI's shape.
+    ErrorEvent,
+    /// With the last event; an error is an `error` event in Anthropic's shape.
+    AnthropicError,
+}
+
+impl Ending {
+    /// The ending of a route's streams.
+    pub(super) fn of(route: Route) -> Self {
+        match route.path() {
+            "/v1/chat/completions" | "/v1/completions" => Ending::Done,
+            "/v1/messages" => Ending::AnthropicError,
+            _ => Ending::ErrorEvent,
+        }
+    }
+
+    /// What tells a client that its stream has failed.
+    fn failure(self, error: &ApiError) -> Bytes {
+        let text = match self {
+            Ending::Done => format!("data: {}\n\ndata: [DONE]\n\n", error.json()),
+            Ending::ErrorEvent => format!("event: error\ndata: {}\n\n", error.json()),
+            Ending::AnthropicError => {
+                let shaped = serde_json::json!({
+                    "type": "error",
+                    "error": {"type": "api_error", "message": error.message},
+                });
+                format!("event: error\ndata: {shaped}\n\n")
+            }
+        };
+        Bytes::from(text)
+    }
 }
 
 /// A body on its way. Dropping it drops the upstream body, which closes that connection and so
 /// aborts the request there.
 #[derive(Debug)]
 pub(super) struct Relay {
-    upstream: Option<Incoming>,
-    booking: Booking,
+    upstream: Option<UpstreamBody>,
+    booking: Held,
     tracked: Tracked,
     limits: RelayLimits,
     last_frame: Instant,
     timer: Option<Pin<Box<Sleep>>>,
     tail: Tail,
     seen_data: bool,
+    /// Breaks the response off with the next poll.
+    breaking: Option<ApiError>,
 }
 
 impl Relay {
-    pub(super) fn new(upstream: Incoming, booking: Booking, tracked: Tracked, limits: RelayLimits) -> Self {
+    pub(super) fn new(upstream: UpstreamBody, booking: Held, tracked: Tracked, limits: RelayLimits) -> Self {
         let mut relay = Self {
             upstream: Some(upstream),
             booking,
@@ -51,8 +91,9 @@ impl Relay {
             timer: None,
             tail: Tail::default(),
             seen_data: false,
+            breaking: None,
         };
-        if !relay.limits.events && relay.upstream.as_ref().is_some_and(Body::is_end_stream) {
+        if relay.limits.ending.is_none() && relay.upstream.as_ref().is_some_and(Body::is_end_stream) {
             // hyper never polls a body that says it is over.
             relay.tracked.finish_with_status();
         }
@@ -68,14 +109,24 @@ impl Relay {
 
     /// The worker broke off or fell silent: the last event of an event stream, an error (which
     /// truncates the response visibly) of anything else.
-    fn fail(&mut self, error: ApiError, outcome: Outcome) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn fail(
+        &mut self,
+        cx: &mut Context<'_>,
+        error: ApiError,
+        outcome: Outcome,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         self.upstream = None;
-        self.tracked.note_error(format!("worker {}: {}", self.booking.worker().id(), error.message));
+        let worker = self.booking.worker().map(ToString::to_string).unwrap_or_default();
+        self.tracked.note_error(format!("worker {worker}: {}", error.message));
         self.tracked.finish(outcome);
-        if !self.limits.events {
-            return Poll::Ready(Some(Err(error.into())));
-        }
-        let event = error.sse();
+        let Some(ending) = self.limits.ending else {
+            // Not at once: with the error goes what was not flushed yet, and hyper flushes when
+            // there is nothing to read.
+            self.breaking = Some(error);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        };
+        let event = ending.failure(&error);
         if self.tail.at_event_boundary() {
             return Poll::Ready(Some(Ok(Frame::data(event))));
         }
@@ -115,6 +166,9 @@ impl Body for Relay {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
+        if let Some(error) = this.breaking.take() {
+            return Poll::Ready(Some(Err(error.into())));
+        }
         let Some(upstream) = &mut this.upstream else { return Poll::Ready(None) };
         match Pin::new(upstream).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
@@ -124,36 +178,36 @@ impl Body for Relay {
                         this.seen_data = true;
                         this.booking.prefill_done();
                         this.tracked.first_byte(this.last_frame.into_std());
-                    } else if this.limits.events && !data.is_empty() {
+                    } else if this.limits.ending.is_some() && !data.is_empty() {
                         this.tracked.chunk(this.last_frame.into_std());
                     }
-                    if this.limits.events {
+                    if this.limits.ending.is_some() {
                         this.tail.push(data);
                     }
                 }
-                if !this.limits.events && this.upstream.as_ref().is_some_and(Body::is_end_stream) {
+                if this.limits.ending.is_none() && this.upstream.as_ref().is_some_and(Body::is_end_stream) {
                     // A body of known length: hyper may not poll again.
                     this.tracked.finish_with_status();
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(None) if this.limits.events && !this.tail.is_done() => {
+            Poll::Ready(None) if this.limits.ending == Some(Ending::Done) && !this.tail.is_done() => {
                 let text = "the worker ended the stream without [DONE]";
-                this.fail(ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
+                this.fail(cx, ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
             }
             Poll::Ready(None) => this.end(),
             Poll::Ready(Some(Err(_))) => {
                 let text = "the worker broke off in the middle of its answer";
-                this.fail(ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
+                this.fail(cx, ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
             }
             Poll::Pending => match this.poll_silence(cx) {
                 Poll::Ready(error) => {
-                    let error = if this.limits.events {
+                    let error = if this.limits.ending.is_some() {
                         ApiError { code: Code::UpstreamFailed, ..error }
                     } else {
                         error
                     };
-                    this.fail(error, Outcome::Timeout)
+                    this.fail(cx, error, Outcome::Timeout)
                 }
                 Poll::Pending => Poll::Pending,
             },
@@ -162,13 +216,15 @@ impl Body for Relay {
 
     fn is_end_stream(&self) -> bool {
         // An event stream is not over before it was looked at for its [DONE].
-        self.upstream.as_ref().is_none_or(|u| u.is_end_stream() && !self.limits.events)
+        self.breaking.is_none()
+            && self.upstream.as_ref().is_none_or(|u| u.is_end_stream() && self.limits.ending.is_none())
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.upstream {
-            Some(upstream) if !self.limits.events => upstream.size_hint(),
+            Some(upstream) if self.limits.ending.is_none() => upstream.size_hint(),
             Some(_) => SizeHint::default(),
+            None if self.breaking.is_some() => SizeHint::default(),
             None => SizeHint::with_exact(0),
         }
     }

@@ -20,9 +20,16 @@ pub async fn serve_client(
     front: Arc<Front>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let shard = Shard::new(front);
-    let router = client_router(&shard);
-    serve(listener, shard, router, true, shutdown).await
+    let announce = async {
+        shutdown.cancelled().await;
+        front.draining.cancel();
+    };
+    let threads = front.config.accept.threads;
+    let (ended, ()) = tokio::join!(
+        accept::run(listener, Arc::clone(&front), ClientPlane, threads, shutdown.clone()),
+        announce
+    );
+    ended
 }
 
 /// Serves operators on `listener` until `shutdown`.
@@ -31,30 +38,35 @@ pub async fn serve_admin(
     front: Arc<Front>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let shard = Shard::new(front);
-    let router = admin::router(&shard).route("/metrics", get(health::metrics));
-    let router = finish(router, &shard);
-    serve(listener, shard, router, false, shutdown).await
+    accept::run(listener, front, AdminPlane, 0, shutdown).await
 }
 
-async fn serve(
-    listener: std::net::TcpListener,
-    shard: Arc<Shard>,
-    router: Router,
-    proxies: bool,
-    shutdown: CancellationToken,
-) -> io::Result<()> {
-    listener.set_nonblocking(true)?;
-    let listener = tokio::net::TcpListener::from_std(listener)?;
-    let front = Arc::clone(&shard.front);
-    let announce = async {
-        shutdown.cancelled().await;
-        if proxies {
-            front.draining.cancel();
-        }
-    };
-    tokio::join!(accept::run(listener, shard, router, proxies, shutdown.clone()), announce);
-    Ok(())
+/// Routes of clients and nodes.
+#[derive(Clone)]
+struct ClientPlane;
+
+impl accept::Serving for ClientPlane {
+    fn router(&self, shard: &Arc<Shard>) -> Router {
+        client_router(shard)
+    }
+
+    fn proxies(&self) -> bool {
+        true
+    }
+}
+
+/// Routes of operators.
+#[derive(Clone)]
+struct AdminPlane;
+
+impl accept::Serving for AdminPlane {
+    fn router(&self, shard: &Arc<Shard>) -> Router {
+        finish(admin::router(shard).route("/metrics", get(health::metrics)), shard)
+    }
+
+    fn proxies(&self) -> bool {
+        false
+    }
 }
 
 fn client_router(shard: &Arc<Shard>) -> Router {

@@ -13,8 +13,8 @@ use crate::ids::WorkerId;
 /// What a policy may know of a request.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RouteRequest<'a> {
-    /// Model or adapter asked for.
-    pub model: &'a str,
+    /// Model or adapter asked for; `None` if any worker will do.
+    pub model: Option<&'a str>,
     /// Prompt length in tokens, estimated where it is not known.
     pub prompt_tokens: u32,
     /// Longest output asked for, where the client says so.

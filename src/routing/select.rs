@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use rand::Rng;
 
+use super::breaker::{BreakerOptions, BreakerState};
 use super::policy::{Policy, RouteRequest};
 use super::view::{RegistryView, WorkerView};
 use crate::ids::WorkerId;
@@ -58,6 +59,11 @@ pub enum NoWorker {
         /// Further names not listed.
         more: usize,
     },
+    /// Workers that might be chosen have all the requests they should have.
+    Saturated {
+        /// How many serve the model, whatever their state.
+        workers: usize,
+    },
     /// Workers serve the model, none may be chosen.
     AllFiltered {
         /// Why, by worker, at most [`NoWorker::MOST_LISTED`].
@@ -83,6 +89,9 @@ impl fmt::Display for NoWorker {
                 f.write_str(if known.is_empty() { "no model is served" } else { "served models: " })?;
                 f.write_str(&known.join(", "))?;
                 list_end(f, *more)
+            }
+            NoWorker::Saturated { workers } => {
+                write!(f, "{workers} workers serve it, and all that may be chosen are saturated")
             }
             NoWorker::AllFiltered { reasons, more } => {
                 for (position, (id, why)) in reasons.iter().enumerate() {
@@ -110,42 +119,75 @@ fn filter(worker: &WorkerView, tried: &[WorkerId]) -> Option<Filtered> {
     }
 }
 
+/// What selection may know beside the workers and the request.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Now, in milliseconds that never go back; for breakers.
+    pub now_ms: u64,
+    /// How breakers open.
+    pub breaker: BreakerOptions,
+    /// Requests a worker should have at once where its registration does not say.
+    pub max_requests: u32,
+}
+
 /// Chooses a worker for `request`, never one of `tried`.
 ///
-/// Workers this replica could not connect to are left out while any other is left; when they
-/// are all there is, one of them is chosen: a failed attempt costs less than a refusal.
+/// Workers this replica could not connect to, or whose breaker is open, are left out while any
+/// other is left. Where all others are saturated, the request had better wait
+/// ([`NoWorker::Saturated`]). Where there are no others, one that was left out is chosen: a
+/// failed attempt costs less than a refusal.
 pub fn select(
     view: &RegistryView,
     policy: &dyn Policy,
     request: &RouteRequest<'_>,
+    limits: &Limits,
     tried: &[WorkerId],
     rng: &mut dyn Rng,
 ) -> Result<Selection, NoWorker> {
-    let Some(serving) = view.by_model.get(request.model) else {
-        return Err(unknown_model(view));
+    let serving = match request.model {
+        Some(model) => view.by_model.get(model).ok_or_else(|| unknown_model(view))?.as_slice(),
+        None if view.workers.is_empty() => return Err(NoWorker::RegistryEmpty),
+        None => &view.all,
     };
     let mut open = Vec::with_capacity(serving.len());
-    let mut unreachable = Vec::new();
+    let mut doubtful = Vec::new();
+    let mut saturated = false;
     for &position in serving {
         let worker = &view.workers[position];
         if filter(worker, tried).is_some() {
             continue;
         }
-        if worker.live.unreachable.load(Ordering::Relaxed) {
-            unreachable.push(worker);
+        if worker.live.unreachable.load(Ordering::Relaxed)
+            || worker.live.breaker.state(limits.now_ms) == BreakerState::Open
+        {
+            doubtful.push(worker);
+        } else if worker.is_saturated(limits.max_requests) {
+            saturated = true;
         } else {
             open.push(worker);
         }
     }
-    let last_resort = open.is_empty();
-    let candidates = if last_resort { &unreachable } else { &open };
-    if candidates.is_empty() {
+    while !open.is_empty() {
+        let candidates = open.len();
+        let picked = policy.pick(&open, request, rng);
+        debug_assert!(picked < candidates, "{} picked {picked} of {candidates}", policy.name());
+        let picked = picked.min(candidates - 1);
+        if open[picked].live.breaker.enter(limits.now_ms, &limits.breaker) {
+            let worker = Arc::clone(open[picked]);
+            return Ok(Selection { worker, candidates, last_resort: false });
+        }
+        // Somebody else's request is the trial of this half-open breaker.
+        doubtful.push(open.swap_remove(picked));
+    }
+    if saturated {
+        return Err(NoWorker::Saturated { workers: serving.len() });
+    }
+    if doubtful.is_empty() {
         return Err(all_filtered(view, serving, tried));
     }
-    let picked = policy.pick(candidates, request, rng);
-    debug_assert!(picked < candidates.len(), "{} picked {picked} of {}", policy.name(), candidates.len());
-    let worker = Arc::clone(candidates[picked.min(candidates.len() - 1)]);
-    Ok(Selection { worker, candidates: candidates.len(), last_resort })
+    let picked = policy.pick(&doubtful, request, rng).min(doubtful.len() - 1);
+    let worker = Arc::clone(doubtful[picked]);
+    Ok(Selection { worker, candidates: doubtful.len(), last_resort: true })
 }
 
 fn unknown_model(view: &RegistryView) -> NoWorker {

@@ -8,8 +8,9 @@ use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
+use super::breaker::BreakerOptions;
 use super::policy::{POLICY_NAMES, RouteRequest, by_name, weighted_load};
-use super::select::{Filtered, NoWorker, select};
+use super::select::{Filtered, Limits, NoWorker, select};
 use super::view::{RegistryView, WorkerLive, WorkerView};
 use crate::ids::WorkerId;
 use crate::state::load::LoadSum;
@@ -28,6 +29,8 @@ fn record(id: &str, weight: u32) -> WorkerRecord {
             capacity_blocks: None,
             labels: Default::default(),
             weight,
+            http2: false,
+            max_requests: None,
             source: WorkerSource::Admin,
         },
         drain: false,
@@ -48,14 +51,20 @@ fn view(records: Vec<WorkerRecord>) -> RegistryView {
     RegistryView::new(1, workers)
 }
 
-const REQUEST: RouteRequest<'static> = RouteRequest { model: "m", prompt_tokens: 100, max_tokens: None };
+const LIMITS: Limits = Limits {
+    now_ms: 1,
+    breaker: BreakerOptions { failures: 5, open_ms: 1000, max_open_ms: 1000 },
+    max_requests: 1_000_000,
+};
+const REQUEST: RouteRequest<'static> =
+    RouteRequest { model: Some("m"), prompt_tokens: 100, max_tokens: None };
 
 fn shares(name: &str, view: &RegistryView, rounds: usize) -> HashMap<String, usize> {
     let policy = by_name(name).unwrap();
     let mut rng = StdRng::seed_from_u64(7);
     let mut shares = HashMap::new();
     for _ in 0..rounds {
-        let chosen = select(view, policy.as_ref(), &REQUEST, &[], &mut rng).unwrap();
+        let chosen = select(view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rng).unwrap();
         *shares.entry(chosen.worker.id().to_string()).or_default() += 1;
     }
     shares
@@ -73,7 +82,9 @@ fn round_robin_follows_weights_without_bursts() {
     let policy = by_name("round_robin").unwrap();
     let mut rng = StdRng::seed_from_u64(7);
     let order: Vec<String> = (0..50)
-        .map(|_| select(&view, policy.as_ref(), &REQUEST, &[], &mut rng).unwrap().worker.id().to_string())
+        .map(|_| {
+            select(&view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rng).unwrap().worker.id().to_string()
+        })
         .collect();
     assert_eq!(order.iter().filter(|id| *id == "a").count(), 10);
     assert!(order.windows(2).all(|pair| pair[0] != pair[1]), "{order:?}");
@@ -123,7 +134,7 @@ fn a_refusal_names_every_reason() {
     let view = view(vec![offline, draining, prefill, record("d", 1)]);
     let tried = [WorkerId("d".into())];
     let policy = by_name("random").unwrap();
-    let refusal = select(&view, policy.as_ref(), &REQUEST, &tried, &mut rand::rng()).unwrap_err();
+    let refusal = select(&view, policy.as_ref(), &REQUEST, &LIMITS, &tried, &mut rand::rng()).unwrap_err();
     let NoWorker::AllFiltered { reasons, more: 0 } = &refusal else { panic!("{refusal:?}") };
     let why: Vec<Filtered> = reasons.iter().map(|(_, why)| *why).collect();
     assert_eq!(
@@ -136,14 +147,14 @@ fn a_refusal_names_every_reason() {
 #[test]
 fn unknown_models_list_the_known_ones_and_an_empty_registry_says_so() {
     let policy = by_name("random").unwrap();
-    let other = RouteRequest { model: "other", ..REQUEST };
+    let other = RouteRequest { model: Some("other"), ..REQUEST };
     let served = view(vec![record("a", 1)]);
     assert_eq!(
-        select(&served, policy.as_ref(), &other, &[], &mut rand::rng()).unwrap_err(),
+        select(&served, policy.as_ref(), &other, &LIMITS, &[], &mut rand::rng()).unwrap_err(),
         NoWorker::UnknownModel { known: vec!["m".into()], more: 0 }
     );
     assert_eq!(
-        select(&view(vec![]), policy.as_ref(), &other, &[], &mut rand::rng()).unwrap_err(),
+        select(&view(vec![]), policy.as_ref(), &other, &LIMITS, &[], &mut rand::rng()).unwrap_err(),
         NoWorker::RegistryEmpty
     );
 }
@@ -157,7 +168,7 @@ fn unreachable_workers_are_the_last_resort() {
     }
     view.workers[1].live.unreachable.store(true, Ordering::Relaxed);
     let policy = by_name("round_robin").unwrap();
-    assert!(select(&view, policy.as_ref(), &REQUEST, &[], &mut rand::rng()).unwrap().last_resort);
+    assert!(select(&view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rand::rng()).unwrap().last_resort);
 }
 
 proptest! {
@@ -183,7 +194,7 @@ proptest! {
         for name in POLICY_NAMES {
             let policy = by_name(name).unwrap();
             for _ in 0..8 {
-                match select(&view, policy.as_ref(), &REQUEST, &[], &mut rng) {
+                match select(&view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rng) {
                     Ok(chosen) => {
                         prop_assert!(chosen.worker.record.online && !chosen.worker.record.drain);
                         prop_assert_eq!(chosen.last_resort, healthy == 0);

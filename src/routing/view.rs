@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
+use super::breaker::Breaker;
 use crate::ids::WorkerId;
 use crate::state::load::{LoadDelta, LoadSum};
 use crate::state::worker::WorkerRecord;
@@ -57,6 +58,8 @@ pub struct WorkerLive {
     /// This replica's last attempts to connect failed: not chosen while set, whatever the
     /// registry says (the cluster-wide decision follows).
     pub unreachable: AtomicBool,
+    /// What this replica's requests there came to.
+    pub breaker: Breaker,
 }
 
 impl WorkerLive {
@@ -86,6 +89,12 @@ impl WorkerView {
         &self.record.spec.id
     }
 
+    /// Whether it has as many requests as it should, over the whole cluster.
+    pub fn is_saturated(&self, ordinary: u32) -> bool {
+        let most = self.record.spec.max_requests.unwrap_or(ordinary);
+        self.live.load().requests >= i64::from(most)
+    }
+
     /// Online by committed decision, not draining, and reachable from here.
     pub fn is_routable(&self) -> bool {
         self.record.online && !self.record.drain && !self.live.unreachable.load(Ordering::Relaxed)
@@ -99,6 +108,8 @@ pub struct RegistryView {
     pub index: u64,
     /// All workers, by id.
     pub workers: Vec<Arc<WorkerView>>,
+    /// All positions in `workers`.
+    pub all: Vec<usize>,
     /// Model or adapter name to positions in `workers`.
     pub by_model: HashMap<String, Vec<usize>>,
 }
@@ -115,7 +126,8 @@ impl RegistryView {
                 }
             }
         }
-        Self { index, workers, by_model }
+        let all = (0..workers.len()).collect();
+        Self { index, workers, all, by_model }
     }
 
     /// Finds a worker by id.

@@ -25,6 +25,8 @@ fn spec(id: &str, source: WorkerSource) -> WorkerSpec {
         capacity_blocks: None,
         labels: Default::default(),
         weight: 100,
+        http2: false,
+        max_requests: None,
         source,
     }
 }

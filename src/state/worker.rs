@@ -131,6 +131,13 @@ pub struct WorkerSpec {
     /// Relative share of traffic, 1 to 1000; 100 is ordinary.
     #[serde(default = "hundred")]
     pub weight: u32,
+    /// Speak HTTP/2 to it, with prior knowledge where the URL is `http://`.
+    #[serde(default)]
+    pub http2: bool,
+    /// Requests it should have at once, over the whole cluster; more wait. Where left out,
+    /// what each replica is configured with.
+    #[serde(default)]
+    pub max_requests: Option<u32>,
     /// Who registered it.
     pub source: WorkerSource,
 }
@@ -181,8 +188,10 @@ impl WorkerSpec {
         if !(1..=1000).contains(&self.weight) {
             return Err(format!("weight must be 1 to 1000, this is {}", self.weight));
         }
-        if self.block_size == Some(0) || self.capacity_blocks == Some(0) {
-            return Err("block_size and capacity_blocks must be greater than 0 where given".to_owned());
+        if self.block_size == Some(0) || self.capacity_blocks == Some(0) || self.max_requests == Some(0) {
+            return Err(
+                "block_size, capacity_blocks and max_requests must be greater than 0 where given".to_owned()
+            );
         }
         Ok(())
     }

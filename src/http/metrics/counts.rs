@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::models::{ModelCounts, Models};
 use super::{Outcome, Retry, Route};
-use crate::telemetry::histogram::{ANSWER, Histogram, OVERHEAD, Scale};
+use crate::telemetry::histogram::{ANSWER, Histogram, OVERHEAD, ROUND, Scale};
 
 const ROUTES: usize = Route::ALL.len();
 
@@ -25,6 +25,7 @@ pub(super) struct Counts {
     duration: [Histogram; ROUTES],
     first_byte: [Histogram; ROUTES],
     overhead: [Histogram; ROUTES],
+    queued: Histogram,
     retries: [AtomicU64; Retry::ALL.len()],
     pub(super) models: Models,
 }
@@ -41,6 +42,7 @@ impl Default for Counts {
             duration: by_route(&ANSWER),
             first_byte: by_route(&ANSWER),
             overhead: by_route(&OVERHEAD),
+            queued: Histogram::new(&ROUND),
             retries: Default::default(),
             models: Models::default(),
         }
@@ -54,6 +56,10 @@ impl Counts {
 
     pub(super) fn sent(&self, route: Route, after: Duration) {
         self.overhead[route as usize].observe_time(after);
+    }
+
+    pub(super) fn waited(&self, time: Duration) {
+        self.queued.observe_time(time);
     }
 
     pub(super) fn first_byte(&self, route: Route, after: Duration) {
@@ -111,6 +117,9 @@ impl Collector for Exported {
                 }
             }
         }
+        let help = "Standing in line while all workers were saturated, of those that had to";
+        let family = encoder.encode_descriptor("queue_wait_seconds", help, None, MetricType::Histogram)?;
+        counts.queued.snapshot().encode(family)?;
         let help = "Attempts at workers after the first, by what went wrong before";
         let mut family = encoder.encode_descriptor("retries", help, None, MetricType::Counter)?;
         for why in Retry::ALL {

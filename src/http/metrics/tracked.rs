@@ -18,7 +18,7 @@ const MERGE_EVERY: Duration = Duration::from_secs(1);
 /// A request being measured; counted once, as canceled if nobody said otherwise before the drop.
 ///
 /// In the order of a request: [`Tracked::begin_span`], [`Tracked::body_read`], [`Tracked::set_model`],
-/// [`Tracked::put_span_into`], [`Tracked::sent_upstream`], [`Tracked::retrying`], [`Tracked::set_status`],
+/// [`Tracked::span_headers`], [`Tracked::sent_upstream`], [`Tracked::retrying`], [`Tracked::set_status`],
 /// [`Tracked::set_events`], [`Tracked::first_byte`], [`Tracked::chunk`], [`Tracked::finish`].
 #[derive(Debug)]
 pub struct Tracked {
@@ -86,12 +86,10 @@ impl Tracked {
         self.span = Some(Box::new(span));
     }
 
-    /// Names the span as the parent, in the headers that go to a worker. Without traces the
-    /// client's own headers stay as they are.
-    pub fn put_span_into(&self, worker: &mut http::HeaderMap) {
-        if let Some(span) = &self.span {
-            span.put_into(worker);
-        }
+    /// Headers that name the span as the parent, in place of the client's. None without traces:
+    /// the client's own stay as they are.
+    pub fn span_headers(&self) -> http::HeaderMap {
+        self.span.as_ref().map(|span| span.headers()).unwrap_or_default()
     }
 
     /// The whole request is here: from now on time is the router's own.
@@ -109,10 +107,18 @@ impl Tracked {
         }
     }
 
+    /// Has stood in line for a worker so long, which is not the router's own time.
+    pub fn waited(&mut self, time: Duration) {
+        self.read += time;
+        self.metrics.counts.waited(time);
+    }
+
     /// About to be sent to a worker. The first time ends the router's own time.
     pub fn sent_upstream(&mut self) {
         if !std::mem::replace(&mut self.sent, true) {
-            self.metrics.counts.sent(self.route, self.read.elapsed());
+            // Had it stood in line twice, `read` might lie a moment ahead.
+            let own = Instant::now().saturating_duration_since(self.read);
+            self.metrics.counts.sent(self.route, own);
         }
     }
 

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use super::support::*;
-use crate::http::{ClusterGauges, FrontConfig, Metrics};
+use crate::http::FrontConfig;
 
 /// Type and label names of a family.
 type Family = (String, BTreeSet<String>);
@@ -70,16 +70,9 @@ async fn scrape(front: &Running) -> String {
     exchange(front.address, request("GET", "/metrics", "", "")).await
 }
 
-fn with_gauges(config: FrontConfig) -> Running {
-    let cluster = MemoryCluster::new();
-    let mut metrics = Metrics::default();
-    metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(cluster.clone())));
-    start_with(config, cluster, metrics)
-}
-
 #[tokio::test]
 async fn the_reference_has_every_family_with_its_type_and_labels_and_no_other() {
-    let front = with_gauges(FrontConfig::default());
+    let front = start(FrontConfig::default());
     front.cluster.add("w", answering(ok("application/json", "{}")).await);
     exchange(front.address, chat()).await;
     exchange(front.address, post("/v1/completions", "{")).await;
@@ -108,7 +101,7 @@ fn value(text: &str, sample: &str) -> f64 {
 
 #[tokio::test]
 async fn a_stream_leaves_its_times_behind_and_an_answer_in_one_piece_does_not() {
-    let front = with_gauges(FrontConfig::default());
+    let front = start(FrontConfig::default());
     let (go, pieces) = mpsc::channel::<&'static str>(1);
     let pieces = Arc::new(tokio::sync::Mutex::new(pieces));
     let address = worker(move |mut stream| {
@@ -179,7 +172,7 @@ async fn a_stream_leaves_its_times_behind_and_an_answer_in_one_piece_does_not() 
 
 #[tokio::test]
 async fn a_model_that_nobody_serves_gets_no_label() {
-    let front = with_gauges(FrontConfig::default());
+    let front = start(FrontConfig::default());
     front.cluster.add("w", answering(ok("application/json", "{}")).await);
     exchange(front.address, post("/v1/completions", r#"{"model":"made-up","prompt":"x"}"#)).await;
     let text = scrape(&front).await;

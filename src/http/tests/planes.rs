@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::support::*;
-use crate::http::{ClusterGauges, FrontConfig, Metrics, TokenDigests, bind, run_prober, serve_admin};
+use crate::http::{FrontConfig, TokenDigests, bind, run_prober, serve_admin};
 use crate::state::worker::{EngineKind, Liveness, WorkerSource};
 
 fn body(response: &str) -> Value {
@@ -100,7 +100,7 @@ async fn bad_registrations_are_explained() {
         (json!({}), (400, "invalid_value")),
         (json!({"url": "http://127.0.0.1:1", "surprise": 1}), (400, "invalid_value")),
         (json!({"url": "ftp://127.0.0.1"}), (400, "invalid_value")),
-        (json!({"url": "https://127.0.0.1:1"}), (400, "invalid_value")),
+        (json!({"url": "ftp://127.0.0.1:1"}), (400, "invalid_value")),
         (json!({"url": "http://127.0.0.1:99999"}), (400, "invalid_value")),
         (json!({"url": "http://u:p@127.0.0.1"}), (400, "invalid_value")),
         (json!({"url": "http://127.0.0.1:1/path"}), (400, "invalid_value")),
@@ -320,10 +320,7 @@ async fn readiness_follows_joining_and_draining_but_not_quorum() {
 
 #[tokio::test]
 async fn metrics_speak_of_requests_workers_and_raft() {
-    let cluster = MemoryCluster::new();
-    let mut metrics = Metrics::default();
-    metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(cluster.clone())));
-    let front = start_with(FrontConfig::default(), cluster, metrics);
+    let front = start(FrontConfig::default());
     front.cluster.add("w", answering(ok("application/json", "{}")).await);
     exchange(front.address, chat()).await;
     exchange(front.address, post("/v1/completions", "{")).await;

@@ -119,6 +119,8 @@ impl MemoryCluster {
             capacity_blocks: None,
             labels: Default::default(),
             weight: 100,
+            http2: false,
+            max_requests: None,
             source: WorkerSource::Admin,
         };
         self.apply(ControlCommand::RegisterWorker { spec, heartbeats: false });

@@ -65,7 +65,8 @@ impl Tracing {
         let parent = self.context.extract_with_context(&Context::new(), &Incoming::of(headers));
         let builder =
             self.tracer.span_builder(name).with_kind(SpanKind::Server).with_start_time(SystemTime::now());
-        RequestSpan { span: builder.start_with_context(&self.tracer, &parent) }
+        let span = builder.start_with_context(&self.tracer, &parent);
+        RequestSpan { span, replaces_state: headers.contains_key(&TRACESTATE) }
     }
 
     /// Sends what waits, for two seconds at most. Blocks.
@@ -108,23 +109,27 @@ impl Extractor for Incoming<'_> {
 #[derive(Debug)]
 pub struct RequestSpan {
     span: Span,
+    /// The client sent a `tracestate`.
+    replaces_state: bool,
 }
 
 impl RequestSpan {
-    /// Puts this span's context into the headers of a request to a worker, in place of its
-    /// parent's.
-    pub fn put_into(&self, headers: &mut HeaderMap) {
+    /// This span's context, for a request to a worker, in place of its parent's headers.
+    pub fn headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::with_capacity(2);
         let context = self.span.span_context();
         let (trace, span) = (context.trace_id(), context.span_id());
         let text = format!("00-{trace}-{span}-{:02x}", u8::from(context.is_sampled()));
         if let Ok(value) = HeaderValue::try_from(text) {
             headers.insert(TRACEPARENT.clone(), value);
         }
-        let state = context.trace_state().header();
-        match HeaderValue::try_from(state) {
-            Ok(value) if !value.is_empty() => headers.insert(TRACESTATE.clone(), value),
-            _ => headers.remove(&TRACESTATE),
-        };
+        // An empty one, which the specification allows, where the client's must not pass.
+        let state = HeaderValue::try_from(context.trace_state().header());
+        let state = state.unwrap_or(HeaderValue::from_static(""));
+        if self.replaces_state || !state.is_empty() {
+            headers.insert(TRACESTATE.clone(), state);
+        }
+        headers
     }
 
     /// Whether anybody will see what is set.

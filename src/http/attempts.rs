@@ -1,0 +1,329 @@
+//! One request's attempts at workers, one after the other, until one answers.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use http::{Response, StatusCode};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::errors::{ApiError, Code};
+use super::front::Shard;
+use super::metrics::{Retry, Tracked};
+use super::queue::Held;
+use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
+use crate::ids::WorkerId;
+use crate::routing::policy::RouteRequest;
+use crate::routing::select::{Limits, NoWorker, select};
+use crate::routing::view::WorkerView;
+
+/// Tokens in a KV block where the worker does not say.
+const ORDINARY_BLOCK: u32 = 16;
+
+/// A worker's answer, to its head.
+pub(super) struct Answered {
+    /// Head, and a body still to be read.
+    pub(super) response: Response<UpstreamBody>,
+    /// The request's share of the worker's load.
+    pub(super) booking: Held,
+    /// Who answers.
+    pub(super) worker: Arc<WorkerView>,
+    /// Its connections.
+    pub(super) slot: Arc<Slot>,
+}
+
+/// What selection needs to know of a request.
+#[derive(Debug)]
+pub(super) struct Asked<'a> {
+    /// Model or adapter; `None` if any worker will do.
+    pub(super) model: Option<Cow<'a, str>>,
+    /// Estimated length of the prompt, in tokens.
+    pub(super) prompt_tokens: u32,
+    /// Longest output asked for.
+    pub(super) max_tokens: Option<u32>,
+}
+
+/// How far one request has come.
+pub(super) struct Attempts<'a> {
+    shard: &'a Shard,
+    outgoing: &'a Outgoing<'a>,
+    asked: &'a Asked<'a>,
+    tracked: &'a mut Tracked,
+    deadline: Instant,
+    /// What went wrong last, for the metrics.
+    trouble: Retry,
+    /// Not to be tried again.
+    tried: Vec<WorkerId>,
+    /// What went wrong so far, for the error text; bounded by the number of attempts.
+    failures: Vec<String>,
+    /// Workers that have seen the request.
+    reached: u32,
+    /// A kept-alive connection has failed already.
+    stale: bool,
+    retries: u32,
+}
+
+/// Why an attempt brought no answer.
+enum Failure {
+    /// Another worker may do better.
+    Failed(SendError),
+    /// The worker may still be at it: not tried elsewhere.
+    Timeout(ApiError),
+}
+
+impl<'a> Attempts<'a> {
+    pub(super) fn new(
+        shard: &'a Shard,
+        outgoing: &'a Outgoing<'a>,
+        asked: &'a Asked<'a>,
+        tracked: &'a mut Tracked,
+        deadline: Instant,
+    ) -> Self {
+        Self {
+            shard,
+            outgoing,
+            asked,
+            tracked,
+            deadline,
+            trouble: Retry::Connect,
+            tried: Vec::new(),
+            failures: Vec::new(),
+            reached: 0,
+            stale: false,
+            retries: 0,
+        }
+    }
+
+    pub(super) async fn run(mut self) -> Result<Answered, ApiError> {
+        let options = &self.shard.front.config.proxy;
+        // A 502, 503 or 504 of a worker, kept in case nobody else does better.
+        let mut held: Option<Answered> = None;
+        loop {
+            let worker = match self.choose() {
+                Ok(worker) => worker,
+                Err(NoWorker::Saturated { .. }) => {
+                    let began = Instant::now();
+                    let found = Box::pin(self.wait_in_line()).await;
+                    self.tracked.waited(began.elapsed());
+                    match found {
+                        Ok(worker) => worker,
+                        Err(error) => return held.ok_or(error),
+                    }
+                }
+                Err(refusal) => return held.ok_or_else(|| self.refuse(&refusal)),
+            };
+            let booking = self.book(&worker);
+            if let Some(model) = &self.asked.model {
+                self.tracked.set_model(model);
+            }
+            self.tracked.sent_upstream();
+            match self.send(&worker).await {
+                Ok((response, slot)) => {
+                    self.note_answer(&worker, response.status());
+                    let answered = Answered { response, booking, worker, slot };
+                    let last = held.is_some() || self.reached >= options.max_workers_reached;
+                    if last || !is_gateway_trouble(answered.response.status()) {
+                        return Ok(answered);
+                    }
+                    self.tried.push(answered.worker.id().clone());
+                    self.trouble = Retry::Status;
+                    held = Some(answered);
+                }
+                Err(Failure::Timeout(error)) => {
+                    self.breaker_failed(&worker);
+                    return Err(error);
+                }
+                Err(Failure::Failed(why)) => self.note_failure(&worker, &why),
+            }
+            if !Box::pin(self.may_go_on()).await {
+                return held.ok_or_else(|| self.give_up());
+            }
+        }
+    }
+
+    /// Whether another attempt is allowed; pauses before it where the last one cost a worker
+    /// something.
+    async fn may_go_on(&mut self) -> bool {
+        let front = &self.shard.front;
+        let proxy = &front.config.proxy;
+        if self.retries >= proxy.retry.attempts || self.reached >= proxy.max_workers_reached {
+            return false;
+        }
+        self.retries += 1;
+        if self.reached > 0 {
+            let now = std::time::Instant::now();
+            if !front.retry_budget.take(&proxy.retry, front.metrics.requests_taken(), now) {
+                self.failures
+                    .push("not tried elsewhere, because too many requests are being retried".to_owned());
+                return false;
+            }
+            sleep(proxy.retry.pause_before(self.retries)).await;
+        }
+        self.tracked.retrying(self.trouble);
+        true
+    }
+
+    fn choose(&self) -> Result<Arc<WorkerView>, NoWorker> {
+        // Who came earlier goes first.
+        if self.shard.front.queue.has_line(self.asked.model.as_deref()) {
+            return Err(NoWorker::Saturated { workers: 0 });
+        }
+        self.select()
+    }
+
+    fn select(&self) -> Result<Arc<WorkerView>, NoWorker> {
+        let front = &self.shard.front;
+        let request = RouteRequest {
+            model: self.asked.model.as_deref(),
+            prompt_tokens: self.asked.prompt_tokens,
+            max_tokens: self.asked.max_tokens,
+        };
+        let limits = Limits {
+            now_ms: front.now_ms(),
+            breaker: front.config.proxy.breaker,
+            max_requests: front.config.proxy.max_requests_per_worker,
+        };
+        let (view, policy) = (front.control.registry(), front.config.policy.as_ref());
+        select(&view, policy, &request, &limits, &self.tried, &mut rand::rng())
+            .map(|selection| selection.worker)
+    }
+
+    /// Waits for room at a worker, first come, first served.
+    async fn wait_in_line(&self) -> Result<Arc<WorkerView>, ApiError> {
+        let front = &self.shard.front;
+        let options = &front.config.proxy.queue;
+        let saturated = |text: String| ApiError::new(Code::WorkersSaturated, text).retry_after(1);
+        let Some(place) = front.queue.enter(self.asked.model.as_deref(), options) else {
+            return Err(saturated(format!(
+                "all workers are saturated and {} requests wait already; try again, or add workers",
+                options.most
+            )));
+        };
+        let until = self.deadline.min(Instant::now() + options.patience);
+        loop {
+            place.wait().await;
+            match self.select() {
+                Ok(worker) => return Ok(worker),
+                Err(NoWorker::Saturated { .. }) if Instant::now() < until => {}
+                Err(NoWorker::Saturated { .. }) => {
+                    return Err(saturated(format!(
+                        "all workers were saturated for {} s; try again, or add workers",
+                        options.patience.as_secs_f32()
+                    )));
+                }
+                Err(refusal) => return Err(self.refuse(&refusal)),
+            }
+        }
+    }
+
+    fn book(&self, worker: &Arc<WorkerView>) -> Held {
+        let front = &self.shard.front;
+        let tokens = self.asked.prompt_tokens;
+        let block = worker.record.spec.block_size.unwrap_or(ORDINARY_BLOCK).max(1);
+        let booking = front.control.bookings().book(Arc::clone(worker), tokens, tokens.div_ceil(block));
+        Held::new(booking, &front.queue)
+    }
+
+    async fn send(&self, worker: &WorkerView) -> Result<(Response<UpstreamBody>, Arc<Slot>), Failure> {
+        let pool = &self.shard.pool;
+        let slot = pool.slot(worker).map_err(|why| Failure::Failed(SendError::Connect(why.to_string())))?;
+        let limit = self.shard.front.config.proxy.first_byte_timeout;
+        let deadline = self.deadline.min(Instant::now() + limit);
+        match timeout_at(deadline, pool.send(&slot, self.outgoing, self.stale)).await {
+            Ok(Ok(response)) => Ok((response, slot)),
+            Ok(Err(why)) => Err(Failure::Failed(why)),
+            Err(_) => {
+                let text = format!("worker {} did not begin to answer within the time allowed", worker.id());
+                Err(Failure::Timeout(ApiError::new(Code::UpstreamTimeout, text)))
+            }
+        }
+    }
+
+    fn note_answer(&mut self, worker: &WorkerView, status: StatusCode) {
+        self.reached += 1;
+        if worker.live.unreachable.load(Ordering::Relaxed) {
+            worker.live.unreachable.store(false, Ordering::Relaxed);
+        }
+        if status == StatusCode::INTERNAL_SERVER_ERROR || is_gateway_trouble(status) {
+            self.breaker_failed(worker);
+        } else {
+            worker.live.breaker.succeeded();
+        }
+    }
+
+    fn note_failure(&mut self, worker: &WorkerView, why: &SendError) {
+        self.trouble = match why {
+            SendError::Connect(_) | SendError::Forbidden(_) => Retry::Connect,
+            SendError::Full => Retry::Full,
+            SendError::Stale => Retry::Stale,
+            SendError::Closed => Retry::Closed,
+            SendError::Garbage(_) => Retry::Garbage,
+        };
+        match why {
+            SendError::Connect(_) => {
+                worker.live.unreachable.store(true, Ordering::Relaxed);
+                self.tried.push(worker.id().clone());
+            }
+            SendError::Forbidden(_) | SendError::Full => self.tried.push(worker.id().clone()),
+            // The worker itself may be well: it closed an idle connection just then. The next
+            // attempt has a fresh connection.
+            SendError::Stale if !self.stale => self.stale = true,
+            SendError::Stale | SendError::Closed | SendError::Garbage(_) => {
+                self.reached += 1;
+                self.breaker_failed(worker);
+                self.tried.push(worker.id().clone());
+            }
+        }
+        self.failures.push(format!("{}: {why}", worker.id()));
+    }
+
+    fn breaker_failed(&self, worker: &WorkerView) {
+        let front = &self.shard.front;
+        worker.live.breaker.failed(front.now_ms(), &front.config.proxy.breaker);
+    }
+
+    fn refuse(&self, refusal: &NoWorker) -> ApiError {
+        if !self.failures.is_empty() {
+            return self.give_up();
+        }
+        let model = self
+            .asked
+            .model
+            .as_deref()
+            .map_or("any model".to_owned(), |name| format!("the model {:?}", printable(name)));
+        match refusal {
+            NoWorker::RegistryEmpty => ApiError::new(
+                Code::NoWorkers,
+                "no worker is registered; add one with `everline worker add http://host:port` or POST /v1/nodes",
+            )
+            .retry_after(5),
+            NoWorker::UnknownModel { .. } => {
+                ApiError::new(Code::ModelNotFound, format!("no worker serves {model}; {refusal}")).param("model")
+            }
+            NoWorker::AllFiltered { .. } | NoWorker::Saturated { .. } => ApiError::new(
+                Code::NoWorkerAvailable,
+                format!("no worker for {model} can take requests now ({refusal})"),
+            )
+            .retry_after(1),
+        }
+    }
+
+    fn give_up(&self) -> ApiError {
+        let text = format!("every worker tried has failed ({})", self.failures.join("; "));
+        let code = if self.reached > 0 { Code::UpstreamFailed } else { Code::UpstreamConnectFailed };
+        ApiError::new(code, text).retry_after(1)
+    }
+}
+
+fn is_gateway_trouble(status: StatusCode) -> bool {
+    matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+}
+
+/// A model name short enough for an error.
+fn printable(model: &str) -> &str {
+    let mut end = model.len().min(128);
+    while !model.is_char_boundary(end) {
+        end -= 1;
+    }
+    &model[..end]
+}
