@@ -6,6 +6,8 @@
 //! `http.shutdown_grace_ms`, then the log is closed. A second signal
 //! ends the process at once; the log takes that as it takes a crash.
 
+mod keys;
+
 use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -21,16 +23,17 @@ use crate::cluster::down::DownPlane;
 use crate::cluster::inner::{NodeConfig, StartError};
 use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
-use crate::config::{AccessLog, Config, Loaded, LogConfig, LogFormat};
+use crate::config::{AccessLog, Config, Loaded, LogConfig, LogFormat, NodeTokenEntry};
 use crate::http::{
     Access, AccessOptions, Allowed, BodyLimits, ConnTimeouts, Front, FrontConfig, FrontOptions, HeaderRules,
-    Metrics, NodeOptions, PoolOptions, ProxyOptions, QueueOptions, RetryOptions, TokenDigests, bind,
-    keep_configured_workers, run_prober, serve_admin, serve_client,
+    KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions, QueueOptions, RetryOptions,
+    TokenDigests, bind, keep_configured_workers, run_prober, serve_admin, serve_client,
 };
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
 use crate::telemetry::trace::{TraceOptions, Tracing};
+use keys::{KeysFile, client_key};
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
 const HEARTBEATS_PER_TIMEOUT: u32 = 5;
@@ -92,7 +95,9 @@ async fn serve(
     let mut signals = Signals::new().context("cannot listen for signals")?;
     let metrics = Metrics::new(access_options(&config.log)).with_tracing(tracing(&config.replica.name));
     let metrics = Arc::new(metrics);
-    let front = Front::new(front_config(config), plane, Arc::clone(&metrics));
+    let front_config = front_config(config);
+    let keys_file = KeysFile::load(config, Arc::clone(&front_config.keys))?;
+    let front = Front::new(front_config, plane, Arc::clone(&metrics));
     let shutdown = CancellationToken::new();
     let admin_shutdown = CancellationToken::new();
     tracing::info!(
@@ -106,6 +111,10 @@ async fn serve(
     let operators = tokio::spawn(serve_admin(admin, Arc::clone(&front), admin_shutdown.clone()));
     tokio::spawn(run_prober(Arc::clone(&front), shutdown.clone()));
     tokio::spawn(keep_configured_workers(Arc::clone(&front), config.worker.clone(), shutdown.clone()));
+
+    if let Some(file) = keys_file {
+        tokio::spawn(file.follow(shutdown.clone()));
+    }
 
     let failed = async {
         match &cluster {
@@ -344,12 +353,26 @@ fn front_config(config: &Config) -> FrontConfig {
         allow: Arc::new(Allowed::new(config.workers.allow.clone())),
         nodes: NodeOptions {
             tokens: TokenDigests::new(config.nodes.token_sha256.iter().map(|digest| digest.0).collect()),
+            bound_tokens: config.node_token.iter().map(node_token).collect(),
             heartbeat_interval,
             probe_interval: ms(config.workers.probe_interval_ms),
             probe_timeout: ms(config.workers.probe_timeout_ms),
         },
+        admin_tokens: TokenDigests::new(config.admin.token_sha256.iter().map(|digest| digest.0).collect()),
+        keys: Arc::new(KeyRing::new(
+            config.wants_client_keys().then(|| config.key.iter().map(client_key).collect()),
+        )),
+        metrics_open_on_admin: config.admin.listen.ip().is_loopback(),
         metrics_on_client: config.http.listen.ip().is_loopback(),
         policy,
-        ..FrontConfig::default()
+    }
+}
+
+fn node_token(entry: &NodeTokenEntry) -> NodeToken {
+    NodeToken {
+        id: entry.id.clone(),
+        digest: entry.sha256.0,
+        networks: entry.networks.clone(),
+        roles: entry.roles.clone(),
     }
 }

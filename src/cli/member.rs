@@ -2,7 +2,7 @@
 
 use http::Method;
 
-use super::client::{Client, Server, block_on};
+use super::client::{Server, block_on};
 use super::output::{Failure, Out};
 use super::repair;
 use super::status::members_table;
@@ -79,8 +79,7 @@ impl Args {
             Command::TransferLeader { member, server } => (server, MemberOp::TransferLeader { member }),
         };
         block_on(async {
-            let reply: MessageReply =
-                Client::new(&server.server)?.call(Method::POST, MEMBERS, Some(&op)).await?;
+            let reply: MessageReply = server.client()?.call(Method::POST, MEMBERS, Some(&op)).await?;
             out.line(&reply.message)
         })
     }
@@ -88,7 +87,7 @@ impl Args {
 
 fn list(server: &Server, json: bool, out: &mut Out) -> Result<(), Failure> {
     block_on(async {
-        let reply: MembersReply = Client::new(&server.server)?.get(MEMBERS).await?;
+        let reply: MembersReply = server.client()?.get(MEMBERS).await?;
         if json { out.json(&reply) } else { out.line(&members_table(&reply.members, out.paint())) }
     })
 }

@@ -7,6 +7,7 @@ mod completions;
 mod config;
 mod demo;
 mod engine_sim;
+mod keys;
 mod member;
 mod output;
 mod parent;
@@ -58,6 +59,7 @@ enum Command {
     Status(status::Args),
     Worker(worker::Args),
     Member(member::Args),
+    Keys(keys::Args),
     Config(config::Args),
     Completions(completions::Args),
 }
@@ -95,6 +97,7 @@ impl Command {
             Command::Status(args) => args.run(out),
             Command::Worker(args) => args.run(out),
             Command::Member(args) => args.run(out),
+            Command::Keys(args) => args.run(out),
             Command::Config(args) => args.run(out),
             Command::Completions(args) => args.run(out),
         }

@@ -2,7 +2,7 @@
 
 use http::Method;
 
-use super::client::{Client, Server, block_on, segment};
+use super::client::{Server, block_on, segment};
 use super::output::{Failure, Out};
 use super::status::{state, workers_table};
 use crate::admin_types::{
@@ -143,19 +143,19 @@ impl Command {
                 // The same bounds as the server's, found without a round trip.
                 request.to_spec(WorkerSource::Admin).map_err(Failure::Usage)?;
                 let reply: MessageReply =
-                    Client::new(&add.server.server)?.call(Method::POST, WORKERS, Some(&request)).await?;
+                    add.server.client()?.call(Method::POST, WORKERS, Some(&request)).await?;
                 out.line(&reply.message)
             }
             Command::Remove(named) => {
                 let path = path(&named.id);
-                let client = Client::new(&named.server.server)?;
+                let client = named.server.client()?;
                 let reply: MessageReply = client.call(Method::DELETE, &path, None::<&()>).await?;
                 out.line(&reply.message)
             }
             Command::Drain(named) => drain(named, true, out).await,
             Command::Undrain(named) => drain(named, false, out).await,
             Command::List(listing) => {
-                let reply: WorkersReply = Client::new(&listing.server.server)?.get(WORKERS).await?;
+                let reply: WorkersReply = listing.server.client()?.get(WORKERS).await?;
                 match (listing.json, reply.workers.is_empty()) {
                     (true, _) => out.json(&reply),
                     (false, true) => {
@@ -165,7 +165,7 @@ impl Command {
                 }
             }
             Command::Show { id, listing } => {
-                let worker: WorkerStatus = Client::new(&listing.server.server)?.get(&path(&id)).await?;
+                let worker: WorkerStatus = listing.server.client()?.get(&path(&id)).await?;
                 if listing.json { out.json(&worker) } else { out.write(&page(&worker)) }
             }
         }
@@ -173,7 +173,7 @@ impl Command {
 }
 
 async fn drain(named: Named, drain: bool, out: &mut Out) -> Result<(), Failure> {
-    let client = Client::new(&named.server.server)?;
+    let client = named.server.client()?;
     let path = format!("{}/drain", path(&named.id));
     let reply: MessageReply = client.call(Method::POST, &path, Some(&DrainRequest { drain })).await?;
     out.line(&reply.message)

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::access::{KeyEntry, NodeTokenEntry};
 use super::keys::{KeyDoc, Kind, SectionDoc};
 use super::values::{AccessLog, LogFormat, PeerSeed, Policy, TokenDigest};
 use crate::admin_types::RegisterRequest;
@@ -99,6 +100,8 @@ sections! {
         max_connections: u32 = 10_000, Kind::int("connections", 1, 1_000_000);
         /// Most connections at once from one address; 0 means no limit.
         max_connections_per_ip: u32 = 0, Kind::int("connections", 0, 1_000_000);
+        /// File of `[[key]]` entries, read again within a second when it changes: to give and revoke keys without a restart. Replace it in one step (write another, `mv` it over). While it is broken or away the last good keys stay in force. With this set a key is needed even while the file names none.
+        keys_file: Option<PathBuf> = None, Kind::Path;
         /// After SIGTERM running requests may take this long before they are cut.
         shutdown_grace_ms: u64 = 30_000, Kind::int("ms", 0, HOUR_MS);
         /// After SIGTERM `/readyz` says 503 for this long before the listener closes, so that a load balancer stops sending requests first: a little more than its check interval times its failures. SIGINT does not wait.
@@ -123,6 +126,10 @@ sections! {
         listen: SocketAddr = loopback(8081), Kind::Address;
         /// `host:port` under which operators reach it, where that is not `listen`.
         advertise: Option<String> = None, Kind::HostPort;
+        /// SHA-256 digests (hexadecimal) of accepted admin tokens. Empty: anybody who reaches the listener. `/metrics` needs a token too, unless the listener is on loopback.
+        token_sha256: Vec<TokenDigest> = Vec::new(), Kind::List("64 hex digits");
+        /// File with accepted admin tokens in clear text, one a line; read at start and added to `token_sha256`.
+        token_file: Option<PathBuf> = None, Kind::Path;
     }
 
     /// The peer listener: Raft and everything else between replicas.
@@ -183,7 +190,7 @@ sections! {
 
     /// Credentials of engines and agents that register themselves.
     "nodes" => NodesConfig {
-        /// SHA-256 digests (hexadecimal) of accepted node tokens. Empty: anybody, which is only allowed on loopback.
+        /// SHA-256 digests (hexadecimal) of accepted node tokens. Empty, and no `[[node_token]]`: anybody, which is only allowed on loopback.
         token_sha256: Vec<TokenDigest> = Vec::new(), Kind::List("64 hex digits");
         /// File with accepted node tokens in clear text, one a line; read at start and added to `token_sha256`.
         token_file: Option<PathBuf> = None, Kind::Path;
@@ -269,9 +276,30 @@ pub struct Config {
     /// `[[worker]]`: workers registered at start, with source `config`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub worker: Vec<RegisterRequest>,
+    /// `[[key]]`: API keys of clients. Those of `http.keys_file` come on top.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub key: Vec<KeyEntry>,
+    /// `[[node_token]]`: node tokens bound to networks and roles.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub node_token: Vec<NodeTokenEntry>,
 }
 
 impl Config {
+    /// Whether clients need an API key.
+    pub fn wants_client_keys(&self) -> bool {
+        self.http.keys_file.is_some() || !self.key.is_empty()
+    }
+
+    /// Whether nodes need a token.
+    pub fn wants_node_tokens(&self) -> bool {
+        !self.nodes.token_sha256.is_empty() || !self.node_token.is_empty()
+    }
+
+    /// Whether operators need a token.
+    pub fn wants_admin_tokens(&self) -> bool {
+        !self.admin.token_sha256.is_empty()
+    }
+
     /// `host:port` under which other replicas reach this one: what is advertised, else this
     /// replica's own entry in `cluster.peers`, else the listener's address.
     pub fn peer_address(&self) -> String {

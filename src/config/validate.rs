@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use super::access;
 use super::errors::ConfigError;
 use super::keys;
 use super::schema::Config;
@@ -17,6 +18,9 @@ pub(super) fn problems(config: &Config) -> Vec<ConfigError> {
     cluster(config, &mut problems);
     workers(config, &mut problems);
     headers(config, &mut problems);
+    let keys = config.key.iter().enumerate().map(|(at, key)| (format!("key[{at}]"), key));
+    problems.extend(access::key_problems(keys));
+    problems.extend(access::node_token_problems(&config.node_token));
     problems
 }
 
@@ -86,7 +90,7 @@ fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
             );
         }
     }
-    if !config.http.listen.ip().is_loopback() && config.nodes.token_sha256.is_empty() {
+    if !config.http.listen.ip().is_loopback() && !config.wants_node_tokens() {
         problems.push(
             ConfigError::about("nodes.token_sha256", "is empty while workers can register from other machines at http.listen: anybody could register a worker and be sent prompts")
                 .fix("put a token into a file and name it: nodes.token_file = \"/etc/everline/node-tokens\""),

@@ -112,6 +112,9 @@ impl<'a> Attempts<'a> {
                 }
                 Err(refusal) => return held.ok_or_else(|| self.refuse(&refusal)),
             };
+            if self.retries > 0 {
+                self.tracked.retrying(self.trouble);
+            }
             let booking = self.book(&worker);
             if let Some(model) = &self.asked.model {
                 self.tracked.set_model(model);
@@ -159,7 +162,6 @@ impl<'a> Attempts<'a> {
             }
             sleep(proxy.retry.pause_before(self.retries)).await;
         }
-        self.tracked.retrying(self.trouble);
         true
     }
 

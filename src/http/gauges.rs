@@ -12,6 +12,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::front::Front;
+use super::keys::KeyGauges;
 use super::status::breaker;
 use crate::admin_types::BreakerState;
 use crate::cluster::api::{ClusterStats, ClusterStatus, GroupStats, GroupStatus, LogStats, MemberStatus};
@@ -37,10 +38,10 @@ impl Collector for Gauges {
         peers(&mut encoder, &status)?;
         let stats = front.control.stats();
         proposals(&mut encoder, &stats)?;
-        match &stats.log {
-            Some(log) => self::log(&mut encoder, log),
-            None => Ok(()),
+        if let Some(log) = &stats.log {
+            self::log(&mut encoder, log)?;
         }
+        KeyGauges::new(Arc::clone(&front.config.keys)).encode(encoder)
     }
 }
 

@@ -25,97 +25,9 @@ pub use self::tracked::Tracked;
 
 use self::access::AccessLog;
 use self::counts::{Counts, Exported};
+pub use super::routes::Route;
 use crate::telemetry::process::ProcessMetrics;
 use crate::telemetry::trace::Tracing;
-
-/// A route template.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[allow(missing_docs)]
-pub enum Route {
-    ChatCompletions,
-    Completions,
-    Embeddings,
-    Models,
-    Nodes,
-    Admin,
-    Health,
-    Metrics,
-    Unknown,
-}
-
-impl Route {
-    /// All of them, in the order of their declaration.
-    pub const ALL: [Route; 9] = [
-        Route::ChatCompletions,
-        Route::Completions,
-        Route::Embeddings,
-        Route::Models,
-        Route::Nodes,
-        Route::Admin,
-        Route::Health,
-        Route::Metrics,
-        Route::Unknown,
-    ];
-
-    /// The proxied path.
-    pub fn path(self) -> &'static str {
-        match self {
-            Route::ChatCompletions => "/v1/chat/completions",
-            Route::Completions => "/v1/completions",
-            Route::Embeddings => "/v1/embeddings",
-            Route::Models => "/v1/models",
-            Route::Nodes => "/v1/nodes",
-            Route::Admin => "/v1/admin",
-            Route::Health => "health",
-            Route::Metrics => "/metrics",
-            Route::Unknown => "unknown",
-        }
-    }
-
-    /// What its spans are called.
-    fn span_name(self) -> &'static str {
-        match self {
-            Route::ChatCompletions => "POST /v1/chat/completions",
-            Route::Completions => "POST /v1/completions",
-            Route::Embeddings => "POST /v1/embeddings",
-            other => other.path(),
-        }
-    }
-
-    /// What is asked of a model there, in the words of OpenTelemetry.
-    fn operation(self) -> &'static str {
-        match self {
-            Route::ChatCompletions => "chat",
-            Route::Completions => "text_completion",
-            Route::Embeddings => "embeddings",
-            other => other.path(),
-        }
-    }
-
-    /// The template a path belongs to.
-    pub fn of(path: &str) -> Self {
-        let below =
-            |prefix: &str| path.strip_prefix(prefix).is_some_and(|r| r.is_empty() || r.starts_with('/'));
-        match path {
-            "/v1/chat/completions" => Route::ChatCompletions,
-            "/v1/completions" => Route::Completions,
-            "/v1/embeddings" => Route::Embeddings,
-            "/v1/models" => Route::Models,
-            "/livez" | "/readyz" => Route::Health,
-            "/metrics" => Route::Metrics,
-            _ if below("/v1/nodes") => Route::Nodes,
-            _ if below("/v1/admin") => Route::Admin,
-            _ => Route::Unknown,
-        }
-    }
-}
-
-impl Route {
-    /// Whether requests to it go to a worker.
-    pub fn is_proxied(self) -> bool {
-        matches!(self, Route::ChatCompletions | Route::Completions | Route::Embeddings)
-    }
-}
 
 /// How a request ended.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -328,7 +240,6 @@ mod tests {
 
     #[test]
     fn labels_are_listed_in_the_order_of_their_declaration() {
-        assert!(Route::ALL.iter().enumerate().all(|(at, route)| *route as usize == at));
         assert!(Outcome::ALL.iter().enumerate().all(|(at, outcome)| *outcome as usize == at));
         assert!(Retry::ALL.iter().enumerate().all(|(at, retry)| *retry as usize == at));
     }

@@ -57,7 +57,7 @@ enum Format {
 impl Args {
     pub(crate) fn run(self, out: &mut Out) -> Result<(), Failure> {
         block_on(async {
-            let client = Client::new(&self.server.server)?;
+            let client = self.server.client()?;
             let mut rates = Rates::default();
             loop {
                 let shown = self.look(&client, &mut rates, out).await;

@@ -37,7 +37,7 @@ impl Survey {
         let me = asked.cluster.me;
         let wanted = |member: &&MemberStatus| !local && member.alive && member.id != me;
         let members: Vec<_> = asked.cluster.members.iter().filter(wanted).collect();
-        let answers = join_all(members.iter().map(|member| ask(member))).await;
+        let answers = join_all(members.iter().map(|member| ask(client, member))).await;
         let (mut others, mut mute) = (BTreeMap::new(), Vec::new());
         for (member, answer) in members.iter().zip(answers) {
             match answer {
@@ -69,8 +69,8 @@ impl Survey {
 }
 
 /// A replica's own words; `None` where it cannot be asked from here.
-async fn ask(member: &MemberStatus) -> Option<StatusReply> {
-    let client = Client::new(&member.info.admin).ok()?.with_timeout(OTHERS);
+async fn ask(client: &Client, member: &MemberStatus) -> Option<StatusReply> {
+    let client = client.of(&member.info.admin).ok()?.with_timeout(OTHERS);
     let reply: StatusReply = client.get(PATH).await.ok()?;
     // Behind an address that is not its own anybody might answer.
     (reply.cluster.me == member.id).then_some(reply)

@@ -13,9 +13,15 @@ use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::models::{ModelCounts, Models};
 use super::{Outcome, Retry, Route};
+use crate::http::routes::TABLE;
 use crate::telemetry::histogram::{ANSWER, Histogram, OVERHEAD, ROUND, Scale};
 
-const ROUTES: usize = Route::ALL.len();
+const ROUTES: usize = Route::Unknown as usize + 1;
+
+/// All routes, in the order of their numbers.
+fn routes() -> impl Iterator<Item = Route> {
+    TABLE.iter().map(|entry| entry.route).chain([Route::Unknown])
+}
 
 /// What is counted of every request, by route and outcome.
 #[derive(Debug)]
@@ -91,7 +97,7 @@ impl Collector for Exported {
         self.requests(&mut encoder)?;
         let help = "Requests being served, by route";
         let mut family = encoder.encode_descriptor("requests_in_flight", help, None, MetricType::Gauge)?;
-        for route in Route::ALL.into_iter().filter(|route| route.is_proxied()) {
+        for route in routes().filter(|route| route.is_proxied()) {
             let value = counts.in_flight[route as usize].load(Ordering::Relaxed);
             ConstGauge::new(value).encode(family.encode_family(&[("route", route.path())])?)?;
         }
@@ -110,7 +116,7 @@ impl Collector for Exported {
         ];
         for (name, help, histograms) in by_route {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-            for route in Route::ALL {
+            for route in routes() {
                 let snapshot = histograms[route as usize].snapshot();
                 if snapshot.count() > 0 {
                     snapshot.encode(family.encode_family(&[("route", route.path())])?)?;
@@ -134,7 +140,7 @@ impl Exported {
     fn requests(&self, encoder: &mut DescriptorEncoder<'_>) -> std::fmt::Result {
         let help = "Requests by route and how they ended";
         let mut family = encoder.encode_descriptor("requests", help, None, MetricType::Counter)?;
-        for route in Route::ALL {
+        for route in routes() {
             for outcome in Outcome::ALL {
                 let count = self.0.requests[route as usize][outcome as usize].load(Ordering::Relaxed);
                 // What can be proxied begins at zero, so that its first error is an increase.

@@ -8,12 +8,26 @@ use std::time::{Duration, Instant};
 
 use super::models::ModelCounts;
 use super::{Metrics, Outcome, Retry, Route};
+use crate::http::keys::Caller;
 use crate::ids::WorkerId;
 use crate::telemetry::histogram::{BETWEEN_TOKENS, Local};
 use crate::telemetry::trace::RequestSpan;
 
 /// How often a stream merges what it has gathered.
 const MERGE_EVERY: Duration = Duration::from_secs(1);
+
+/// Longest path in a span, in characters.
+const MOST_PATH: usize = 256;
+
+/// What is asked of a model by a route, in the words of OpenTelemetry.
+fn operation(route: Route) -> Option<&'static str> {
+    match route {
+        Route::ChatCompletions | Route::Messages | Route::Responses => Some("chat"),
+        Route::Completions => Some("text_completion"),
+        Route::Embeddings => Some("embeddings"),
+        _ => None,
+    }
+}
 
 /// A request being measured; counted once, as canceled if nobody said otherwise before the drop.
 ///
@@ -35,6 +49,7 @@ pub struct Tracked {
     span: Option<Box<RequestSpan>>,
     request_id: Option<http::HeaderValue>,
     worker: Option<WorkerId>,
+    caller: Caller,
     finished: bool,
 }
 
@@ -64,6 +79,7 @@ impl Tracked {
             span: None,
             request_id: None,
             worker: None,
+            caller: Caller::default(),
             finished: false,
         }
     }
@@ -74,14 +90,17 @@ impl Tracked {
     }
 
     /// Begins the request's span, if there are traces, below the one that the client named.
-    pub fn begin_span(&mut self, client: &http::HeaderMap) {
+    pub fn begin_span(&mut self, method: &http::Method, path: &str, client: &http::HeaderMap) {
         let Some(tracing) = &self.metrics.tracing else { return };
-        let mut span = tracing.request(self.route.span_name(), client);
+        let template = self.route.path();
+        let mut span = tracing.request(format!("{method} {template}"), client);
         if span.is_recording() {
-            span.set("http.request.method", "POST");
-            span.set("http.route", self.route.path());
-            span.set("url.path", self.route.path());
-            span.set("gen_ai.operation.name", self.route.operation());
+            span.set("http.request.method", method.to_string());
+            span.set("http.route", template);
+            span.set("url.path", path.chars().take(MOST_PATH).collect::<String>());
+            if let Some(operation) = operation(self.route) {
+                span.set("gen_ai.operation.name", operation);
+            }
         }
         self.span = Some(Box::new(span));
     }
@@ -139,6 +158,11 @@ impl Tracked {
     /// How the request is called in the log.
     pub(in crate::http) fn set_request_id(&mut self, id: http::HeaderValue) {
         self.request_id = Some(id);
+    }
+
+    /// Whose key the request came with.
+    pub(in crate::http) fn set_caller(&mut self, caller: Caller) {
+        self.caller = caller;
     }
 
     /// The worker that answers.
@@ -240,6 +264,7 @@ impl Tracked {
                     outcome = outcome.as_str(),
                     status = self.status.as_u16(),
                     request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok()),
+                    key = self.caller.key_id(),
                     worker = self.worker.as_ref().map(WorkerId::as_str),
                     model = self.model.as_ref().map(|model| model.name.as_str()),
                     retries = self.retries,
