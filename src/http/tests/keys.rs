@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use parking_lot::Mutex;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -36,23 +35,6 @@ const CHAT: &str = r#"{"model":"m","messages":[]}"#;
 
 fn chat_as(id: &str) -> String {
     as_key(id, "POST", "/v1/chat/completions", CHAT)
-}
-
-/// A worker that keeps the heads and bodies of its requests.
-async fn remembering() -> (std::net::SocketAddr, Arc<Mutex<Vec<String>>>) {
-    let seen = Arc::new(Mutex::new(Vec::new()));
-    let kept = seen.clone();
-    let address = worker(move |mut stream| {
-        let kept = kept.clone();
-        async move {
-            while let Some((head, body)) = read_message(&mut stream).await {
-                kept.lock().push(format!("{head}{}", String::from_utf8_lossy(&body)));
-                let _ = stream.write_all(ok("application/json", "{}").as_bytes()).await;
-            }
-        }
-    })
-    .await;
-    (address, seen)
 }
 
 #[tokio::test]
