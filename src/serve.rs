@@ -1,8 +1,9 @@
 //! Runs a replica: puts configuration, cluster and HTTP front together, and takes them apart in
 //! order when told to stop.
 //!
-//! On SIGTERM or SIGINT: `/readyz` goes off, leadership is handed over, listeners close, what is
-//! in flight may finish for `http.shutdown_grace_ms`, then the log is closed. A second signal
+//! On SIGTERM or SIGINT: `/readyz` goes off, leadership is handed over, after
+//! `http.drain_settle_ms` (SIGTERM only) listeners close, what is in flight may finish for
+//! `http.shutdown_grace_ms`, then the log is closed. A second signal
 //! ends the process at once; the log takes that as it takes a crash.
 
 mod keys;
@@ -24,10 +25,11 @@ use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
 use crate::config::{Config, Loaded, LogConfig, LogFormat, NodeTokenEntry};
 use crate::http::{
-    Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, KeyGauges, KeyRing,
-    Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions, RetryOptions, TokenDigests, bind,
-    keep_configured_workers, run_prober, serve_admin, serve_client,
+    Allowed, BodyLimits, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions, HeaderRules,
+    KeyGauges, KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions, QueueOptions,
+    RetryOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin, serve_client,
 };
+use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
 use keys::{KeysFile, client_key};
@@ -121,9 +123,14 @@ async fn serve(
             None => std::future::pending().await,
         }
     };
+    let mut settle = Duration::ZERO;
     let failure = tokio::select! {
         signal = signals.next() => {
             tracing::info!(signal, "stopping; a second signal stops at once");
+            // A person at a terminal has no balancer that must notice first.
+            if signal == SIGTERM {
+                settle = ms(config.http.drain_settle_ms);
+            }
             None
         }
         why = failed => {
@@ -138,9 +145,13 @@ async fn serve(
     let stop = async {
         front.draining.cancel();
         let hand_over = async {
-            if let (Some(cluster), None) = (&cluster, &failure) {
-                cluster.hand_over_leadership().await;
-            }
+            let transfer = async {
+                if let (Some(cluster), None) = (&cluster, &failure) {
+                    cluster.hand_over_leadership().await;
+                }
+            };
+            // Requests are still taken meanwhile: a balancer sends some until its next check.
+            tokio::join!(transfer, tokio::time::sleep(settle));
             shutdown.cancel();
             let _ = clients.await;
             // The admin listener stays to the end, so that an operator can watch.
@@ -166,6 +177,9 @@ async fn serve(
     }
 }
 
+/// The name of the signal that supervisors send.
+const SIGTERM: &str = "SIGTERM";
+
 /// SIGTERM and SIGINT.
 struct Signals {
     term: Signal,
@@ -179,7 +193,7 @@ impl Signals {
 
     async fn next(&mut self) -> &'static str {
         tokio::select! {
-            _ = self.term.recv() => "SIGTERM",
+            _ = self.term.recv() => SIGTERM,
             _ = self.int.recv() => "SIGINT",
         }
     }
@@ -244,6 +258,11 @@ fn node_config(config: &Config) -> NodeConfig {
     }
 }
 
+/// Names that the configuration's checks have let pass.
+fn header_names(names: &[String]) -> Vec<http::HeaderName> {
+    names.iter().filter_map(|name| name.parse().ok()).collect()
+}
+
 fn front_config(config: &Config) -> FrontConfig {
     let (http, proxy) = (&config.http, &config.proxy);
     let heartbeat_interval = ms(config.workers.timeout_ms) / HEARTBEATS_PER_TIMEOUT;
@@ -255,7 +274,7 @@ fn front_config(config: &Config) -> FrontConfig {
                 first_byte: ms(http.first_byte_timeout_ms),
                 head: ms(http.header_timeout_ms),
                 idle: ms(http.idle_timeout_ms),
-                ..FrontOptions::default().timeouts
+                write_stall: ms(http.write_stall_timeout_ms),
             },
             max_headers: http.max_headers as usize,
             max_head_bytes: http.max_header_bytes as usize,
@@ -265,12 +284,35 @@ fn front_config(config: &Config) -> FrontConfig {
                 n => n as usize,
             },
             grace: ms(http.shutdown_grace_ms),
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            max_h2_streams: http.max_h2_streams,
+            threads: match http.threads {
+                0 => std::thread::available_parallelism().map_or(1, usize::from),
+                n => n as usize,
+            },
             ..FrontOptions::default()
         },
         proxy: ProxyOptions {
-            body: BodyLimits::of(http.max_body_bytes as usize),
-            retry: RetryOptions { attempts: proxy.retries, ..RetryOptions::default() },
+            body: BodyLimits {
+                total: ms(http.body_timeout_ms),
+                floor: http.body_min_bytes_per_s.into(),
+                ..BodyLimits::of(http.max_body_bytes as usize)
+            },
+            retry: RetryOptions {
+                attempts: proxy.retries,
+                budget_percent: proxy.retry_budget_percent,
+                pause: ms(proxy.retry_pause_ms),
+            },
+            breaker: BreakerOptions {
+                failures: proxy.breaker_failures,
+                open_ms: proxy.breaker_open_ms,
+                max_open_ms: proxy.breaker_max_open_ms.max(proxy.breaker_open_ms),
+            },
+            max_requests_per_worker: proxy.max_requests_per_worker,
+            queue: QueueOptions { most: proxy.queue_max as usize, patience: ms(proxy.queue_timeout_ms) },
+            headers: HeaderRules {
+                forward: header_names(&proxy.headers_forward),
+                drop: header_names(&proxy.headers_drop),
+            },
             first_byte_timeout: ms(proxy.first_byte_timeout_ms),
             idle_timeout: ms(proxy.idle_timeout_ms),
             total_timeout: ms(proxy.total_timeout_ms),
@@ -279,6 +321,8 @@ fn front_config(config: &Config) -> FrontConfig {
         pool: PoolOptions {
             connect_timeout: ms(proxy.connect_timeout_ms),
             max_idle_per_worker: proxy.pool_idle_per_worker as usize,
+            idle_timeout: ms(proxy.pool_idle_timeout_ms),
+            max_head_bytes: proxy.max_response_header_bytes as usize,
             ..PoolOptions::default()
         },
         allow: Arc::new(Allowed::new(config.workers.allow.clone())),

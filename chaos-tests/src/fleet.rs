@@ -130,7 +130,7 @@ impl Fleet {
             replicas,
             engines: 0,
             // A test that stops replicas does not want to wait for idle connections.
-            settings: vec!["http.shutdown_grace_ms=3000".to_owned()],
+            settings: vec!["http.shutdown_grace_ms=3000".to_owned(), "http.drain_settle_ms=0".to_owned()],
             engine_args: Vec::new(),
         }
     }

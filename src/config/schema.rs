@@ -104,6 +104,18 @@ sections! {
         keys_file: Option<PathBuf> = None, Kind::Path;
         /// After SIGTERM running requests may take this long before they are cut.
         shutdown_grace_ms: u64 = 30_000, Kind::int("ms", 0, HOUR_MS);
+        /// After SIGTERM `/readyz` says 503 for this long before the listener closes, so that a load balancer stops sending requests first: a little more than its check interval times its failures. SIGINT does not wait.
+        drain_settle_ms: u64 = 5_000, Kind::int("ms", 0, HOUR_MS);
+        /// Threads that serve connections, each with its own connections to workers; 0 means as many as there are processors.
+        threads: u32 = 0, Kind::int("threads", 0, 1024);
+        /// A request body must be complete within this time ...
+        body_timeout_ms: u64 = 60_000, Kind::int("ms", 1, HOUR_MS);
+        /// ... and after its first 10 s no slower than this.
+        body_min_bytes_per_s: u32 = 1_024, Kind::int("bytes/s", 1, GIB);
+        /// A client that takes none of its answer for this long is cut off.
+        write_stall_timeout_ms: u64 = 30_000, Kind::int("ms", 1, HOUR_MS);
+        /// Most concurrent HTTP/2 streams of one connection.
+        max_h2_streams: u32 = 128, Kind::int("streams", 1, 65_536);
         /// Allow listeners that other machines can reach although they have neither authentication nor TLS.
         insecure: bool = false, Kind::Bool;
     }
@@ -196,10 +208,34 @@ sections! {
         idle_timeout_ms: u64 = 300_000, Kind::int("ms", 1, 24 * HOUR_MS);
         /// Longest time for a whole request.
         total_timeout_ms: u64 = 1_800_000, Kind::int("ms", 1, 168 * HOUR_MS);
-        /// Further workers to try when one fails before its first byte.
+        /// Further attempts when a worker fails before its first byte. Two workers see a request at most.
         retries: u32 = 2, Kind::int("attempts", 0, 16);
-        /// Idle connections kept open to each worker.
+        /// Retries for 100 requests, beside one a second, so that they cannot multiply a load that is already too much. Attempts that could not connect do not count.
+        retry_budget_percent: u32 = 20, Kind::int("percent", 0, 1000);
+        /// Longest (random) pause before the first retry of a request that a worker has seen; doubles with each further one.
+        retry_pause_ms: u64 = 25, Kind::int("ms", 0, 60_000);
+        /// Failures in a row after which a worker is left alone for a while; 0 means never.
+        breaker_failures: u32 = 5, Kind::int("failures", 0, 1_000_000);
+        /// How long it is left alone the first time. Then one request tries it; when that fails, the time doubles ...
+        breaker_open_ms: u64 = 1_000, Kind::int("ms", 1, HOUR_MS);
+        /// ... up to this.
+        breaker_max_open_ms: u64 = 30_000, Kind::int("ms", 1, HOUR_MS);
+        /// Requests a worker should have at once, over the whole cluster, where its registration does not say (`max_requests`). More wait.
+        max_requests_per_worker: u32 = 8_192, Kind::int("requests", 1, 1_000_000);
+        /// Most requests that wait at this replica because all workers have as many as they should; further ones get 429.
+        queue_max: u32 = 1_024, Kind::int("requests", 0, 1_000_000);
+        /// A waiting request gets 429 after this time.
+        queue_timeout_ms: u64 = 30_000, Kind::int("ms", 0, HOUR_MS);
+        /// Idle connections to each worker that each thread keeps open.
         pool_idle_per_worker: u32 = 256, Kind::int("connections", 0, 65_536);
+        /// ... for at most this long. Less than the engine's own keep-alive (uvicorn: 5 s).
+        pool_idle_timeout_ms: u64 = 4_000, Kind::int("ms", 1, HOUR_MS);
+        /// Largest response head of a worker.
+        max_response_header_bytes: u32 = 65_536, Kind::int("bytes", 1024, 16 * MIB);
+        /// Request headers that pass to workers although they would stay here, such as `authorization` or `cookie`.
+        headers_forward: Vec<String> = Vec::new(), Kind::List("header name");
+        /// Request headers that stay here although they would pass.
+        headers_drop: Vec<String> = Vec::new(), Kind::List("header name");
     }
 
     /// Log output.

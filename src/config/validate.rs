@@ -17,6 +17,7 @@ pub(super) fn problems(config: &Config) -> Vec<ConfigError> {
     listeners(config, &mut problems);
     cluster(config, &mut problems);
     workers(config, &mut problems);
+    headers(config, &mut problems);
     let keys = config.key.iter().enumerate().map(|(at, key)| (format!("key[{at}]"), key));
     problems.extend(access::key_problems(keys));
     problems.extend(access::node_token_problems(&config.node_token));
@@ -163,6 +164,19 @@ fn cluster(config: &Config, problems: &mut Vec<ConfigError>) {
     for address in &cluster.join {
         if let Err(message) = check_host_port(address) {
             problems.push(ConfigError::about("cluster.join", message));
+        }
+    }
+}
+
+fn headers(config: &Config, problems: &mut Vec<ConfigError>) {
+    let proxy = &config.proxy;
+    for (key, names) in
+        [("proxy.headers_forward", &proxy.headers_forward), ("proxy.headers_drop", &proxy.headers_drop)]
+    {
+        for name in names {
+            if http::HeaderName::from_bytes(name.as_bytes()).is_err() {
+                problems.push(ConfigError::about(key, format!("{name:?} is not the name of a header")));
+            }
         }
     }
 }

@@ -73,6 +73,8 @@ pub(super) struct Relay {
     timer: Option<Pin<Box<Sleep>>>,
     tail: Tail,
     seen_data: bool,
+    /// Breaks the response off with the next poll.
+    breaking: Option<ApiError>,
 }
 
 impl Relay {
@@ -86,6 +88,7 @@ impl Relay {
             timer: None,
             tail: Tail::default(),
             seen_data: false,
+            breaking: None,
         };
         if relay.limits.ending.is_none() && relay.upstream.as_ref().is_some_and(Body::is_end_stream) {
             // hyper never polls a body that says it is over.
@@ -103,12 +106,23 @@ impl Relay {
 
     /// The worker broke off or fell silent: the last event of an event stream, an error (which
     /// truncates the response visibly) of anything else.
-    fn fail(&mut self, error: ApiError, outcome: Outcome) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn fail(
+        &mut self,
+        cx: &mut Context<'_>,
+        error: ApiError,
+        outcome: Outcome,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         self.upstream = None;
         let worker = self.booking.worker().map(ToString::to_string).unwrap_or_default();
         self.tracked.note_error(format!("worker {worker}: {}", error.message));
         self.tracked.finish(outcome);
-        let Some(ending) = self.limits.ending else { return Poll::Ready(Some(Err(error.into()))) };
+        let Some(ending) = self.limits.ending else {
+            // Not at once: with the error goes what was not flushed yet, and hyper flushes when
+            // there is nothing to read.
+            self.breaking = Some(error);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        };
         let event = ending.failure(&error);
         if self.tail.at_event_boundary() {
             return Poll::Ready(Some(Ok(Frame::data(event))));
@@ -149,6 +163,9 @@ impl Body for Relay {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
+        if let Some(error) = this.breaking.take() {
+            return Poll::Ready(Some(Err(error.into())));
+        }
         let Some(upstream) = &mut this.upstream else { return Poll::Ready(None) };
         match Pin::new(upstream).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
@@ -171,12 +188,12 @@ impl Body for Relay {
             }
             Poll::Ready(None) if this.limits.ending == Some(Ending::Done) && !this.tail.is_done() => {
                 let text = "the worker ended the stream without [DONE]";
-                this.fail(ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
+                this.fail(cx, ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
             }
             Poll::Ready(None) => this.end(),
             Poll::Ready(Some(Err(_))) => {
                 let text = "the worker broke off in the middle of its answer";
-                this.fail(ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
+                this.fail(cx, ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
             }
             Poll::Pending => match this.poll_silence(cx) {
                 Poll::Ready(error) => {
@@ -185,7 +202,7 @@ impl Body for Relay {
                     } else {
                         error
                     };
-                    this.fail(error, Outcome::Timeout)
+                    this.fail(cx, error, Outcome::Timeout)
                 }
                 Poll::Pending => Poll::Pending,
             },
@@ -194,13 +211,15 @@ impl Body for Relay {
 
     fn is_end_stream(&self) -> bool {
         // An event stream is not over before it was looked at for its [DONE].
-        self.upstream.as_ref().is_none_or(|u| u.is_end_stream() && self.limits.ending.is_none())
+        self.breaking.is_none()
+            && self.upstream.as_ref().is_none_or(|u| u.is_end_stream() && self.limits.ending.is_none())
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.upstream {
             Some(upstream) if self.limits.ending.is_none() => upstream.size_hint(),
             Some(_) => SizeHint::default(),
+            None if self.breaking.is_some() => SizeHint::default(),
             None => SizeHint::with_exact(0),
         }
     }

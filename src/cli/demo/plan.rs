@@ -172,6 +172,7 @@ impl Layout {
             .collect();
         let mut http = Table::from_iter([("listen".to_owned(), text(&me.http.to_string()))]);
         http.insert("shutdown_grace_ms".to_owned(), Value::Integer(2_000));
+        http.insert("drain_settle_ms".to_owned(), Value::Integer(500));
         let replica = Table::from_iter([
             ("name".to_owned(), text(&me.name)),
             ("data_dir".to_owned(), text(&me.data_dir.to_string_lossy())),

@@ -212,7 +212,10 @@ async fn when_all_are_dead_the_error_names_them_and_says_when_to_come_back() {
     assert_eq!(header(&response, "retry-after"), Some("1"));
     // Marked unreachable both: tried again all the same, and found alive again.
     let revived = answering(ok("application/json", "{}")).await;
-    front.cluster.change("a", |record| record.spec.url = format!("http://{revived}"));
+    front.cluster.change("a", |record| {
+        record.spec.url = format!("http://{revived}");
+        record.generation += 1;
+    });
     assert_eq!(status(&exchange(front.address, chat()).await), 200);
     assert!(!front.cluster.worker("a").unwrap().live.unreachable.load(Ordering::Relaxed));
 }
