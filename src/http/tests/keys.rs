@@ -68,6 +68,7 @@ async fn secrets_do_not_reach_workers_logs_of_keys_or_metrics() {
     let other = request("POST", "/v1/messages", "x-api-key: secret-b\r\n", CHAT);
     assert_eq!(status(&exchange(front.address, other).await), 200);
     assert_eq!(status(&exchange(front.address, chat_as("nobody")).await), 401);
+    assert_eq!(front.front.metrics.requests_taken(), 2, "who is refused does not count as taken");
     let seen = seen.lock().join("\n");
     assert!(seen.contains(CHAT) && !seen.contains("secret"), "{seen}");
     let text = exchange(front.address, request("GET", "/metrics", "", "")).await;
