@@ -167,8 +167,8 @@ impl Front {
     pub fn new(config: FrontConfig, control: Arc<dyn ControlPlane>, metrics: Arc<Metrics>) -> Arc<Self> {
         let replica = http::HeaderValue::from_str(&config.replica)
             .unwrap_or_else(|_| http::HeaderValue::from_static("unprintable"));
-        let node_tokens = NodeTokens::new(config.nodes.tokens.clone(), config.nodes.bound_tokens.clone());
         let started = Instant::now();
+        let node_tokens = NodeTokens::new(config.nodes.tokens.clone(), config.nodes.bound_tokens.clone());
         Arc::new(Self {
             config,
             control,

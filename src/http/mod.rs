@@ -29,6 +29,7 @@ mod metrics;
 mod models;
 mod nodes;
 mod openapi;
+mod passthrough;
 mod peek;
 mod probe;
 mod proxy;

@@ -15,9 +15,11 @@ use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::headers::{self, REPLICA, REQUEST_ID, WORKER};
 use super::keys::Caller;
-use super::metrics::{Outcome, Route, Tracked};
+use super::metrics::{Outcome, Tracked};
+use super::passthrough::{self, Content};
 use super::peek::peek;
 use super::relay::{Ending, Relay, RelayLimits};
+use super::routes::Route;
 use super::upstream::{HeadersToWorker, Outgoing};
 
 /// Bodies above this are read by the JSON parser away from the thread's other connections.
@@ -115,21 +117,18 @@ async fn look_into<'a>(route: Route, headers: &HeaderMap, body: &'a Bytes) -> Re
         return read(body).await;
     }
     let any = Asked { model: None, prompt_tokens: 0, max_tokens: None };
-    // A form is read by its own rules at the worker: what looks like JSON in it proves nothing.
-    if body.is_empty() || !says_json(headers) {
-        return Ok(any);
+    match passthrough::content(headers) {
+        _ if body.is_empty() => Ok(any),
+        Content::Json => Ok(read(body).await.unwrap_or(any)),
+        Content::Form(boundary) => {
+            let model = passthrough::model_in_form(&boundary, body).map(Cow::Borrowed);
+            Ok(Asked { model, ..any })
+        }
+        Content::Other => Ok(any),
     }
-    Ok(read(body).await.unwrap_or(any))
 }
 
-/// Whether a body is meant to be JSON, as far as its headers say.
-fn says_json(headers: &HeaderMap) -> bool {
-    let Some(value) = headers.get(CONTENT_TYPE) else { return true };
-    let kind = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
-    kind.eq_ignore_ascii_case("application/json")
-}
-
-/// Reads a body; a large one on a thread where that holds nobody up.
+/// Reads a JSON body; a large one on a thread where that holds nobody up.
 async fn read(body: &Bytes) -> Result<Asked<'_>, ApiError> {
     if body.len() <= LARGE_BODY {
         return ask(body);
@@ -161,7 +160,9 @@ fn relayed(
     tracked.set_status(head.status);
     tracked.set_worker(worker.id().clone());
     let content_type = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    let ending = Ending::of(tracked.route());
     let events = content_type.starts_with(b"text/event-stream")
+        && (ending == Ending::Done || !head.headers.contains_key(CONTENT_LENGTH))
         && head.status.is_success()
         && !head.headers.contains_key(CONTENT_ENCODING);
     if events {
@@ -169,7 +170,7 @@ fn relayed(
         head.headers.remove(CONTENT_LENGTH);
     }
     head.headers.insert(WORKER, slot.id().clone());
-    let ending = events.then(|| Ending::of(tracked.route()));
+    let ending = events.then_some(ending);
     let limits = RelayLimits { idle: shard.front.config.proxy.idle_timeout, deadline, ending };
     let relay = Relay::new(body, booking, tracked, limits);
     let mut response = Response::new(FrontBody::relay(relay));

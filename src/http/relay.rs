@@ -11,9 +11,9 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::body::BodyError;
 use super::errors::{ApiError, Code};
-use super::metrics::{Outcome, Route, Tracked};
+use super::metrics::{Outcome, Tracked};
 use super::queue::Held;
-use super::routes::Dialect;
+use super::routes::{Dialect, Route};
 use super::upstream::UpstreamBody;
 
 /// How a relayed body is watched over.

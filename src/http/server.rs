@@ -16,16 +16,7 @@ pub async fn serve_client(
     front: Arc<Front>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let announce = async {
-        shutdown.cancelled().await;
-        front.draining.cancel();
-    };
-    let threads = front.config.accept.threads;
-    let (ended, ()) = tokio::join!(
-        accept::run(listener, Arc::clone(&front), Listener::Client, threads, shutdown.clone()),
-        announce
-    );
-    ended
+    serve(listener, front, Listener::Client, shutdown).await
 }
 
 /// Serves operators on `listener` until `shutdown`.
@@ -34,5 +25,24 @@ pub async fn serve_admin(
     front: Arc<Front>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    accept::run(listener, front, Listener::Admin, 0, shutdown).await
+    serve(listener, front, Listener::Admin, shutdown).await
+}
+
+async fn serve(
+    listener: std::net::TcpListener,
+    front: Arc<Front>,
+    plane: Listener,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let announce = async {
+        shutdown.cancelled().await;
+        if plane == Listener::Client {
+            front.draining.cancel();
+        }
+    };
+    // Operators are few: they get no threads of their own.
+    let threads = if plane == Listener::Client { front.config.accept.threads } else { 0 };
+    let (ended, ()) =
+        tokio::join!(accept::run(listener, Arc::clone(&front), plane, threads, shutdown.clone()), announce);
+    ended
 }

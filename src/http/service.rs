@@ -6,7 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use http::{HeaderMap, Method, Request, Response};
+use http::header::CONNECTION;
+use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
 
 use super::auth::NodeGrant;
@@ -139,10 +140,14 @@ impl hyper::service::Service<Request<Incoming>> for FrontService {
         let in_flight = self.state.begin();
         let is_http1 = request.version() <= http::Version::HTTP_11;
         let service = self.clone();
+        let is_draining = self.shard.front.draining.is_cancelled();
         Box::pin(async move {
             let mut response = service.answer(request).await.map(|body| body.holding(in_flight));
             if !is_http1 {
-                response.headers_mut().remove(http::header::CONNECTION);
+                response.headers_mut().remove(CONNECTION);
+            } else if is_draining {
+                // Its connection goes elsewhere before this listener closes.
+                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Ok(response)
         })
