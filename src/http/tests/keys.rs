@@ -207,6 +207,13 @@ async fn a_key_for_some_models_cannot_send_what_names_none() {
     let body = r#"{"model":"m","x":"&model=m-lora&"}"#;
     let response = exchange(front.address, request("POST", "/v1/audio/speech", form, body)).await;
     assert_eq!(status(&response), 403, "{response}");
+    // Nor is a form good that names two.
+    let form = "authorization: Bearer secret-a\r\ncontent-type: multipart/form-data; boundary=x\r\n";
+    let model =
+        |name: &str| format!("--x\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n{name}\r\n");
+    let body = format!("{}{}--x--\r\n", model("m"), model("m-lora"));
+    let response = exchange(front.address, request("POST", "/v1/audio/transcriptions", form, &body)).await;
+    assert_eq!(status(&response), 403, "{response}");
     assert!(seen.lock().is_empty(), "nothing reached the worker");
     let response = exchange(front.address, as_key("a", "POST", "/v1/audio/speech", CHAT)).await;
     assert_eq!(status(&response), 200, "{response}");
