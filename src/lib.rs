@@ -26,6 +26,9 @@
 //!
 //! **The edges**:
 //!
+//! [`tls`]: certificates from files that may change, mutual TLS between replicas, TLS on the
+//! listeners, issuing certificates. The only cryptography is rustls with ring.
+//!
 //! [`engines`]: what is known of inference engines: how to ask one about itself
 //! ([`engines::probe`]), and how to be one ([`engines::sim`], a simulated vLLM).
 //!
@@ -58,3 +61,4 @@ pub mod ids;
 pub mod routing;
 pub mod serve;
 pub mod state;
+pub mod tls;

@@ -313,14 +313,15 @@ fn layers_name_only_what_lies_below_them() {
         ("ids", &[]),
         ("codec", &[]),
         ("balancer", &[]),
+        ("tls", &[]),
         ("kv", &["codec", "ids"]),
         ("state", &["codec", "ids", "kv"]),
         ("routing", &["ids", "kv", "state"]),
-        ("cluster", &["codec", "ids", "kv", "routing", "state"]),
+        ("cluster", &["codec", "ids", "kv", "routing", "state", "tls"]),
         ("admin_types", &["cluster", "ids", "state"]),
-        ("config", &["admin_types", "ids", "routing", "state"]),
+        ("config", &["admin_types", "ids", "routing", "state", "tls"]),
         ("engines", &["ids", "kv", "state"]),
-        ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state"]),
+        ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state", "tls"]),
     ];
     let mut found = Vec::new();
     for (file, code) in &sources() {

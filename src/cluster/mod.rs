@@ -27,4 +27,6 @@ pub mod pulse;
 pub mod storage;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;
 pub mod types;

@@ -123,6 +123,40 @@ impl Collector for ClusterGauges {
     }
 }
 
+/// When each listener's certificate expires, read at the moment of a scrape.
+pub struct CertificateGauges {
+    expiries: Box<dyn Fn() -> Vec<(&'static str, i64)> + Send + Sync>,
+}
+
+impl CertificateGauges {
+    /// `expiries` gives listeners and seconds since 1970.
+    pub fn new(expiries: impl Fn() -> Vec<(&'static str, i64)> + Send + Sync + 'static) -> Self {
+        Self { expiries: Box::new(expiries) }
+    }
+}
+
+impl std::fmt::Debug for CertificateGauges {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CertificateGauges")
+    }
+}
+
+impl Collector for CertificateGauges {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
+        let expiries = (self.expiries)();
+        if expiries.is_empty() {
+            return Ok(());
+        }
+        let help = "When the certificate in use expires, in seconds since 1970";
+        let mut family =
+            encoder.encode_descriptor("certificate_expiry_seconds", help, None, MetricType::Gauge)?;
+        for (listener, expires) in expiries {
+            ConstGauge::new(expires).encode(family.encode_family(&[("listener", listener)])?)?;
+        }
+        Ok(())
+    }
+}
+
 fn worker_gauge(
     encoder: &mut DescriptorEncoder<'_>,
     workers: &[Arc<WorkerView>],

@@ -5,4 +5,6 @@ mod limits;
 mod matrix;
 mod planes;
 mod proxy;
+mod registration;
 mod support;
+mod tls;
