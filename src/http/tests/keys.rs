@@ -49,6 +49,7 @@ async fn secrets_do_not_reach_workers_logs_of_keys_or_metrics() {
     let other = request("POST", "/v1/messages", "x-api-key: secret-b\r\n", CHAT);
     assert_eq!(status(&exchange(front.address, other).await), 200);
     assert_eq!(status(&exchange(front.address, chat_as("nobody")).await), 401);
+    assert_eq!(front.front.metrics.requests_taken(), 2, "who is refused does not count as taken");
     let seen = seen.lock().join("\n");
     assert!(seen.contains(CHAT) && !seen.contains("secret"), "{seen}");
     let text = exchange(front.address, request("GET", "/metrics", "", "")).await;
@@ -186,6 +187,13 @@ async fn a_key_for_some_models_cannot_send_what_names_none() {
     let form = "authorization: Bearer secret-a\r\ncontent-type: application/x-www-form-urlencoded\r\n";
     let body = r#"{"model":"m","x":"&model=m-lora&"}"#;
     let response = exchange(front.address, request("POST", "/v1/audio/speech", form, body)).await;
+    assert_eq!(status(&response), 403, "{response}");
+    // Nor is a form good that names two.
+    let form = "authorization: Bearer secret-a\r\ncontent-type: multipart/form-data; boundary=x\r\n";
+    let model =
+        |name: &str| format!("--x\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n{name}\r\n");
+    let body = format!("{}{}--x--\r\n", model("m"), model("m-lora"));
+    let response = exchange(front.address, request("POST", "/v1/audio/transcriptions", form, &body)).await;
     assert_eq!(status(&response), 403, "{response}");
     assert!(seen.lock().is_empty(), "nothing reached the worker");
     let response = exchange(front.address, as_key("a", "POST", "/v1/audio/speech", CHAT)).await;
