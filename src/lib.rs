@@ -18,6 +18,9 @@
 //! [`routing`]: choosing a worker. Filters, then a policy, over a [`routing::view`] that is read
 //! without a lock; [`routing::book`] takes note of what was chosen.
 //!
+//! [`telemetry`]: histograms without a lock, the process as the kernel sees it, and spans for a
+//! collector. Names nothing of ours; everybody who measures names it.
+//!
 //! **Consensus**:
 //!
 //! [`cluster`]: two Raft groups, their write-ahead log and checkpoints, the links between
@@ -25,6 +28,9 @@
 //! [`cluster::api::ControlPlane`]. The only module that names openraft or sled.
 //!
 //! **The edges**:
+//!
+//! [`tls`]: certificates from files that may change, mutual TLS between replicas, TLS on the
+//! listeners, issuing certificates. The only cryptography is rustls with ring.
 //!
 //! [`engines`]: what is known of inference engines: how to ask one about itself
 //! ([`engines::probe`]), and how to be one ([`engines::sim`], a simulated vLLM).
@@ -58,3 +64,5 @@ pub mod ids;
 pub mod routing;
 pub mod serve;
 pub mod state;
+pub mod telemetry;
+pub mod tls;

@@ -25,6 +25,7 @@ fn documented_lines_are_accepted() {
         "balancer --listen 127.0.0.1:0 --backend 127.0.0.1:1 --backend 127.0.0.1:2 --check-interval-ms 100",
         "serve --admin-token-file t --keys-file k",
         "status --server http://h:1 --json --watch",
+        "status -o json --local",
         "status --server http://h:1 --token-file t",
         "keys new team-a --models a,b* --rps 0.5 --burst 3 --max-concurrent 9 --expires 2099-12-31T00:00:00Z",
         "keys hash",
@@ -45,6 +46,11 @@ fn documented_lines_are_accepted() {
         "config print --json --origins --set a.b=c",
         "config check --config x.toml",
         "config default",
+        "certs init",
+        "certs init --dir d --cluster c --replica r1 --replica r2=h,10.0.0.1 --days 9 --ca-days 90 --force",
+        "certs issue r1 --dir d --san a,b --san c --days 9 --force --cluster c",
+        "certs issue gw --server --san h",
+        "status --server https://h:1 --ca f",
         "completions zsh",
     ] {
         parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -53,9 +59,18 @@ fn documented_lines_are_accepted() {
 
 #[test]
 fn wrong_lines_are_refused() {
-    for line in
-        ["", "serv", "worker add", "worker add http://h:1 --engine tgi", "balancer", "completions cmd"]
-    {
+    for line in [
+        "",
+        "serv",
+        "certs issue",
+        "certs issue a/b",
+        "certs init --days 0",
+        "certs init --replica =h",
+        "worker add",
+        "worker add http://h:1 --engine tgi",
+        "balancer",
+        "completions cmd",
+    ] {
         assert!(parse(line).is_err(), "{line}");
     }
 }

@@ -24,7 +24,10 @@ pub mod peer;
 mod place;
 pub mod proposer;
 pub mod pulse;
+pub mod stats;
 pub mod storage;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;
 pub mod types;
