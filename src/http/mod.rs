@@ -18,6 +18,7 @@ mod body;
 mod call;
 mod checks;
 mod conn;
+mod depth;
 mod errors;
 mod fetch;
 mod front;
