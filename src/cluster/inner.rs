@@ -117,6 +117,8 @@ pub(super) struct Member {
 
 pub(super) struct Inner {
     pub(super) config: NodeConfig,
+    /// How this replica connects to others.
+    pub(super) dialer: Dialer,
     pub(super) board: Arc<Board>,
     pub(super) bookings: Bookings,
     pub(super) control: Proposer<ControlState>,
@@ -132,11 +134,4 @@ pub(super) struct Inner {
     pub(super) raft_runtime: tokio::runtime::Handle,
     /// Held while this process lives.
     pub(super) _lock: std::fs::File,
-}
-
-impl Inner {
-    /// How this replica connects to others.
-    pub(super) fn dialer(&self) -> Dialer {
-        Dialer::new(self.config.tls.clone())
-    }
 }
