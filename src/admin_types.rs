@@ -89,6 +89,34 @@ pub struct MembersReply {
     pub members: Vec<MemberStatus>,
 }
 
+/// `GET /v1/admin/keys`
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct KeysReply {
+    /// Whether clients need a key here.
+    pub required: bool,
+    /// The keys in force at the answering replica, by id.
+    pub keys: Vec<KeyStatus>,
+}
+
+/// An API key in force, with what it did at the answering replica; never its secret.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct KeyStatus {
+    /// What it is called.
+    pub id: String,
+    /// Models it may use; all where left out.
+    pub models: Option<Vec<String>>,
+    /// From when on it is refused, in seconds since 1970; never where left out.
+    pub expires_unix_s: Option<u64>,
+    /// Whether that time has come.
+    pub expired: bool,
+    /// Requests in flight.
+    pub in_flight: u32,
+    /// Requests let in since the start.
+    pub admitted: u64,
+    /// Requests refused for its limits since the start.
+    pub limited: u64,
+}
+
 /// What a registration answers.
 #[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
 pub struct RegisteredReply {

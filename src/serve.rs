@@ -6,6 +6,8 @@
 //! `http.shutdown_grace_ms`, then the log is closed. A second signal
 //! ends the process at once; the log takes that as it takes a crash.
 
+mod keys;
+
 use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -21,15 +23,17 @@ use crate::cluster::down::DownPlane;
 use crate::cluster::inner::{NodeConfig, StartError};
 use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
-use crate::config::{Certificates, Config, ConfigErrors, Loaded, LogConfig, LogFormat};
+use crate::config::{Certificates, Config, ConfigErrors, Loaded, LogConfig, LogFormat, NodeTokenEntry};
 use crate::http::{
     Allowed, BodyLimits, CertificateGauges, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions,
-    HeaderRules, Metrics, NodeOptions, PoolOptions, ProxyOptions, QueueOptions, RetryOptions, TokenDigests,
-    bind, keep_configured_workers, run_prober, serve_admin, serve_client,
+    HeaderRules, KeyGauges, KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions,
+    QueueOptions, RetryOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
+    serve_client,
 };
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
+use keys::{KeysFile, client_key};
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
 const HEARTBEATS_PER_TIMEOUT: u32 = 5;
@@ -100,11 +104,10 @@ async fn serve(
     let gauges = CertificateGauges::new(move || expiring.expiries());
     metrics.registry_mut().register_collector(Box::new(gauges));
     tokio::spawn(warn_before_expiry(certificates.clone()));
-    let front_config = FrontConfig {
-        client_tls: certificates.http.clone(),
-        admin_tls: certificates.admin.clone(),
-        ..front_config(config)
-    };
+    let front_config = front_config(config, certificates);
+    let keys = Arc::clone(&front_config.keys);
+    metrics.registry_mut().register_collector(Box::new(KeyGauges::new(Arc::clone(&keys))));
+    let keys_file = KeysFile::load(config, keys)?;
     let front = Front::new(front_config, plane, Arc::new(metrics));
     for tls in [&certificates.http, &certificates.admin].into_iter().flatten().cloned() {
         // Ends with the runtime: nothing is left half done by it.
@@ -123,6 +126,10 @@ async fn serve(
     let operators = tokio::spawn(serve_admin(admin, Arc::clone(&front), admin_shutdown.clone()));
     tokio::spawn(run_prober(Arc::clone(&front), shutdown.clone()));
     tokio::spawn(keep_configured_workers(Arc::clone(&front), config.worker.clone(), shutdown.clone()));
+
+    if let Some(file) = keys_file {
+        tokio::spawn(file.follow(shutdown.clone()));
+    }
 
     let failed = async {
         match &cluster {
@@ -289,12 +296,14 @@ fn header_names(names: &[String]) -> Vec<http::HeaderName> {
     names.iter().filter_map(|name| name.parse().ok()).collect()
 }
 
-fn front_config(config: &Config) -> FrontConfig {
+fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
     let (http, proxy) = (&config.http, &config.proxy);
     let heartbeat_interval = ms(config.workers.timeout_ms) / HEARTBEATS_PER_TIMEOUT;
     let policy = policy::by_name(proxy.policy.name()).unwrap_or_else(|| FrontConfig::default().policy);
     FrontConfig {
         replica: config.replica.name.clone(),
+        client_tls: certificates.http.clone(),
+        admin_tls: certificates.admin.clone(),
         accept: FrontOptions {
             timeouts: ConnTimeouts {
                 first_byte: ms(http.first_byte_timeout_ms),
@@ -354,12 +363,26 @@ fn front_config(config: &Config) -> FrontConfig {
         allow: Arc::new(Allowed::new(config.workers.allow.clone())),
         nodes: NodeOptions {
             tokens: TokenDigests::new(config.nodes.token_sha256.iter().map(|digest| digest.0).collect()),
+            bound_tokens: config.node_token.iter().map(node_token).collect(),
             heartbeat_interval,
             probe_interval: ms(config.workers.probe_interval_ms),
             probe_timeout: ms(config.workers.probe_timeout_ms),
         },
+        admin_tokens: TokenDigests::new(config.admin.token_sha256.iter().map(|digest| digest.0).collect()),
+        keys: Arc::new(KeyRing::new(
+            config.wants_client_keys().then(|| config.key.iter().map(client_key).collect()),
+        )),
+        metrics_open_on_admin: config.admin.listen.ip().is_loopback(),
         metrics_on_client: config.http.listen.ip().is_loopback(),
         policy,
-        ..FrontConfig::default()
+    }
+}
+
+fn node_token(entry: &NodeTokenEntry) -> NodeToken {
+    NodeToken {
+        id: entry.id.clone(),
+        digest: entry.sha256.0,
+        networks: entry.networks.clone(),
+        roles: entry.roles.clone(),
     }
 }

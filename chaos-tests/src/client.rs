@@ -68,10 +68,19 @@ impl Http {
         body: Option<&impl Serialize>,
         limit: Duration,
     ) -> Result<Reply, String> {
-        let request =
-            Request::builder().method(method).uri(url).header(header::CONTENT_TYPE, "application/json");
+        let request = Request::builder().method(method).uri(url);
+        self.exchange(request, body, limit).await
+    }
+
+    async fn exchange(
+        &self,
+        request: http::request::Builder,
+        body: Option<&impl Serialize>,
+        limit: Duration,
+    ) -> Result<Reply, String> {
         let body =
             body.map_or_else(Vec::new, |body| serde_json::to_vec(body).expect("a body can be written"));
+        let request = request.header(header::CONTENT_TYPE, "application/json");
         let request = request.body(Full::new(Bytes::from(body))).map_err(|e| e.to_string())?;
         let exchange = async {
             let reply = self.0.request(request).await.map_err(|e| match e.source() {
@@ -89,6 +98,19 @@ impl Http {
     /// `GET`.
     pub async fn get(&self, url: &str, limit: Duration) -> Result<Reply, String> {
         self.send(Method::GET, url, None::<&()>, limit).await
+    }
+
+    /// `POST` of JSON with an API key or a token.
+    pub async fn post_as(
+        &self,
+        secret: &str,
+        url: &str,
+        body: &impl Serialize,
+        limit: Duration,
+    ) -> Result<Reply, String> {
+        let request = Request::builder().method(Method::POST).uri(url);
+        let request = request.header(header::AUTHORIZATION, format!("Bearer {secret}"));
+        self.exchange(request, Some(body), limit).await
     }
 
     /// `POST` of JSON.

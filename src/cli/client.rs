@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, header};
+use http::{HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -38,19 +38,42 @@ pub(crate) struct Server {
     /// Authority that the certificate of an https server must be of (PEM) [default: Mozilla's list]
     #[arg(long, env = "EVERLINE_CA", hide_env_values = true, value_name = "FILE")]
     pub(crate) ca: Option<PathBuf>,
+    /// File with the admin token, if the replica wants one [default: EVERLINE_ADMIN_TOKEN]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
 }
 
 impl Server {
-    /// A client for it.
+    /// A client with the token that was given, if any.
     pub(crate) fn client(&self) -> Result<Client, Failure> {
-        Client::with_ca(&self.server, self.ca.as_deref())
+        let token = match &self.token_file {
+            None => crate::config::admin_token(),
+            Some(path) => Some(read_token(path)?),
+        };
+        let client = Client::with_ca(&self.server, self.ca.as_deref())?;
+        match token {
+            None => Ok(client),
+            Some(token) => client.with_token(token.trim()),
+        }
     }
+}
+
+/// The first token in a file of tokens, such as `admin.token_file`.
+fn read_token(path: &Path) -> Result<String, Failure> {
+    let name = path.display();
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::Usage(format!("--token-file: cannot read {name}: {e}")))?;
+    let mut tokens = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let token = tokens.next().map(str::to_owned);
+    token.ok_or_else(|| Failure::Usage(format!("--token-file: {name} has no token in it")))
 }
 
 /// A connection pool to one server.
 pub(crate) struct Client {
     base: String,
     timeout: Duration,
+    /// The value of `Authorization`.
+    authorization: Option<HeaderValue>,
     inner: hyper_util::client::legacy::Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
 }
 
@@ -79,7 +102,16 @@ impl Client {
             .enable_http1()
             .wrap_connector(tcp);
         let inner = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
-        Ok(Self { base, timeout: TIMEOUT, inner })
+        Ok(Self { base, timeout: TIMEOUT, authorization: None, inner })
+    }
+
+    /// The same with an admin token.
+    fn with_token(mut self, token: &str) -> Result<Self, Failure> {
+        let mut value = HeaderValue::from_str(&format!("Bearer {token}"))
+            .map_err(|_| Failure::Usage("the admin token has characters that cannot be sent".to_owned()))?;
+        value.set_sensitive(true);
+        self.authorization = Some(value);
+        Ok(self)
     }
 
     /// The same with another time limit.
@@ -120,6 +152,9 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> Result<(StatusCode, Bytes), Failure> {
         let mut request = Request::builder().method(method).uri(format!("{}{path}", self.base));
+        if let Some(authorization) = &self.authorization {
+            request = request.header(header::AUTHORIZATION, authorization);
+        }
         let body = match body {
             None => Bytes::new(),
             Some(body) => {
@@ -152,6 +187,10 @@ impl Client {
 
     fn refusal(&self, method: &Method, path: &str, status: StatusCode, body: &[u8]) -> String {
         match serde_json::from_slice::<ErrorReply>(body) {
+            Ok(reply) if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => format!(
+                "{}; give the admin token with --token-file or EVERLINE_ADMIN_TOKEN",
+                reply.error.message
+            ),
             Ok(reply) => reply.error.message,
             Err(_) => {
                 format!("{method} {}{path} answered {status}; is it an Everline admin address?", self.base)

@@ -8,6 +8,7 @@ mod completions;
 mod config;
 mod demo;
 mod engine_sim;
+mod keys;
 mod member;
 mod output;
 mod parent;
@@ -59,6 +60,7 @@ enum Command {
     Status(status::Args),
     Worker(worker::Args),
     Member(member::Args),
+    Keys(keys::Args),
     Config(config::Args),
     Certs(certs::Args),
     Completions(completions::Args),
@@ -97,6 +99,7 @@ impl Command {
             Command::Status(args) => args.run(out),
             Command::Worker(args) => args.run(out),
             Command::Member(args) => args.run(out),
+            Command::Keys(args) => args.run(out),
             Command::Config(args) => args.run(out),
             Command::Certs(args) => args.run(out),
             Command::Completions(args) => args.run(out),

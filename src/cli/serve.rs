@@ -55,6 +55,12 @@ pub(crate) struct Sources {
     /// File with accepted node tokens, one a line (nodes.token_file)
     #[arg(long, value_name = "FILE")]
     node_token_file: Option<String>,
+    /// File with accepted admin tokens, one a line (admin.token_file)
+    #[arg(long, value_name = "FILE")]
+    admin_token_file: Option<String>,
+    /// File of API keys, followed while it changes (http.keys_file)
+    #[arg(long, value_name = "FILE")]
+    keys_file: Option<String>,
     /// Form of log lines: auto, pretty or json (log.format)
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<String>,
@@ -82,6 +88,8 @@ impl Sources {
             ("--peers", "cluster.peers", &self.peers),
             ("--join", "cluster.join", &self.join),
             ("--node-token-file", "nodes.token_file", &self.node_token_file),
+            ("--admin-token-file", "admin.token_file", &self.admin_token_file),
+            ("--keys-file", "http.keys_file", &self.keys_file),
             ("--log-format", "log.format", &self.log_format),
             ("--log-filter", "log.filter", &self.log_filter),
         ];

@@ -292,8 +292,7 @@ fn patience<S: State>(driver: &Driver<S>, shared: &Shared<S>, sealed_at: Instant
     let queue = shared.queue.lock();
     if queue.waiting.is_empty() {
         drop(queue);
-        let window =
-            if (driver.has_peers)() { shared.batching.load_window } else { LONELY_WINDOW };
+        let window = if (driver.has_peers)() { shared.batching.load_window } else { LONELY_WINDOW };
         return window.saturating_sub(sealed_at.elapsed());
     }
     let full = queue.waiting.front().is_some_and(|batch| batch.list.len() >= shared.batching.bytes);

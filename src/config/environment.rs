@@ -17,3 +17,8 @@ pub fn no_color() -> bool {
 pub fn temporary_folder() -> PathBuf {
     std::env::temp_dir()
 }
+
+/// The admin token in `EVERLINE_ADMIN_TOKEN`, for commands that ask a cluster.
+pub fn admin_token() -> Option<String> {
+    std::env::var("EVERLINE_ADMIN_TOKEN").ok().filter(|token| !token.trim().is_empty())
+}

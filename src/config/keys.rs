@@ -3,7 +3,11 @@
 
 use toml::Value;
 
+use super::access::{KeyEntry, NodeTokenEntry};
+use super::errors::ConfigError;
+use super::read_entry;
 use super::schema::SECTIONS;
+use crate::admin_types::RegisterRequest;
 
 /// One section of the file.
 #[derive(Debug)]
@@ -175,8 +179,45 @@ pub fn find(dotted: &str) -> Option<&'static KeyDoc> {
     SECTIONS.iter().find(|s| s.name == section)?.keys.iter().find(|k| k.name == name)
 }
 
-/// Keys of a `[[worker]]` entry.
-pub(super) const WORKER_KEYS: &[&str] = crate::admin_types::RegisterRequest::FIELDS;
+/// A list of entries, written `[[name]]`.
+#[derive(Debug)]
+pub(super) struct List {
+    pub(super) name: &'static str,
+    /// Keys of an entry.
+    pub(super) fields: &'static [&'static str],
+    /// What to write, for those who write it otherwise.
+    pub(super) example: &'static str,
+    /// Tries an entry by itself.
+    pub(super) check: fn(&str, Value) -> Result<(), ConfigError>,
+}
+
+/// Every list.
+pub(super) static LISTS: &[List] = &[
+    List {
+        name: "worker",
+        fields: RegisterRequest::FIELDS,
+        example: r#"such as [{ url = "http://127.0.0.1:8000" }]"#,
+        check: |key, value| read_entry::<RegisterRequest>(key, value).map(drop),
+    },
+    List {
+        name: "key",
+        fields: KeyEntry::FIELDS,
+        example: r#"such as [{ id = "team-a", sha256 = "..." }]"#,
+        check: |key, value| read_entry::<KeyEntry>(key, value).map(drop),
+    },
+    List {
+        name: "node_token",
+        fields: NodeTokenEntry::FIELDS,
+        example: r#"such as [{ id = "gpus", sha256 = "...", networks = ["10.0.0.0/8"] }]"#,
+        check: |key, value| read_entry::<NodeTokenEntry>(key, value).map(drop),
+    },
+];
+
+/// The list that `key`, such as `worker[0]`, is an entry of.
+pub(super) fn list_of(key: &str) -> Option<&'static List> {
+    let (name, _) = key.split_once('[')?;
+    LISTS.iter().find(|list| list.name == name)
+}
 
 /// The candidate that `typed` was most likely meant to be, if one is near enough.
 pub fn suggest<'a>(typed: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {

@@ -4,6 +4,7 @@
 //! flags. Errors are collected, not just the first reported, and each names its place and a
 //! remedy. This module and `main` are the only places that read the environment.
 
+mod access;
 mod certificates;
 mod environment;
 mod errors;
@@ -22,8 +23,9 @@ use std::path::Path;
 use serde::Deserialize as _;
 use toml::{Table, Value};
 
+pub use access::{Expiry, KeyEntry, NodeTokenEntry, parse_keys, read_keys_file};
 pub use certificates::Certificates;
-pub use environment::{no_color, temporary_folder, variables};
+pub use environment::{admin_token, no_color, temporary_folder, variables};
 pub use errors::{ConfigError, ConfigErrors, Origin, Place};
 pub use keys::{KeyDoc, Kind, SectionDoc, all as all_keys, find as find_key, suggest};
 pub use render::{default_toml, reference_markdown, to_toml_with_origins};
@@ -41,7 +43,7 @@ use sources::Found;
 pub struct Loaded {
     /// The configuration.
     pub config: Config,
-    /// Dotted key to origin, for every key; `[[worker]]` entries as `worker[0]` and on.
+    /// Dotted key to origin, for every key; `[[worker]]` entries as `worker[0]` and on, other lists alike.
     pub origins: BTreeMap<String, Origin>,
 }
 
@@ -84,26 +86,27 @@ impl Config {
 fn assemble(found: Found) -> Result<Loaded, ConfigErrors> {
     let Found { settings, mut errors } = found;
     let mut table = Table::new();
-    let mut workers = Vec::new();
+    let mut lists: BTreeMap<&str, Vec<Value>> = BTreeMap::new();
     let mut places: BTreeMap<String, Place> = BTreeMap::new();
     for setting in settings {
         if let Err(error) = check_alone(&setting.key, &setting.value) {
             errors.push(error.at(&setting.place));
             continue;
         }
-        match setting.key.split_once('.') {
-            Some((section, name)) if !setting.key.starts_with("worker[") => {
+        match (keys::list_of(&setting.key), setting.key.split_once('.')) {
+            (Some(list), _) => lists.entry(list.name).or_default().push(setting.value),
+            (None, Some((section, name))) => {
                 let section = table.entry(section).or_insert_with(|| Table::new().into());
                 if let Value::Table(section) = section {
                     section.insert(name.to_owned(), setting.value);
                 }
             }
-            _ => workers.push(setting.value),
+            (None, None) => {}
         }
         places.insert(setting.key, setting.place);
     }
-    if !workers.is_empty() {
-        table.insert("worker".to_owned(), workers.into());
+    for (name, entries) in lists {
+        table.insert(name.to_owned(), entries.into());
     }
     let mut config = match Config::deserialize(Value::Table(table)) {
         Ok(config) => config,
@@ -112,8 +115,11 @@ fn assemble(found: Found) -> Result<Loaded, ConfigErrors> {
             return Err(ConfigErrors(errors));
         }
     };
-    if let Err(error) = read_tokens(&mut config) {
-        errors.push(error);
+    errors.extend(read_tokens(&mut config));
+    if let Some(path) = &config.http.keys_file
+        && let Err(wrong) = read_keys_file(path, &config.key)
+    {
+        errors.extend(wrong.0);
     }
     // A value that was refused above stands at its default here: rules between keys would
     // speak about something nobody wrote, so they wait until every value is right.
@@ -135,12 +141,15 @@ fn assemble(found: Found) -> Result<Loaded, ConfigErrors> {
     Err(ConfigErrors(errors))
 }
 
+/// Reads one entry of a list.
+fn read_entry<T: serde::de::DeserializeOwned>(key: &str, value: Value) -> Result<T, ConfigError> {
+    T::deserialize(value).map_err(|e| ConfigError::about(key, e.message()))
+}
+
 /// Tries one value by itself, so that an error can name its place.
 fn check_alone(key: &str, value: &Value) -> Result<(), ConfigError> {
-    if key.starts_with("worker[") {
-        return crate::admin_types::RegisterRequest::deserialize(value.clone())
-            .map(|_| ())
-            .map_err(|e| ConfigError::about(key, e.message()));
+    if let Some(list) = keys::list_of(key) {
+        return (list.check)(key, value.clone());
     }
     let Some(doc) = keys::find(key) else { return Ok(()) };
     doc.kind.check(value).map_err(|message| ConfigError::about(key, message))?;
@@ -156,30 +165,41 @@ fn check_alone(key: &str, value: &Value) -> Result<(), ConfigError> {
     })
 }
 
-/// Adds the digests of `nodes.token_file`.
-fn read_tokens(config: &mut Config) -> Result<(), ConfigError> {
-    let Some(path) = &config.nodes.token_file else { return Ok(()) };
-    let text = std::fs::read_to_string(path).map_err(|e| {
-        ConfigError::about("nodes.token_file", format!("cannot read {}: {e}", path.display()))
-    })?;
+/// Adds the digests of `nodes.token_file` and `admin.token_file`.
+fn read_tokens(config: &mut Config) -> Vec<ConfigError> {
+    let Config { nodes, admin, .. } = config;
+    [
+        ("nodes.token_file", &nodes.token_file, &mut nodes.token_sha256),
+        ("admin.token_file", &admin.token_file, &mut admin.token_sha256),
+    ]
+    .into_iter()
+    .filter_map(|(key, path, digests)| add_tokens(key, path.as_deref()?, digests).err())
+    .collect()
+}
+
+fn add_tokens(key: &str, path: &Path, known: &mut Vec<TokenDigest>) -> Result<(), ConfigError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| ConfigError::about(key, format!("cannot read {}: {e}", path.display())))?;
     let tokens = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     let digests: Vec<TokenDigest> = tokens.map(TokenDigest::of).collect();
     if digests.is_empty() {
         let message = format!("{} has no token in it", path.display());
-        return Err(ConfigError::about("nodes.token_file", message)
-            .fix("write one token a line: openssl rand -hex 32"));
+        return Err(ConfigError::about(key, message).fix("write one token a line: openssl rand -hex 32"));
     }
     for digest in digests {
-        if !config.nodes.token_sha256.contains(&digest) {
-            config.nodes.token_sha256.push(digest);
+        if !known.contains(&digest) {
+            known.push(digest);
         }
     }
     Ok(())
 }
 
 fn origins(config: &Config, places: &BTreeMap<String, Place>) -> BTreeMap<String, Origin> {
-    let workers = (0..config.worker.len()).map(|at| format!("worker[{at}]"));
-    let keys = keys::all().map(KeyDoc::dotted).chain(workers);
+    let lengths =
+        [("worker", config.worker.len()), ("key", config.key.len()), ("node_token", config.node_token.len())];
+    let entries =
+        lengths.into_iter().flat_map(|(name, length)| (0..length).map(move |at| format!("{name}[{at}]")));
+    let keys = keys::all().map(KeyDoc::dotted).chain(entries);
     keys.map(|key| {
         let origin = places.get(&key).map_or(Origin::Default, |place| place.origin.clone());
         (key, origin)

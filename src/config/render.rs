@@ -29,6 +29,48 @@ const WORKER_EXAMPLE: &str = r#"# Workers registered at start; repeat the block 
 # probe = true                      # ask the engine for health and models first
 "#;
 
+const KEY_EXAMPLE: &str = r#"# API keys of clients; without any, and without http.keys_file, everybody may send requests.
+# `everline keys new ID` makes one. Limits are per replica: of three replicas behind a balancer
+# each lets this much through, so give each a third.
+# [[key]]
+# id = "team-a"                     # name in logs, metrics and messages
+# sha256 = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"  # of the secret
+# models = ["llama-3", "qwen-*"]    # default: all; a * at the end stands for anything
+# requests_per_second = 10          # default: no limit; 0.001 to 1000000
+# burst = 20                        # requests at once; default: a second's worth
+# max_concurrent = 50               # requests in flight; default: no limit
+# expires = 2099-12-31T00:00:00Z    # default: never
+"#;
+
+const NODE_TOKEN_EXAMPLE: &str = r#"# Node tokens bound to networks and roles, besides those of nodes.token_sha256.
+# [[node_token]]
+# id = "decoders"                   # name in messages
+# sha256 = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"  # of the token
+# networks = ["10.0.0.0/8"]         # where connections must come from; default: anywhere
+# roles = ["decode"]                # what may be registered; default: anything
+"#;
+
+/// The lists of entries: name, what it is about, an example behind comment signs.
+const EXAMPLES: [(&str, &str, &str); 3] = [
+    ("worker", "Workers registered at start; repeat the block for each.", WORKER_EXAMPLE),
+    (
+        "key",
+        "API keys of clients; repeat the block for each. Those of `http.keys_file` come on top. Without any, and \
+         without that file, everybody who reaches the listener may send requests. `everline keys new ID` makes one. \
+         Limits are per replica: of three replicas behind a balancer each lets this much through, so give each a \
+         third. A key that is taken away is refused from the next request on; requests in flight end as they would \
+         have.",
+        KEY_EXAMPLE,
+    ),
+    (
+        "node_token",
+        "Node tokens bound to networks and roles, besides those of `nodes.token_sha256`; repeat the block for each. \
+         `networks` is compared with the address the connection comes from: behind a balancer that is the \
+         balancer's.",
+        NODE_TOKEN_EXAMPLE,
+    ),
+];
+
 /// A complete file with every key at its default and explained.
 pub fn default_toml() -> String {
     let defaults = table_of(&Config::default());
@@ -46,8 +88,10 @@ pub fn default_toml() -> String {
             };
         }
     }
-    out.push('\n');
-    out.push_str(WORKER_EXAMPLE);
+    for (_, _, example) in EXAMPLES {
+        out.push('\n');
+        out.push_str(example);
+    }
     out
 }
 
@@ -66,12 +110,14 @@ pub fn to_toml_with_origins(loaded: &Loaded, origins: bool) -> String {
             };
         }
     }
-    for (at, worker) in table.get("worker").and_then(Value::as_array).into_iter().flatten().enumerate() {
-        let origin = loaded.origins.get(&format!("worker[{at}]")).filter(|_| origins);
-        let note = origin.map(|origin| format!("  # {origin}")).unwrap_or_default();
-        line!(out, "\n[[worker]]{note}");
-        for (name, value) in worker.as_table().into_iter().flatten() {
-            line!(out, "{name} = {value}");
+    for (list, _, _) in EXAMPLES {
+        for (at, entry) in table.get(list).and_then(Value::as_array).into_iter().flatten().enumerate() {
+            let origin = loaded.origins.get(&format!("{list}[{at}]")).filter(|_| origins);
+            let note = origin.map(|origin| format!("  # {origin}")).unwrap_or_default();
+            line!(out, "\n[[{list}]]{note}");
+            for (name, value) in entry.as_table().into_iter().flatten() {
+                line!(out, "{name} = {value}");
+            }
         }
     }
     out
@@ -96,11 +142,13 @@ pub fn reference_markdown() -> String {
     for section in SECTIONS {
         reference_section(&mut out, section, &defaults);
     }
-    line!(out, "\n## `[[worker]]`\n\nWorkers registered at start; repeat the block for each.\n\n```toml");
-    for text in WORKER_EXAMPLE.lines().skip(1) {
-        line!(out, "{}", text.trim_start_matches("# "));
+    for (list, about, example) in EXAMPLES {
+        line!(out, "\n## `[[{list}]]`\n\n{about}\n\n```toml");
+        for text in example.lines().skip_while(|text| !text.starts_with("# [[")) {
+            line!(out, "{}", text.trim_start_matches("# "));
+        }
+        line!(out, "```");
     }
-    line!(out, "```");
     out
 }
 

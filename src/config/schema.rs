@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::access::{KeyEntry, NodeTokenEntry};
 use super::keys::{KeyDoc, Kind, SectionDoc};
 use super::values::{LogFormat, PeerSeed, Policy, TokenDigest};
 use crate::admin_types::RegisterRequest;
@@ -107,6 +108,8 @@ sections! {
         tls_key: Option<PathBuf> = None, Kind::Path;
         /// A TLS handshake on the client or admin listener must be done within this time, which counts towards `first_byte_timeout_ms`.
         tls_handshake_timeout_ms: u64 = 10_000, Kind::int("ms", 1, HOUR_MS);
+        /// File of `[[key]]` entries, read again within a second when it changes: to give and revoke keys without a restart. Replace it in one step (write another, `mv` it over). While it is broken or away the last good keys stay in force. With this set a key is needed even while the file names none.
+        keys_file: Option<PathBuf> = None, Kind::Path;
         /// After SIGTERM running requests may take this long before they are cut.
         shutdown_grace_ms: u64 = 30_000, Kind::int("ms", 0, HOUR_MS);
         /// After SIGTERM `/readyz` says 503 for this long before the listener closes, so that a load balancer stops sending requests first: a little more than its check interval times its failures. SIGINT does not wait.
@@ -135,6 +138,10 @@ sections! {
         tls_cert: Option<PathBuf> = None, Kind::Path;
         /// Private key of `tls_cert` (PEM), readable by its owner only.
         tls_key: Option<PathBuf> = None, Kind::Path;
+        /// SHA-256 digests (hexadecimal) of accepted admin tokens. Empty: anybody who reaches the listener. `/metrics` needs a token too, unless the listener is on loopback.
+        token_sha256: Vec<TokenDigest> = Vec::new(), Kind::List("64 hex digits");
+        /// File with accepted admin tokens in clear text, one a line; read at start and added to `token_sha256`.
+        token_file: Option<PathBuf> = None, Kind::Path;
     }
 
     /// The peer listener: Raft and everything else between replicas.
@@ -201,7 +208,7 @@ sections! {
 
     /// Credentials of engines and agents that register themselves.
     "nodes" => NodesConfig {
-        /// SHA-256 digests (hexadecimal) of accepted node tokens. Empty: anybody, which is only allowed on loopback.
+        /// SHA-256 digests (hexadecimal) of accepted node tokens. Empty, and no `[[node_token]]`: anybody, which is only allowed on loopback.
         token_sha256: Vec<TokenDigest> = Vec::new(), Kind::List("64 hex digits");
         /// File with accepted node tokens in clear text, one a line; read at start and added to `token_sha256`.
         token_file: Option<PathBuf> = None, Kind::Path;
@@ -283,9 +290,30 @@ pub struct Config {
     /// `[[worker]]`: workers registered at start, with source `config`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub worker: Vec<RegisterRequest>,
+    /// `[[key]]`: API keys of clients. Those of `http.keys_file` come on top.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub key: Vec<KeyEntry>,
+    /// `[[node_token]]`: node tokens bound to networks and roles.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub node_token: Vec<NodeTokenEntry>,
 }
 
 impl Config {
+    /// Whether clients need an API key.
+    pub fn wants_client_keys(&self) -> bool {
+        self.http.keys_file.is_some() || !self.key.is_empty()
+    }
+
+    /// Whether nodes need a token.
+    pub fn wants_node_tokens(&self) -> bool {
+        !self.nodes.token_sha256.is_empty() || !self.node_token.is_empty()
+    }
+
+    /// Whether operators need a token.
+    pub fn wants_admin_tokens(&self) -> bool {
+        !self.admin.token_sha256.is_empty()
+    }
+
     /// `host:port` under which other replicas reach this one: what is advertised, else this
     /// replica's own entry in `cluster.peers`, else the listener's address.
     pub fn peer_address(&self) -> String {

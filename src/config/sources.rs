@@ -8,7 +8,7 @@ use toml::Value;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::errors::{ConfigError, Origin, Place};
-use super::keys::{self, WORKER_KEYS};
+use super::keys::{self, LISTS, List};
 use super::schema::SECTIONS;
 
 /// The prefix of environment variables.
@@ -59,8 +59,11 @@ impl Found {
         }
         for (name, value) in root.into_inner() {
             let place = source.place(name.span());
+            if let Some(list) = LISTS.iter().find(|list| list.name == name.get_ref().as_ref()) {
+                self.entries(&source, list, value.into_inner(), &place);
+                continue;
+            }
             match (name.get_ref().as_ref(), value.into_inner()) {
-                ("worker", value) => self.workers(&source, value, &place),
                 (section, DeValue::Table(table)) => self.section(&source, section, table, &place),
                 (section, _) if SECTIONS.iter().any(|s| s.name == section) => self.errors.push(
                     ConfigError::about(section, "is a section, not a value")
@@ -92,21 +95,22 @@ impl Found {
         }
     }
 
-    fn workers(&mut self, source: &Source<'_>, value: DeValue<'_>, place: &Place) {
+    fn entries(&mut self, source: &Source<'_>, list: &List, value: DeValue<'_>, place: &Place) {
+        let name = list.name;
         let DeValue::Array(entries) = value else {
-            let error = ConfigError::about("worker", "is a list of workers")
-                .fix("write [[worker]], with two brackets");
+            let error = ConfigError::about(name, format!("is a list of {name}s"))
+                .fix(format!("write [[{name}]], with two brackets"));
             self.errors.push(error.at(place));
             return;
         };
         for (at, entry) in entries.into_iter().enumerate() {
-            let key = format!("worker[{at}]");
+            let key = format!("{name}[{at}]");
             let entry_place = source.place(entry.span());
             if let DeValue::Table(table) = entry.get_ref() {
                 let strange: Vec<ConfigError> = table
                     .keys()
-                    .filter(|name| !WORKER_KEYS.contains(&name.get_ref().as_ref()))
-                    .map(|name| unknown_in(&key, name.get_ref(), WORKER_KEYS).at(&source.place(name.span())))
+                    .filter(|name| !list.fields.contains(&name.get_ref().as_ref()))
+                    .map(|name| unknown_in(&key, name.get_ref(), list.fields).at(&source.place(name.span())))
                     .collect();
                 if !strange.is_empty() {
                     self.errors.extend(strange);
@@ -146,19 +150,20 @@ impl Found {
     }
 
     fn text(&mut self, key: &str, text: &str, place: Place) {
-        if key == "worker" {
+        if let Some(list) = LISTS.iter().find(|list| list.name == key) {
             match keys::parse_toml(text) {
                 Ok(Value::Array(entries)) => {
-                    self.settings.retain(|setting| !setting.key.starts_with("worker["));
+                    let ours = |setting: &Setting| {
+                        keys::list_of(&setting.key).is_some_and(|other| other.name == list.name)
+                    };
+                    self.settings.retain(|setting| !ours(setting));
                     for (at, entry) in entries.into_iter().enumerate() {
-                        self.set(format!("worker[{at}]"), entry, place.clone());
+                        self.set(format!("{key}[{at}]"), entry, place.clone());
                     }
                 }
-                Ok(_) => self.errors.push(
-                    ConfigError::about(key, "must be a list")
-                        .fix(r#"such as [{ url = "http://127.0.0.1:8000" }]"#)
-                        .at(&place),
-                ),
+                Ok(_) => {
+                    self.errors.push(ConfigError::about(key, "must be a list").fix(list.example).at(&place))
+                }
                 Err(message) => self.errors.push(ConfigError::about(key, message).at(&place)),
             }
             return;
@@ -201,7 +206,7 @@ fn unknown_in(section: &str, name: &str, names: &[&str]) -> ConfigError {
 }
 
 fn unknown_section(name: &str) -> ConfigError {
-    let sections: Vec<&str> = SECTIONS.iter().map(|s| s.name).chain(["worker"]).collect();
+    let sections: Vec<&str> = SECTIONS.iter().map(|s| s.name).chain(LISTS.iter().map(|l| l.name)).collect();
     let error = ConfigError::about(name, "unknown section");
     if let Some(near) = keys::suggest(name, sections.iter().copied()) {
         return error.fix(format!("did you mean {near:?}?"));

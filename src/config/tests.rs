@@ -149,6 +149,16 @@ fn a_listener_open_to_the_network_needs_tls_and_authentication() {
     let tokens = format!("[nodes]\ntoken_sha256 = [\"{}\"]\n", TokenDigest::of("t"));
     let error = the_error(&format!("[http]\nlisten = \"[2001:db8::1]:80\"\n{listener}\n{tokens}"));
     assert!(error.contains("without authentication") && error.contains("http.insecure = true"), "{error}");
+    // With all of it, no further word is needed.
+    let digest = TokenDigest::of("t");
+    let secured = format!(
+        "[http]\nlisten = \"10.0.0.1:80\"\n{listener}\n{tokens}[[key]]\nid = \"a\"\nsha256 = \"{digest}\"\n\
+         [admin]\nlisten = \"10.0.0.1:81\"\ntoken_sha256 = [\"{digest}\"]\n{listener}\n\
+         [peer]\nlisten = \"10.0.0.1:82\"\n{lines}"
+    );
+    load(&secured, &[], &[]).unwrap();
+    let error = the_error(&secured.replace(&format!("token_sha256 = [\"{digest}\"]\n{listener}"), &listener));
+    assert!(error.contains("admin.token_file"), "{error}");
     // The written word is for all three.
     let all = format!(
         "[http]\nlisten = \"10.0.0.1:80\"\ninsecure = true\n{tokens}[admin]\nlisten = \"10.0.0.1:81\"\n[peer]\nlisten = \"10.0.0.1:82\"\n"
@@ -212,6 +222,9 @@ fn tokens_are_read_from_a_file_and_kept_as_digests() {
     std::fs::write(&path, "# for gpu nodes\nsecret\n\n").unwrap();
     let loaded = load("", &[("EVERLINE_NODES__TOKEN_FILE", path.to_str().unwrap())], &[]).unwrap();
     assert_eq!(loaded.config.nodes.token_sha256, [TokenDigest::of("secret")]);
+    let loaded = load("", &[("EVERLINE_ADMIN__TOKEN_FILE", path.to_str().unwrap())], &[]).unwrap();
+    assert_eq!(loaded.config.admin.token_sha256, [TokenDigest::of("secret")]);
+    assert!(loaded.config.wants_admin_tokens() && !loaded.config.wants_node_tokens());
 }
 
 #[test]
@@ -220,12 +233,43 @@ fn the_default_file_is_the_default() {
     assert_eq!(loaded.config, Config::default());
 }
 
-#[test]
-fn the_worker_example_is_accepted() {
+/// The example of a list in the default file, without its comment signs.
+fn example(list: &str) -> String {
     let text = default_toml();
-    let example = text.split("# [[worker]]").nth(1).unwrap().replace("\n# ", "\n");
-    let loaded = load(&format!("[[worker]]{example}"), &[], &[]).unwrap();
-    assert_eq!(loaded.config.worker[0].id.as_deref(), Some("gpu-1"));
+    let lines = text.lines().skip_while(|line| *line != format!("# [[{list}]]"));
+    let lines = lines.take_while(|line| line.starts_with("# "));
+    lines.map(|line| line.trim_start_matches("# ")).collect::<Vec<_>>().join("\n") + "\n"
+}
+
+#[test]
+fn the_examples_are_accepted() {
+    let text = ["worker", "key", "node_token"].map(example).concat();
+    let loaded = load(&text, &[], &[]).unwrap();
+    let config = &loaded.config;
+    assert_eq!(config.worker[0].id.as_deref(), Some("gpu-1"));
+    assert_eq!((config.key[0].id.as_str(), config.key[0].rate()), ("team-a", Some((10.0, 20))));
+    assert_eq!(config.node_token[0].networks.len(), 1);
+    assert!(config.wants_client_keys() && config.wants_node_tokens() && !config.wants_admin_tokens());
+    assert!(matches!(loaded.origins["key[0]"], Origin::File { .. }));
+    let printed = to_toml_with_origins(&loaded, false);
+    assert_eq!(load(&printed, &[], &[]).unwrap().config, loaded.config, "{printed}");
+}
+
+#[test]
+fn the_file_of_keys_is_checked_with_the_rest() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("keys.toml");
+    let file = format!("[http]\nkeys_file = {:?}\n", path.to_str().unwrap());
+    assert!(errors(&file)[0].to_string().contains("everline keys new"), "it is not there");
+    std::fs::write(&path, "").unwrap();
+    let loaded = load(&file, &[], &[]).unwrap();
+    assert!(loaded.config.wants_client_keys(), "a file without keys lets nobody in");
+    std::fs::write(&path, example("key")).unwrap();
+    assert!(load(&file, &[], &[]).is_ok());
+    let twice = errors(&(file.clone() + &example("key")));
+    assert!(twice[0].to_string().contains("keys.toml:1"), "{}", twice[0]);
+    std::fs::write(&path, "[[key]]\nid = 1\n").unwrap();
+    assert_eq!(errors(&file).len(), 1);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use super::access;
 use super::errors::ConfigError;
 use super::keys;
 use super::schema::Config;
@@ -18,6 +19,9 @@ pub(super) fn problems(config: &Config) -> Vec<ConfigError> {
     cluster(config, &mut problems);
     workers(config, &mut problems);
     headers(config, &mut problems);
+    let keys = config.key.iter().enumerate().map(|(at, key)| (format!("key[{at}]"), key));
+    problems.extend(access::key_problems(keys));
+    problems.extend(access::node_token_problems(&config.node_token));
     problems
 }
 
@@ -87,7 +91,7 @@ fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
             );
         }
     }
-    if !config.http.listen.ip().is_loopback() && config.nodes.token_sha256.is_empty() {
+    if !config.http.listen.ip().is_loopback() && !config.wants_node_tokens() {
         problems.push(
             ConfigError::about("nodes.token_sha256", "is empty while workers can register from other machines at http.listen: anybody could register a worker and be sent prompts")
                 .fix("put a token into a file and name it: nodes.token_file = \"/etc/everline/node-tokens\""),
@@ -136,8 +140,8 @@ fn planes(config: &Config) -> [Plane<'_>; 3] {
             listen: config.http.listen,
             advertise: &config.http.advertise,
             encrypts: config.http.tls().is_some(),
-            authenticates: clients_authenticate(config),
-            remedies: ["set http.tls_cert and http.tls_key", "give clients keys"],
+            authenticates: config.wants_client_keys(),
+            remedies: ["set http.tls_cert and http.tls_key", "give clients keys (http.keys_file or [[key]])"],
             danger: "anybody could send prompts or read those of others",
         },
         Plane {
@@ -145,8 +149,8 @@ fn planes(config: &Config) -> [Plane<'_>; 3] {
             listen: config.admin.listen,
             advertise: &config.admin.advertise,
             encrypts: config.admin.tls().is_some(),
-            authenticates: operators_authenticate(config),
-            remedies: ["set admin.tls_cert and admin.tls_key", "give operators a key"],
+            authenticates: config.wants_admin_tokens(),
+            remedies: ["set admin.tls_cert and admin.tls_key", "give operators a token (admin.token_file)"],
             danger: "anybody could add and remove workers and members",
         },
         Plane {
@@ -159,16 +163,6 @@ fn planes(config: &Config) -> [Plane<'_>; 3] {
             danger: "anybody could speak as a replica",
         },
     ]
-}
-
-/// Whether clients must show a key. There are no client keys yet.
-fn clients_authenticate(_config: &Config) -> bool {
-    false
-}
-
-/// Whether operators must show a key. There are no operators' keys yet.
-fn operators_authenticate(_config: &Config) -> bool {
-    false
 }
 
 /// Keys that only make sense together.

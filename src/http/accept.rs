@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use ipnet::IpNet;
@@ -22,6 +21,7 @@ use tokio_util::task::TaskTracker;
 use super::conn::{ConnState, ConnTimeouts, GuardedIo};
 use super::errors::{ApiError, Code};
 use super::front::{Front, Shard};
+use super::routes::Listener;
 use super::service::FrontService;
 use crate::tls::listener::{ListenerTls, secure};
 
@@ -161,6 +161,7 @@ struct Lane {
 /// A connection on its way to a lane.
 struct Accepted {
     stream: std::net::TcpStream,
+    peer: SocketAddr,
     /// Given back when the connection is closed.
     place: Place,
     on_lane: OnLane,
@@ -178,21 +179,13 @@ impl Drop for OnLane {
 /// Connections handed to a lane and not yet taken up; more are turned away.
 const HANDED_OVER: usize = 1024;
 
-/// What a listener serves, made anew for each lane.
-pub(super) trait Serving: Clone + Send + 'static {
-    /// The routes of a lane.
-    fn router(&self, shard: &Arc<Shard>) -> Router;
-    /// Whether requests for workers are taken.
-    fn proxies(&self) -> bool;
-}
-
 /// Accepts until `shutdown`, then lets requests in flight finish for the grace time, then
 /// closes what is left. Returns when the last connection is closed. With `threads` 0 everything
 /// runs on the runtime of the caller.
 pub(super) async fn run(
     listener: std::net::TcpListener,
     front: Arc<Front>,
-    serving: impl Serving,
+    plane: Listener,
     threads: usize,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
@@ -202,7 +195,7 @@ pub(super) async fn run(
     let census = Arc::new(Census::default());
     let mut lanes = Vec::new();
     for number in 0..threads.max(1) {
-        lanes.push(start_lane(number, threads > 0, &front, serving.clone(), shutdown.clone())?);
+        lanes.push(start_lane(number, threads > 0, &front, plane, shutdown.clone())?);
     }
     let mut turn = 0;
     loop {
@@ -223,7 +216,7 @@ pub(super) async fn run(
         };
         let Some(place) = census.enter(peer.ip(), options, &front.metrics.connections) else {
             front.metrics.reject(Code::TooManyConnections.as_str());
-            turn_away(stream, front.tls(serving.proxies()).is_some());
+            turn_away(stream, front.tls(plane).is_some());
             continue;
         };
         // The lane with the fewest connections; where several have as few, in turn.
@@ -234,12 +227,12 @@ pub(super) async fn run(
             break;
         };
         lane.open.fetch_add(1, Ordering::AcqRel);
-        let accepted = Accepted { stream, place, on_lane: OnLane(Arc::clone(&lane.open)) };
+        let accepted = Accepted { stream, peer, place, on_lane: OnLane(Arc::clone(&lane.open)) };
         if let Err(mpsc::error::TrySendError::Full(accepted) | mpsc::error::TrySendError::Closed(accepted)) =
             lane.connections.try_send(accepted)
         {
             front.metrics.reject(Code::TooManyConnections.as_str());
-            turn_away(accepted.stream, front.tls(serving.proxies()).is_some());
+            turn_away(accepted.stream, front.tls(plane).is_some());
         }
     }
     drop(listener);
@@ -254,7 +247,7 @@ fn start_lane(
     number: usize,
     own_thread: bool,
     front: &Arc<Front>,
-    serving: impl Serving,
+    plane: Listener,
     shutdown: CancellationToken,
 ) -> io::Result<Lane> {
     let (connections, incoming) = mpsc::channel(HANDED_OVER);
@@ -262,7 +255,7 @@ fn start_lane(
     let lane = Lane { connections, open: Arc::default(), ended };
     let front = Arc::clone(front);
     let run = async move {
-        serve_lane(incoming, front, serving, shutdown).await;
+        serve_lane(incoming, front, plane, shutdown).await;
         let _ = tell.send(());
     };
     if own_thread {
@@ -284,13 +277,12 @@ const SWEEP: Duration = Duration::from_secs(1);
 async fn serve_lane(
     mut incoming: mpsc::Receiver<Accepted>,
     front: Arc<Front>,
-    serving: impl Serving,
+    plane: Listener,
     shutdown: CancellationToken,
 ) {
     let shard = Shard::new(front);
-    let router = serving.router(&shard);
     let options = Arc::new(shard.front.config.accept.clone());
-    let tls = shard.front.tls(serving.proxies()).cloned();
+    let tls = shard.front.tls(plane).cloned();
     let connections = TaskTracker::new();
     let force = CancellationToken::new();
     let mut sweep = tokio::time::interval(SWEEP);
@@ -303,9 +295,9 @@ async fn serve_lane(
                 continue;
             }
         };
-        let Some(Accepted { stream, place, on_lane }) = accepted else { break };
+        let Some(Accepted { stream, peer, place, on_lane }) = accepted else { break };
         let Ok(stream) = TcpStream::from_std(stream) else { continue };
-        let service = FrontService::new(Arc::clone(&shard), router.clone(), serving.proxies());
+        let service = FrontService::new(Arc::clone(&shard), plane, peer);
         let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
         let tls = tls.clone();
         connections.spawn(async move {

@@ -2,55 +2,64 @@
 
 use std::sync::Arc;
 
-use axum::extract::{RawQuery, Request, State};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::Json;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Json, Router};
-use http::StatusCode;
+use http::{Method, StatusCode};
 use serde_json::json;
 
+use super::call::{Call, misrouted};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
-use super::nodes::{PathId, find, not_found, remove};
-use super::register::{read_json, register};
+use super::nodes::{find, not_found, remove};
+use super::register::register;
+use super::routes::Route;
 use super::status::{status, worker_status};
 use crate::admin_types::{
-    DrainRequest, MembersReply, MessageReply, RegisterRequest, StatusReply, WorkerStatus, WorkersReply,
+    DrainRequest, KeysReply, MembersReply, MessageReply, RegisterRequest, WorkersReply,
 };
 use crate::cluster::api::MemberOp;
 use crate::ids::Group;
 use crate::state::command::{ControlCommand, ControlOutcome};
 use crate::state::worker::WorkerSource;
 
-/// Largest body of the admin plane.
-const MAX_ADMIN_BODY: usize = 1 << 20;
-
-/// The routes, all behind the admin token.
-pub(super) fn router(shard: &Arc<Shard>) -> Router<Arc<Shard>> {
-    Router::new()
-        .route("/v1/admin/status", get(show_status))
-        .route("/v1/admin/workers", get(list_workers).post(add_worker))
-        .route("/v1/admin/workers/{id}", get(show_worker).delete(remove_worker))
-        .route("/v1/admin/workers/{id}/drain", post(drain_worker))
-        .route("/v1/admin/members", get(list_members).post(change_members))
-        .route_layer(from_fn_with_state(Arc::clone(shard), authenticate))
-}
-
-async fn authenticate(State(shard): State<Arc<Shard>>, request: Request, next: Next) -> Response {
-    match shard.front.config.admin_tokens.check(request.headers(), "admin") {
-        Ok(()) => next.run(request).await,
-        Err(error) => {
-            shard.front.metrics.reject(error.code.as_str());
-            error.into_response()
+/// Answers an operator.
+pub(super) async fn answer(call: Call) -> Result<Response, ApiError> {
+    let shard = Arc::clone(&call.shard);
+    if *call.method() == Method::GET {
+        settle(&shard, call.query()).await?;
+    }
+    match (call.route, call.method()) {
+        (Route::AdminStatus, &Method::GET) => Ok(Json(status(&shard.front)).into_response()),
+        (Route::AdminWorkers, &Method::GET) => {
+            let view = shard.front.control.registry();
+            let workers = view.workers.iter().map(|worker| worker_status(worker)).collect();
+            Ok(Json(WorkersReply { workers }).into_response())
         }
+        (Route::AdminWorkers, &Method::POST) => add_worker(&shard, call).await,
+        (Route::AdminWorker, &Method::GET) => {
+            Ok(Json(worker_status(&*find(&shard, call.worker_id()?)?)).into_response())
+        }
+        (Route::AdminWorker, &Method::DELETE) => remove(&shard, call.worker_id()?, None).await,
+        (Route::AdminDrain, &Method::POST) => drain_worker(&shard, call).await,
+        (Route::AdminMembers, &Method::GET) => {
+            Ok(Json(MembersReply { members: shard.front.control.status().members }).into_response())
+        }
+        (Route::AdminMembers, &Method::POST) => {
+            let op: MemberOp = call.json().await?;
+            let message = shard.front.control.member(op).await?;
+            Ok(Json(MessageReply { message }).into_response())
+        }
+        (Route::AdminKeys, &Method::GET) => {
+            let keys = &shard.front.config.keys;
+            Ok(Json(KeysReply { required: keys.is_closed(), keys: keys.list() }).into_response())
+        }
+        (route, _) => Err(misrouted(route)),
     }
 }
 
 /// With `?consistency=linearizable` waits until everything committed before is applied here.
-async fn settle(shard: &Shard, query: Option<String>) -> Result<(), ApiError> {
-    let query = query.unwrap_or_default();
-    let asked = query.split('&').find_map(|pair| pair.strip_prefix("consistency="));
+async fn settle(shard: &Shard, query: Option<&str>) -> Result<(), ApiError> {
+    let asked = query.unwrap_or_default().split('&').find_map(|pair| pair.strip_prefix("consistency="));
     match asked {
         None | Some("local") => Ok(()),
         Some("linearizable") => Ok(shard.front.control.read_barrier(Group::Control).await?),
@@ -61,76 +70,24 @@ async fn settle(shard: &Shard, query: Option<String>) -> Result<(), ApiError> {
     }
 }
 
-async fn show_status(
-    State(shard): State<Arc<Shard>>,
-    RawQuery(query): RawQuery,
-) -> Result<Json<StatusReply>, ApiError> {
-    settle(&shard, query).await?;
-    Ok(Json(status(&shard.front)))
-}
-
-async fn list_workers(
-    State(shard): State<Arc<Shard>>,
-    RawQuery(query): RawQuery,
-) -> Result<Json<WorkersReply>, ApiError> {
-    settle(&shard, query).await?;
-    let view = shard.front.control.registry();
-    Ok(Json(WorkersReply { workers: view.workers.iter().map(|worker| worker_status(worker)).collect() }))
-}
-
-async fn show_worker(
-    State(shard): State<Arc<Shard>>,
-    PathId(id): PathId,
-    RawQuery(query): RawQuery,
-) -> Result<Json<WorkerStatus>, ApiError> {
-    settle(&shard, query).await?;
-    Ok(Json(worker_status(&*find(&shard, id)?)))
-}
-
-async fn add_worker(State(shard): State<Arc<Shard>>, request: Request) -> Result<Response, ApiError> {
-    let wanted: RegisterRequest = read_json(request.into_body(), MAX_ADMIN_BODY).await?;
-    let reply = register(&shard, wanted, WorkerSource::Admin).await?;
+async fn add_worker(shard: &Shard, call: Call) -> Result<Response, ApiError> {
+    let wanted: RegisterRequest = call.json().await?;
+    let reply = register(shard, wanted, WorkerSource::Admin).await?;
     let status = if reply.replaced { StatusCode::OK } else { StatusCode::CREATED };
     Ok((status, Json(reply)).into_response())
 }
 
-async fn remove_worker(
-    State(shard): State<Arc<Shard>>,
-    PathId(id): PathId,
-) -> Result<Json<serde_json::Value>, ApiError> {
-    remove(&shard, id, None).await
-}
-
-async fn drain_worker(
-    State(shard): State<Arc<Shard>>,
-    PathId(id): PathId,
-    request: Request,
-) -> Result<Json<serde_json::Value>, ApiError> {
-    let DrainRequest { drain } = read_json(request.into_body(), MAX_ADMIN_BODY).await?;
+async fn drain_worker(shard: &Shard, call: Call) -> Result<Response, ApiError> {
+    let id = call.worker_id()?;
+    let DrainRequest { drain } = call.json().await?;
     let command = ControlCommand::DrainWorker { id: id.clone(), drain };
     match shard.front.control.propose(command).await? {
         ControlOutcome::UnknownWorker => Err(not_found(&id)),
         ControlOutcome::Refused(why) => Err(ApiError::new(Code::Refused, why)),
         _ => {
             let now = if drain { "gets no new requests" } else { "gets requests again" };
-            Ok(Json(json!({"id": id, "drain": drain, "message": format!("worker {id} {now}")})))
+            let message = format!("worker {id} {now}");
+            Ok(Json(json!({"id": id, "drain": drain, "message": message})).into_response())
         }
     }
-}
-
-async fn list_members(
-    State(shard): State<Arc<Shard>>,
-    RawQuery(query): RawQuery,
-) -> Result<Json<MembersReply>, ApiError> {
-    settle(&shard, query).await?;
-    Ok(Json(MembersReply { members: shard.front.control.status().members }))
-}
-
-async fn change_members(
-    State(shard): State<Arc<Shard>>,
-    request: Request,
-) -> Result<Json<MessageReply>, ApiError> {
-    let op: MemberOp = read_json(request.into_body(), MAX_ADMIN_BODY).await?;
-    let message = shard.front.control.member(op).await?;
-    Ok(Json(MessageReply { message }))
 }

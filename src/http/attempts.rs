@@ -136,7 +136,8 @@ impl<'a> Attempts<'a> {
         if self.reached > 0 {
             let now = std::time::Instant::now();
             if !front.retry_budget.take(&proxy.retry, front.metrics.requests_taken(), now) {
-                self.failures.push("not tried elsewhere, because too many requests are being retried".to_owned());
+                self.failures
+                    .push("not tried elsewhere, because too many requests are being retried".to_owned());
                 return false;
             }
             sleep(proxy.retry.pause_before(self.retries)).await;
@@ -166,7 +167,8 @@ impl<'a> Attempts<'a> {
             max_requests: front.config.proxy.max_requests_per_worker,
         };
         let (view, policy) = (front.control.registry(), front.config.policy.as_ref());
-        select(&view, policy, &request, &limits, &self.tried, &mut rand::rng()).map(|selection| selection.worker)
+        select(&view, policy, &request, &limits, &self.tried, &mut rand::rng())
+            .map(|selection| selection.worker)
     }
 
     /// Waits for room at a worker, first come, first served.
@@ -260,9 +262,11 @@ impl<'a> Attempts<'a> {
         if !self.failures.is_empty() {
             return self.give_up();
         }
-        let model = self.asked.model.as_deref().map_or("any model".to_owned(), |name| {
-            format!("the model {:?}", printable(name))
-        });
+        let model = self
+            .asked
+            .model
+            .as_deref()
+            .map_or("any model".to_owned(), |name| format!("the model {:?}", printable(name)));
         match refusal {
             NoWorker::RegistryEmpty => ApiError::new(
                 Code::NoWorkers,
@@ -299,4 +303,3 @@ fn printable(model: &str) -> &str {
     }
     &model[..end]
 }
-

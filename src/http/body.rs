@@ -11,17 +11,20 @@ use tokio::time::{Instant, timeout_at};
 
 use super::conn::InFlight;
 use super::errors::{ApiError, Code};
+use super::keys::Pass;
 use super::relay::Relay;
 
 /// An error inside a body; hyper answers it by breaking the connection or the h2 stream.
 pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What a response carries. Holds the connection's in-flight mark until the last byte is
-/// handed over, so that idle timeouts do not run meanwhile.
+/// handed over, so that idle timeouts do not run meanwhile; and the request's place among those
+/// in flight of its API key.
 #[derive(Debug)]
 pub struct FrontBody {
     kind: Kind,
     in_flight: Option<InFlight>,
+    pass: Pass,
 }
 
 #[derive(Debug)]
@@ -35,21 +38,30 @@ impl FrontBody {
     /// A body held in memory.
     pub fn full(bytes: impl Into<Bytes>) -> Self {
         let bytes = bytes.into();
-        Self { kind: Kind::Full(Some(bytes).filter(|b| !b.is_empty())), in_flight: None }
+        Self {
+            kind: Kind::Full(Some(bytes).filter(|b| !b.is_empty())),
+            in_flight: None,
+            pass: Pass::default(),
+        }
     }
 
     /// An upstream response on its way through.
     pub(super) fn relay(relay: Relay) -> Self {
-        Self { kind: Kind::Relay(Box::new(relay)), in_flight: None }
+        Self { kind: Kind::Relay(Box::new(relay)), in_flight: None, pass: Pass::default() }
     }
 
     /// The answer of an axum handler.
     pub(super) fn axum(body: axum::body::Body) -> Self {
-        Self { kind: Kind::Axum(body), in_flight: None }
+        Self { kind: Kind::Axum(body), in_flight: None, pass: Pass::default() }
     }
 
     pub(super) fn holding(mut self, in_flight: InFlight) -> Self {
         self.in_flight = Some(in_flight);
+        self
+    }
+
+    pub(super) fn holding_pass(mut self, pass: Pass) -> Self {
+        self.pass = pass;
         self
     }
 }

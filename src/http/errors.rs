@@ -7,6 +7,7 @@ use http::{HeaderValue, Response, StatusCode};
 use serde_json::json;
 
 use super::body::FrontBody;
+use super::routes::Dialect;
 use crate::cluster::api::ClusterError;
 
 macro_rules! codes {
@@ -66,6 +67,20 @@ codes! {
     Unauthorized = "unauthorized", UNAUTHORIZED, "authentication_error";
     /// Credentials are known not to be good enough.
     Forbidden = "forbidden", FORBIDDEN, "permission_error";
+    /// The node token is for other networks or roles.
+    TokenNotForThis = "token_not_for_this", FORBIDDEN, "permission_error";
+    /// The client plane needs a key and none was sent.
+    MissingApiKey = "missing_api_key", UNAUTHORIZED, "authentication_error";
+    /// The key is unknown, or the headers name no single one.
+    InvalidApiKey = "invalid_api_key", UNAUTHORIZED, "authentication_error";
+    /// The key's time is over.
+    ExpiredApiKey = "expired_api_key", UNAUTHORIZED, "authentication_error";
+    /// The key may not use the model.
+    ModelNotAllowed = "model_not_allowed", FORBIDDEN, "permission_error";
+    /// The key sends too many requests a second.
+    RateLimitExceeded = "rate_limit_exceeded", TOO_MANY_REQUESTS, "rate_limit_error";
+    /// The key has too many requests in flight.
+    TooManyInFlight = "too_many_in_flight", TOO_MANY_REQUESTS, "rate_limit_error";
     /// A worker address outside `workers.allow`.
     AddressForbidden = "address_forbidden", FORBIDDEN, "permission_error";
     /// A live worker already has this id at another address.
@@ -113,13 +128,32 @@ pub struct ApiError {
     /// The connection's framing is not to be trusted any more.
     pub close: bool,
     /// For [`Code::MethodNotAllowed`].
-    pub allow: Option<&'static str>,
+    pub allow: Option<Cow<'static, str>>,
+    /// For [`Code::RateLimitExceeded`].
+    pub rate_limit: Option<Box<RateLimit>>,
+}
+
+/// What `x-ratelimit-*` headers tell who was too fast; nothing remains then.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RateLimit {
+    /// Requests that may come at once.
+    pub requests: u32,
+    /// Until that many may come again, such as `120ms` or `8.64s`.
+    pub reset: String,
 }
 
 impl ApiError {
     /// An error with a message.
     pub fn new(code: Code, message: impl Into<Cow<'static, str>>) -> Self {
-        Self { code, message: message.into(), param: None, retry_after: None, close: false, allow: None }
+        Self {
+            code,
+            message: message.into(),
+            param: None,
+            retry_after: None,
+            close: false,
+            allow: None,
+            rate_limit: None,
+        }
     }
 
     /// Names the member of the request that is at fault.
@@ -151,9 +185,27 @@ impl ApiError {
         .to_string()
     }
 
+    /// The error object as the clients of a route expect it.
+    pub(super) fn json_in(&self, dialect: Dialect) -> String {
+        match dialect {
+            Dialect::OpenAi => self.json(),
+            Dialect::Anthropic => json!({"type": "error", "error": {
+                "type": anthropic_kind(self.code.status()),
+                "message": self.message,
+                "code": self.code.as_str(),
+            }})
+            .to_string(),
+        }
+    }
+
     /// The whole response.
     pub fn response(&self) -> Response<FrontBody> {
-        let mut response = Response::new(FrontBody::full(self.json()));
+        self.response_in(Dialect::OpenAi)
+    }
+
+    /// The whole response, as the clients of a route expect it.
+    pub fn response_in(&self, dialect: Dialect) -> Response<FrontBody> {
+        let mut response = Response::new(FrontBody::full(self.json_in(dialect)));
         *response.status_mut() = self.code.status();
         self.add_headers(response.headers_mut());
         response
@@ -167,12 +219,33 @@ impl ApiError {
         if self.close {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        if let Some(allow) = self.allow {
-            headers.insert(ALLOW, HeaderValue::from_static(allow));
+        if let Some(allow) = self.allow.as_deref().and_then(|allow| HeaderValue::from_str(allow).ok()) {
+            headers.insert(ALLOW, allow);
         }
-        if self.code == Code::Unauthorized {
+        if let Some(limit) = &self.rate_limit {
+            headers.insert("x-ratelimit-limit-requests", limit.requests.into());
+            headers.insert("x-ratelimit-remaining-requests", HeaderValue::from_static("0"));
+            if let Ok(reset) = HeaderValue::from_str(&limit.reset) {
+                headers.insert("x-ratelimit-reset-requests", reset);
+            }
+        }
+        if self.code.status() == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+    }
+}
+
+/// The `type` of Anthropic's error object for a status.
+fn anthropic_kind(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 => "overloaded_error",
+        400..500 => "invalid_request_error",
+        _ => "api_error",
     }
 }
 
@@ -206,6 +279,16 @@ impl From<ClusterError> for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn anthropic_clients_get_their_own_object() {
+        let error = ApiError::new(Code::NoWorkers, "nobody");
+        let object: serde_json::Value = serde_json::from_str(&error.json_in(Dialect::Anthropic)).unwrap();
+        let inner = json!({"type": "overloaded_error", "message": "nobody", "code": "no_workers"});
+        assert_eq!(object, json!({"type": "error", "error": inner}));
+        assert_eq!(error.json_in(Dialect::OpenAi), error.json());
+        assert_eq!(anthropic_kind(StatusCode::METHOD_NOT_ALLOWED), "invalid_request_error");
+    }
 
     #[test]
     fn every_code_is_in_the_reference_with_its_status() {

@@ -8,12 +8,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::accept::FrontOptions;
 use super::allowed::Allowed;
-use super::auth::TokenDigests;
+use super::auth::{NodeToken, NodeTokens, TokenDigests};
 use super::body::BodyLimits;
 use super::headers::HeaderRules;
+use super::keys::KeyRing;
 use super::metrics::Metrics;
 use super::queue::{Queue, QueueOptions};
 use super::retry::{RetryBudget, RetryOptions};
+use super::routes::Listener;
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
 use crate::routing::breaker::BreakerOptions;
@@ -67,8 +69,11 @@ impl Default for ProxyOptions {
 /// The node plane and health probing.
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
-    /// SHA-256 of each accepted node token; none means no authentication.
+    /// SHA-256 of each node token that is good everywhere; none, and no bound ones, means no
+    /// authentication.
     pub tokens: TokenDigests,
+    /// Node tokens bound to networks and roles.
+    pub bound_tokens: Vec<NodeToken>,
     /// How often a node should heartbeat; told to it with each answer: 1 s.
     pub heartbeat_interval: Duration,
     /// How often a worker that does not heartbeat is probed: 2 s.
@@ -81,6 +86,7 @@ impl Default for NodeOptions {
     fn default() -> Self {
         Self {
             tokens: TokenDigests::default(),
+            bound_tokens: Vec::new(),
             heartbeat_interval: Duration::from_secs(1),
             probe_interval: Duration::from_secs(2),
             probe_timeout: Duration::from_secs(2),
@@ -109,6 +115,10 @@ pub struct FrontConfig {
     pub nodes: NodeOptions,
     /// SHA-256 of each accepted admin token; none means no authentication.
     pub admin_tokens: TokenDigests,
+    /// API keys of clients: none are asked for. Whoever keeps a handle can replace them.
+    pub keys: Arc<KeyRing>,
+    /// Whether `/metrics` on the admin listener needs no token although there are some: false.
+    pub metrics_open_on_admin: bool,
     /// Whether `/metrics` is served on the client listener too: true.
     pub metrics_on_client: bool,
     /// Chooses among workers: power of two choices.
@@ -127,6 +137,8 @@ impl Default for FrontConfig {
             allow: Arc::default(),
             nodes: NodeOptions::default(),
             admin_tokens: TokenDigests::default(),
+            keys: Arc::new(KeyRing::new(None)),
+            metrics_open_on_admin: false,
             metrics_on_client: true,
             policy: Arc::new(PowerOfTwo),
         }
@@ -141,6 +153,7 @@ pub struct Front {
     pub control: Arc<dyn ControlPlane>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    pub(super) node_tokens: NodeTokens,
     /// Cancelled when this replica should get no new work: `/readyz` then answers 503.
     pub draining: CancellationToken,
     /// Since when.
@@ -163,10 +176,12 @@ impl Front {
         let replica = http::HeaderValue::from_str(&config.replica)
             .unwrap_or_else(|_| http::HeaderValue::from_static("unprintable"));
         let started = Instant::now();
+        let node_tokens = NodeTokens::new(config.nodes.tokens.clone(), config.nodes.bound_tokens.clone());
         Arc::new(Self {
             config,
             control,
             metrics,
+            node_tokens,
             draining: CancellationToken::new(),
             started,
             queue: Arc::default(),
@@ -180,9 +195,12 @@ impl Front {
         self.started.elapsed().as_millis() as u64 + 1
     }
 
-    /// TLS of the client listener or of the admin listener.
-    pub(super) fn tls(&self, clients: bool) -> Option<&Arc<ListenerTls>> {
-        if clients { self.config.client_tls.as_ref() } else { self.config.admin_tls.as_ref() }
+    /// A listener's side of TLS, if it speaks that.
+    pub(super) fn tls(&self, plane: Listener) -> Option<&Arc<ListenerTls>> {
+        match plane {
+            Listener::Client => self.config.client_tls.as_ref(),
+            Listener::Admin => self.config.admin_tls.as_ref(),
+        }
     }
 
     /// The value of `Everline-Replica`.

@@ -130,10 +130,8 @@ mod tests {
 
     fn passing(client: &HeaderMap, rules: &HeaderRules) -> Vec<String> {
         let id = HeaderValue::from_static("id");
-        let ours = HeaderMap::from_iter([(
-            HeaderName::from_static("traceparent"),
-            HeaderValue::from_static("new"),
-        )]);
+        let ours =
+            HeaderMap::from_iter([(HeaderName::from_static("traceparent"), HeaderValue::from_static("new"))]);
         let headers = HeadersToWorker { client, request_id: &id, rules, ours };
         let mut lines = Vec::new();
         for_worker(&headers, |name, value| lines.push(format!("{name}: {}", value.to_str().unwrap())));

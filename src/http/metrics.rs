@@ -14,63 +14,9 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
+use super::keys::Caller;
+pub use super::routes::Route;
 use crate::ids::WorkerId;
-
-/// A route template.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[allow(missing_docs)]
-pub enum Route {
-    ChatCompletions,
-    Completions,
-    Embeddings,
-    Models,
-    Nodes,
-    Admin,
-    Health,
-    Metrics,
-    Unknown,
-}
-
-impl Route {
-    /// The proxied path.
-    pub fn path(self) -> &'static str {
-        match self {
-            Route::ChatCompletions => "/v1/chat/completions",
-            Route::Completions => "/v1/completions",
-            Route::Embeddings => "/v1/embeddings",
-            Route::Models => "/v1/models",
-            Route::Nodes => "/v1/nodes",
-            Route::Admin => "/v1/admin",
-            Route::Health => "health",
-            Route::Metrics => "/metrics",
-            Route::Unknown => "unknown",
-        }
-    }
-
-    /// The template a path belongs to.
-    pub fn of(path: &str) -> Self {
-        let below =
-            |prefix: &str| path.strip_prefix(prefix).is_some_and(|r| r.is_empty() || r.starts_with('/'));
-        match path {
-            "/v1/chat/completions" => Route::ChatCompletions,
-            "/v1/completions" => Route::Completions,
-            "/v1/embeddings" => Route::Embeddings,
-            "/v1/models" => Route::Models,
-            "/livez" | "/readyz" => Route::Health,
-            "/metrics" => Route::Metrics,
-            _ if below("/v1/nodes") => Route::Nodes,
-            _ if below("/v1/admin") => Route::Admin,
-            _ => Route::Unknown,
-        }
-    }
-}
-
-impl Route {
-    /// Whether requests to it go to a worker.
-    pub fn is_proxied(self) -> bool {
-        matches!(self, Route::ChatCompletions | Route::Completions | Route::Embeddings)
-    }
-}
 
 impl EncodeLabelValue for Route {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
@@ -249,6 +195,7 @@ impl Metrics {
             first_byte: None,
             request_id: None,
             worker: None,
+            caller: Caller::default(),
             finished: false,
         }
     }
@@ -264,6 +211,7 @@ pub struct Tracked {
     first_byte: Option<Duration>,
     request_id: Option<http::HeaderValue>,
     worker: Option<WorkerId>,
+    caller: Caller,
     finished: bool,
 }
 
@@ -281,6 +229,11 @@ impl Tracked {
     /// How the request is called in the log.
     pub(super) fn set_request_id(&mut self, id: http::HeaderValue) {
         self.request_id = Some(id);
+    }
+
+    /// Whose key the request came with.
+    pub(super) fn set_caller(&mut self, caller: Caller) {
+        self.caller = caller;
     }
 
     /// The worker that answers.
@@ -324,6 +277,7 @@ impl Tracked {
                     outcome = outcome.as_str(),
                     status = self.status.as_u16(),
                     request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok()),
+                    key = self.caller.key_id(),
                     worker = self.worker.as_ref().map(WorkerId::as_str),
                     first_byte_ms = self.first_byte.map(|t| t.as_millis() as u64),
                     ms = elapsed.as_millis() as u64,

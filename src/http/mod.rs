@@ -5,8 +5,9 @@
 //! through as bytes. A client's departure drops everything done for it. No state is global:
 //! listeners own a [`front::Shard`] each and share a [`front::Front`].
 //!
-//! Reading order: [`server`] (planes) → `accept` → `conn` and `head` (a connection's guard) →
-//! `service` (one request) → `proxy` → `attempts` → `upstream` and `relay`.
+//! Reading order: `routes` (what there is) → [`server`] → `accept` → `conn` and `head` (a
+//! connection's guard) → `service` (one request: its route, its credentials) → `proxy` →
+//! `attempts` → `upstream` and `relay`, or `call` (what is answered here).
 
 mod accept;
 mod admin;
@@ -14,6 +15,7 @@ mod allowed;
 mod attempts;
 mod auth;
 mod body;
+mod call;
 mod checks;
 mod conn;
 mod errors;
@@ -22,9 +24,12 @@ mod front;
 mod head;
 mod headers;
 mod health;
+mod keys;
 mod metrics;
 mod models;
 mod nodes;
+mod openapi;
+mod passthrough;
 mod peek;
 mod probe;
 mod proxy;
@@ -32,26 +37,31 @@ mod queue;
 mod register;
 mod relay;
 mod retry;
+mod routes;
 mod server;
 mod service;
 mod status;
 #[cfg(test)]
 mod tests;
+mod throttle;
 mod upstream;
 
 pub use accept::{FrontOptions, bind};
 pub use allowed::{Allowed, Forbidden};
-pub use auth::TokenDigests;
+pub use auth::{NodeToken, TokenDigests};
 pub use body::BodyLimits;
 pub use conn::ConnTimeouts;
-pub use errors::{ApiError, Code};
+pub use errors::{ApiError, Code, RateLimit};
 pub use front::{Front, FrontConfig, NodeOptions, ProxyOptions, Shard};
 pub use headers::HeaderRules;
 pub use health::{CertificateGauges, ClusterGauges};
+pub use keys::{ClientKey, KeyGauges, KeyRing};
 pub use metrics::{Metrics, RecentErrors};
 pub use probe::run_prober;
 pub use queue::QueueOptions;
 pub use register::keep_configured_workers;
 pub use retry::RetryOptions;
+pub use routes::{Listener, Route};
 pub use server::{serve_admin, serve_client};
+pub use throttle::Rate;
 pub use upstream::{Pool, PoolOptions};

@@ -1,4 +1,4 @@
-//! `GET /v1/models`: what the routable workers serve, merged, in OpenAI's shape.
+//! `GET /v1/models` and one model of it: what the routable workers serve, merged, in OpenAI's shape.
 
 use std::collections::BTreeMap;
 
@@ -7,12 +7,22 @@ use serde_json::{Value, json};
 use crate::routing::view::RegistryView;
 use crate::state::worker::ServedModel;
 
-/// The list. A model served by several workers appears once, with the shortest of their
+/// The list of those that `visible` lets through. A model served by several workers appears once, with the shortest of their
 /// contexts, since any of them may get a request. `created` is 0: a router does not know.
-pub(super) fn list(view: &RegistryView) -> Value {
+pub(super) fn list(view: &RegistryView, visible: impl Fn(&str) -> bool) -> Value {
+    let data: Vec<Value> = merged(view, visible).into_values().map(entry).collect();
+    json!({"object": "list", "data": data})
+}
+
+/// One model; `None` if no routable worker serves it.
+pub(super) fn show(view: &RegistryView, name: &str) -> Option<Value> {
+    merged(view, |model| model == name).into_values().next().map(entry)
+}
+
+fn merged(view: &RegistryView, visible: impl Fn(&str) -> bool) -> BTreeMap<&str, ServedModel> {
     let mut merged: BTreeMap<&str, ServedModel> = BTreeMap::new();
     for worker in view.workers.iter().filter(|worker| worker.is_routable()) {
-        for model in &worker.record.spec.models {
+        for model in worker.record.spec.models.iter().filter(|model| visible(&model.name)) {
             let known = merged.entry(&model.name).or_insert_with(|| model.clone());
             known.max_model_len = match (known.max_model_len, model.max_model_len) {
                 (Some(a), Some(b)) => Some(a.min(b)),
@@ -20,8 +30,7 @@ pub(super) fn list(view: &RegistryView) -> Value {
             };
         }
     }
-    let data: Vec<Value> = merged.into_values().map(entry).collect();
-    json!({"object": "list", "data": data})
+    merged
 }
 
 fn entry(model: ServedModel) -> Value {

@@ -17,7 +17,7 @@ pub(super) struct Peek<'a> {
     pub model: Cow<'a, str>,
     /// Whether the client wants events.
     pub stream: bool,
-    /// `max_tokens` or `max_completion_tokens`.
+    /// `max_tokens`, or what newer routes call it.
     pub max_tokens: Option<u32>,
     /// Length of the prompt, estimated: text counts a token for four bytes, ids count as
     /// they are.
@@ -105,12 +105,12 @@ impl<'de> Visitor<'de> for RawVisitor {
                     };
                 }
                 "stream" => raw.stream = matches!(map.next_value()?, Scalar::Bool(true)),
-                "max_tokens" | "max_completion_tokens" => {
+                "max_tokens" | "max_completion_tokens" | "max_output_tokens" => {
                     if let Scalar::Count(count) = map.next_value()? {
                         raw.max_tokens = Some(u32::try_from(count).unwrap_or(u32::MAX));
                     }
                 }
-                "prompt" | "input" | "messages" => raw.size.add(map.next_value()?),
+                key if is_prompt(key) => raw.size.add(map.next_value()?),
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                 }
@@ -118,6 +118,28 @@ impl<'de> Visitor<'de> for RawVisitor {
         }
         Ok(raw)
     }
+}
+
+/// Members that hold text or ids for the model to read: of completions, chat, responses
+/// (`instructions`), messages (`system`), embeddings, rerank, score and detokenize.
+fn is_prompt(key: &str) -> bool {
+    matches!(
+        key,
+        "prompt"
+            | "messages"
+            | "input"
+            | "instructions"
+            | "system"
+            | "query"
+            | "queries"
+            | "documents"
+            | "items"
+            | "text_1"
+            | "text_2"
+            | "data_1"
+            | "data_2"
+            | "tokens"
+    )
 }
 
 /// A value of which only simple kinds matter.
@@ -246,8 +268,9 @@ impl<'de> Visitor<'de> for SizeVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<PromptSize, A::Error> {
         let mut size = PromptSize::default();
         while let Some(Key(key)) = map.next_key()? {
-            // Of a message its text counts; image data and tool schemas are no prompt text.
-            if matches!(key.as_ref(), "content" | "text") {
+            // Of a message its text counts, and what tools have answered; image data and tool
+            // schemas are no prompt text.
+            if matches!(key.as_ref(), "content" | "text" | "output") {
                 size.add(map.next_value()?);
             } else {
                 map.next_value::<IgnoredAny>()?;
@@ -275,6 +298,22 @@ mod tests {
         let parts = r#"{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"12345"},
             {"type":"image_url","image_url":{"url":"data:aaaaaaaaaaaaaaaaaaaaa"}}]}]}"#;
         assert_eq!(tokens(parts), 2);
+    }
+
+    #[test]
+    fn the_newer_routes_are_measured_too() {
+        assert_eq!(tokens(r#"{"model":"m","instructions":"1234","input":"12345678"}"#), 3);
+        let items = r#"{"model":"m","input":[{"role":"user","content":[{"type":"input_text","text":"1234"}]},
+            {"type":"function_call_output","call_id":"x","output":"12345678"}]}"#;
+        assert_eq!(tokens(items), 3);
+        let messages = r#"{"model":"m","max_tokens":9,"system":[{"type":"text","text":"1234"}],
+            "messages":[{"role":"user","content":[{"type":"tool_result","content":"12345678"}]}]}"#;
+        assert_eq!(tokens(messages), 3);
+        assert_eq!(tokens(r#"{"model":"m","query":"1234","documents":["1234",{"text":"1234"}]}"#), 3);
+        assert_eq!(tokens(r#"{"model":"m","text_1":"1234","text_2":["1234","1234"]}"#), 3);
+        assert_eq!(tokens(r#"{"model":"m","tokens":[1,2,3,4,5]}"#), 5);
+        assert_eq!(tokens(r#"{"model":"m","metadata":{"text":"1234"},"tools":[{"text":"1234"}]}"#), 0);
+        assert_eq!(peek(br#"{"model":"m","max_output_tokens":7}"#).unwrap().max_tokens, Some(7));
     }
 
     #[test]

@@ -14,9 +14,12 @@ use super::body::{FrontBody, collect, discard};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::headers::{self, REPLICA, REQUEST_ID, WORKER};
-use super::metrics::{Outcome, Route, Tracked};
+use super::keys::Caller;
+use super::metrics::{Outcome, Tracked};
+use super::passthrough::{self, Content};
 use super::peek::peek;
 use super::relay::{Ending, Relay, RelayLimits};
+use super::routes::Route;
 use super::upstream::{HeadersToWorker, Outgoing};
 
 /// Bodies above this are read by the JSON parser away from the thread's other connections.
@@ -28,6 +31,7 @@ pub(super) async fn forward(shard: &Shard, route: Route, request: Request<Incomi
     let mut tracked = shard.front.metrics.track(route);
     let request_id = headers::request_id(request.headers());
     tracked.set_request_id(request_id.clone());
+    tracked.set_caller(Caller::of(request.extensions()));
     let mut response = match try_forward(shard, tracked, request, &request_id).await {
         Ok(response) => response,
         Err(failed) => failed.into_response(shard),
@@ -57,7 +61,7 @@ impl Failed {
         if code.status().is_server_error() {
             self.tracked.note_error(format!("{}: {}", self.tracked.route().path(), self.error.message));
         }
-        self.error.response()
+        self.error.response_in(self.tracked.route().dialect())
     }
 }
 
@@ -85,10 +89,13 @@ async fn try_forward(
             return Err(Failed { error, tracked });
         }
     };
-    let asked = match look_into(&body).await {
+    let asked = match look_into(tracked.route(), &head.headers, &body).await {
         Ok(asked) => asked,
         Err(error) => return Err(Failed { error, tracked }),
     };
+    if let Err(error) = Caller::of(&head.extensions).check_model(asked.model.as_deref()) {
+        return Err(Failed { error, tracked });
+    }
     let target = head.uri.path_and_query().map_or(tracked.route().path(), PathAndQuery::as_str);
     let headers = HeadersToWorker {
         client: &head.headers,
@@ -103,8 +110,26 @@ async fn try_forward(
     }
 }
 
-/// Reads what routing needs; a large body on a thread where that holds nobody up.
-async fn look_into(body: &Bytes) -> Result<Asked<'_>, ApiError> {
+/// What routing needs to know. Where a route does without a model, a body that names none, or is
+/// none of our business, may go to any worker.
+async fn look_into<'a>(route: Route, headers: &HeaderMap, body: &'a Bytes) -> Result<Asked<'a>, ApiError> {
+    if route.needs_model() {
+        return read(body).await;
+    }
+    let any = Asked { model: None, prompt_tokens: 0, max_tokens: None };
+    match passthrough::content(headers) {
+        _ if body.is_empty() => Ok(any),
+        Content::Json => Ok(read(body).await.unwrap_or(any)),
+        Content::Form(boundary) => {
+            let model = passthrough::model_in_form(&boundary, body).map(Cow::Borrowed);
+            Ok(Asked { model, ..any })
+        }
+        Content::Other => Ok(any),
+    }
+}
+
+/// Reads a JSON body; a large one on a thread where that holds nobody up.
+async fn read(body: &Bytes) -> Result<Asked<'_>, ApiError> {
     if body.len() <= LARGE_BODY {
         return ask(body);
     }
@@ -124,13 +149,20 @@ fn ask(body: &[u8]) -> Result<Asked<'_>, ApiError> {
     Ok(Asked { model: Some(peek.model), prompt_tokens: peek.prompt_tokens, max_tokens: peek.max_tokens })
 }
 
-fn relayed(shard: &Shard, answered: Answered, mut tracked: Tracked, deadline: Instant) -> Response<FrontBody> {
+fn relayed(
+    shard: &Shard,
+    answered: Answered,
+    mut tracked: Tracked,
+    deadline: Instant,
+) -> Response<FrontBody> {
     let Answered { response, booking, worker, slot } = answered;
     let (mut head, body) = response.into_parts();
     tracked.set_status(head.status);
     tracked.set_worker(worker.id().clone());
     let content_type = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    let ending = Ending::of(tracked.route());
     let events = content_type.starts_with(b"text/event-stream")
+        && (ending == Ending::Done || !head.headers.contains_key(CONTENT_LENGTH))
         && head.status.is_success()
         && !head.headers.contains_key(CONTENT_ENCODING);
     if events {
@@ -138,7 +170,7 @@ fn relayed(shard: &Shard, answered: Answered, mut tracked: Tracked, deadline: In
         head.headers.remove(CONTENT_LENGTH);
     }
     head.headers.insert(WORKER, slot.id().clone());
-    let ending = events.then(|| Ending::of(tracked.route()));
+    let ending = events.then_some(ending);
     let limits = RelayLimits { idle: shard.front.config.proxy.idle_timeout, deadline, ending };
     let relay = Relay::new(body, booking, tracked, limits);
     let mut response = Response::new(FrontBody::relay(relay));

@@ -21,14 +21,12 @@ use crate::routing::view::WorkerView;
 use crate::state::command::{ControlCommand, ControlOutcome};
 use crate::state::worker::{WorkerSource, WorkerSpec};
 
-/// Largest body of the node plane.
-pub(super) const MAX_NODE_BODY: usize = 64 * 1024;
-
 /// Reads a JSON body whose unknown and repeated members are errors.
-pub(super) async fn read_json<T: DeserializeOwned>(
-    body: axum::body::Body,
-    max_bytes: usize,
-) -> Result<T, ApiError> {
+pub(super) async fn read_json<B, T>(body: B, max_bytes: usize) -> Result<T, ApiError>
+where
+    B: http_body::Body<Data = Bytes> + Unpin,
+    T: DeserializeOwned,
+{
     let bytes: Bytes = collect(body, &BodyLimits::of(max_bytes)).await?;
     serde_json::from_slice(&bytes).map_err(|error| {
         use serde_json::error::Category;

@@ -11,8 +11,9 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::body::BodyError;
 use super::errors::{ApiError, Code};
-use super::metrics::{Outcome, Route, Tracked};
+use super::metrics::{Outcome, Tracked};
 use super::queue::Held;
+use super::routes::{Dialect, Route};
 use super::upstream::UpstreamBody;
 
 /// How a relayed body is watched over.
@@ -40,9 +41,9 @@ pub(super) enum Ending {
 impl Ending {
     /// The ending of a route's streams.
     pub(super) fn of(route: Route) -> Self {
-        match route.path() {
-            "/v1/chat/completions" | "/v1/completions" => Ending::Done,
-            "/v1/messages" => Ending::AnthropicError,
+        match route {
+            Route::ChatCompletions | Route::Completions => Ending::Done,
+            Route::Messages => Ending::AnthropicError,
             _ => Ending::ErrorEvent,
         }
     }
@@ -53,11 +54,7 @@ impl Ending {
             Ending::Done => format!("data: {}\n\ndata: [DONE]\n\n", error.json()),
             Ending::ErrorEvent => format!("event: error\ndata: {}\n\n", error.json()),
             Ending::AnthropicError => {
-                let shaped = serde_json::json!({
-                    "type": "error",
-                    "error": {"type": "api_error", "message": error.message},
-                });
-                format!("event: error\ndata: {shaped}\n\n")
+                format!("event: error\ndata: {}\n\n", error.json_in(Dialect::Anthropic))
             }
         };
         Bytes::from(text)

@@ -56,7 +56,8 @@ impl RetryBudget {
     /// Takes one retry, if there is one. `requests` counts all requests so far.
     pub(super) fn take(&self, options: &RetryOptions, requests: u64, now: Instant) -> bool {
         let mut saved = self.saved.lock();
-        let earned = requests.saturating_sub(saved.requests) as f64 * f64::from(options.budget_percent) / 100.0
+        let earned = requests.saturating_sub(saved.requests) as f64 * f64::from(options.budget_percent)
+            / 100.0
             + now.saturating_duration_since(saved.at).as_secs_f64();
         saved.retries = (saved.retries + earned).min(SAVED);
         saved.requests = requests;

@@ -1,71 +1,134 @@
-//! One connection's service: checks the head, takes the proxy path at once, and leaves
-//! everything else to the router.
+//! One connection's service: checks the head, finds the route, asks for its credentials, then
+//! takes the proxy path or answers here.
 
 use std::convert::Infallible;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use axum::Router;
-use http::{Method, Request, Response};
+use http::header::CONNECTION;
+use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
-use tower::ServiceExt;
 
-use super::body::FrontBody;
+use super::auth::NodeGrant;
+use super::body::{BodyLimits, FrontBody, discard};
+use super::call::Call;
 use super::checks::check_head;
 use super::conn::ConnState;
-use super::front::Shard;
-use super::metrics::{Outcome, Route};
+use super::errors::ApiError;
+use super::front::{Front, Shard};
+use super::headers::{self, REPLICA, REQUEST_ID};
+use super::keys::Pass;
+use super::metrics::Outcome;
 use super::proxy;
+use super::routes::{self, Access, Listener, Miss, Route};
+
+/// Most bytes read of the body of a request that is refused for its route or credentials: enough
+/// that a client hears why instead of a reset, too little to be worth an attack.
+const REFUSED_BODY: usize = 256 * 1024;
 
 /// Serves the requests of one connection.
 #[derive(Clone, Debug)]
 pub(super) struct FrontService {
     shard: Arc<Shard>,
-    router: Router,
-    proxies: bool,
+    listener: Listener,
+    peer: SocketAddr,
     state: Arc<ConnState>,
 }
 
+/// What the credentials of a request allow.
+#[derive(Default)]
+struct Grant {
+    pass: Pass,
+    node: NodeGrant,
+}
+
 impl FrontService {
-    pub(super) fn new(shard: Arc<Shard>, router: Router, proxies: bool) -> Self {
-        Self { shard, router, proxies, state: Arc::default() }
+    pub(super) fn new(shard: Arc<Shard>, listener: Listener, peer: SocketAddr) -> Self {
+        Self { shard, listener, peer, state: Arc::default() }
     }
 
     pub(super) fn state(&self) -> &Arc<ConnState> {
         &self.state
     }
 
-    /// The proxied route of a request, if it is one.
-    fn proxied(&self, request: &Request<Incoming>) -> Option<Route> {
-        if !self.proxies || request.method() != Method::POST {
-            return None;
-        }
-        match Route::of(request.uri().path()) {
-            route @ (Route::ChatCompletions | Route::Completions | Route::Embeddings) => Some(route),
-            _ => None,
-        }
-    }
-
-    async fn answer(self, request: Request<Incoming>) -> Response<FrontBody> {
+    async fn answer(self, mut request: Request<Incoming>) -> Response<FrontBody> {
         // Only what HTTP/1 put on the wire is judged; h2 frames its messages without doubt.
         let verdict = self.state.take_verdict();
+        let front = &self.shard.front;
         if let Err(error) = check_head(&request, verdict) {
-            self.shard.front.metrics.reject(error.code.as_str());
+            front.metrics.reject(error.code.as_str());
             return error.response();
         }
-        if let Some(route) = self.proxied(&request) {
-            return proxy::forward(&self.shard, route, request).await;
-        }
-        let mut tracked = self.shard.front.metrics.track(Route::of(request.uri().path()));
-        let request = request.map(axum::body::Body::new);
-        let response = match self.router.oneshot(request).await {
-            Ok(response) => response,
-            Err(never) => match never {},
+        let path = request.uri().path();
+        let found = routes::find(self.listener, front.config.metrics_on_client, request.method(), path);
+        let route = match found {
+            Ok(route) => route,
+            Err(Miss { route, error }) => return self.refuse(route, error, request).await,
         };
+        let grant = match check(front, self.listener, route, request.headers(), self.peer.ip()) {
+            Ok(grant) => grant,
+            Err(error) => return self.refuse(route, error, request).await,
+        };
+        if route.is_proxied() {
+            request.extensions_mut().insert(grant.pass.caller());
+            let response = proxy::forward(&self.shard, route, request).await;
+            return response.map(|body| body.holding_pass(grant.pass));
+        }
+        let mut tracked = front.metrics.track(route);
+        let is_head = request.method() == Method::HEAD;
+        let (head, body) = request.into_parts();
+        let (shard, caller) = (Arc::clone(&self.shard), grant.pass.caller());
+        let call = Call { shard, listener: self.listener, route, head, body, caller, node: grant.node };
+        let response = call.answer().await;
         tracked.set_status(response.status());
         tracked.finish(Outcome::of(response.status()));
-        response.map(FrontBody::axum)
+        let body = |body| if is_head { FrontBody::full("") } else { FrontBody::axum(body) };
+        response.map(|answer| body(answer).holding_pass(grant.pass))
     }
+
+    /// Answers a request that gets no further.
+    async fn refuse(&self, route: Route, error: ApiError, request: Request<Incoming>) -> Response<FrontBody> {
+        let front = &self.shard.front;
+        let mut tracked = front.metrics.track(route);
+        let request_id = headers::request_id(request.headers());
+        front.metrics.reject(error.code.as_str());
+        tracked.set_request_id(request_id.clone());
+        tracked.set_status(error.code.status());
+        tracked.finish(Outcome::of(error.code.status()));
+        let (head, mut body) = request.into_parts();
+        // Who expects a 100 has not sent the body yet, and reading would ask for it.
+        if !head.headers.contains_key(http::header::EXPECT) {
+            discard(&mut body, &BodyLimits::of(REFUSED_BODY)).await;
+        }
+        let mut response = error.response_in(route.dialect());
+        response.headers_mut().insert(REQUEST_ID, request_id);
+        response.headers_mut().insert(REPLICA, front.replica_header());
+        response
+    }
+}
+
+/// Asks for what the matched route needs.
+fn check(
+    front: &Front,
+    listener: Listener,
+    route: Route,
+    headers: &HeaderMap,
+    peer: IpAddr,
+) -> Result<Grant, ApiError> {
+    let mut grant = Grant::default();
+    // A route without a row is never found; should it be, it is locked.
+    match route.entry().map_or(Access::AdminToken, |entry| entry.access) {
+        Access::Open => {}
+        Access::Key => grant.pass = front.config.keys.admit(headers)?,
+        Access::NodeToken => grant.node = front.node_tokens.check(headers, peer)?,
+        Access::AdminToken => front.config.admin_tokens.check_admin(headers)?,
+        Access::Scrape if listener == Listener::Admin && !front.config.metrics_open_on_admin => {
+            front.config.admin_tokens.check_admin(headers)?;
+        }
+        Access::Scrape => {}
+    }
+    Ok(grant)
 }
 
 impl hyper::service::Service<Request<Incoming>> for FrontService {
@@ -77,10 +140,14 @@ impl hyper::service::Service<Request<Incoming>> for FrontService {
         let in_flight = self.state.begin();
         let is_http1 = request.version() <= http::Version::HTTP_11;
         let service = self.clone();
+        let is_draining = self.shard.front.draining.is_cancelled();
         Box::pin(async move {
             let mut response = service.answer(request).await.map(|body| body.holding(in_flight));
             if !is_http1 {
-                response.headers_mut().remove(http::header::CONNECTION);
+                response.headers_mut().remove(CONNECTION);
+            } else if is_draining {
+                // Its connection goes elsewhere before this listener closes.
+                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Ok(response)
         })

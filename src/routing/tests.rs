@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::policy::{POLICY_NAMES, RouteRequest, by_name, weighted_load};
 use super::breaker::BreakerOptions;
+use super::policy::{POLICY_NAMES, RouteRequest, by_name, weighted_load};
 use super::select::{Filtered, Limits, NoWorker, select};
 use super::view::{RegistryView, WorkerLive, WorkerView};
 use crate::ids::WorkerId;
@@ -56,7 +56,8 @@ const LIMITS: Limits = Limits {
     breaker: BreakerOptions { failures: 5, open_ms: 1000, max_open_ms: 1000 },
     max_requests: 1_000_000,
 };
-const REQUEST: RouteRequest<'static> = RouteRequest { model: Some("m"), prompt_tokens: 100, max_tokens: None };
+const REQUEST: RouteRequest<'static> =
+    RouteRequest { model: Some("m"), prompt_tokens: 100, max_tokens: None };
 
 fn shares(name: &str, view: &RegistryView, rounds: usize) -> HashMap<String, usize> {
     let policy = by_name(name).unwrap();
@@ -81,7 +82,9 @@ fn round_robin_follows_weights_without_bursts() {
     let policy = by_name("round_robin").unwrap();
     let mut rng = StdRng::seed_from_u64(7);
     let order: Vec<String> = (0..50)
-        .map(|_| select(&view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rng).unwrap().worker.id().to_string())
+        .map(|_| {
+            select(&view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rng).unwrap().worker.id().to_string()
+        })
         .collect();
     assert_eq!(order.iter().filter(|id| *id == "a").count(), 10);
     assert!(order.windows(2).all(|pair| pair[0] != pair[1]), "{order:?}");

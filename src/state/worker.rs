@@ -189,7 +189,9 @@ impl WorkerSpec {
             return Err(format!("weight must be 1 to 1000, this is {}", self.weight));
         }
         if self.block_size == Some(0) || self.capacity_blocks == Some(0) || self.max_requests == Some(0) {
-            return Err("block_size, capacity_blocks and max_requests must be greater than 0 where given".to_owned());
+            return Err(
+                "block_size, capacity_blocks and max_requests must be greater than 0 where given".to_owned()
+            );
         }
         Ok(())
     }

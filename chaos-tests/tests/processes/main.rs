@@ -4,6 +4,7 @@ mod cli;
 mod damage;
 mod demo;
 mod frozen;
+mod keys;
 mod leader_kill;
 mod liveness;
 mod loads;

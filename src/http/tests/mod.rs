@@ -1,6 +1,8 @@
 //! The front over real sockets on loopback.
 
+mod keys;
 mod limits;
+mod matrix;
 mod planes;
 mod proxy;
 mod support;

@@ -7,12 +7,8 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::support::*;
-use crate::http::{ClusterGauges, FrontConfig, Metrics, TokenDigests, bind, run_prober, serve_admin};
+use crate::http::{ClusterGauges, FrontConfig, Metrics, TokenDigests, run_prober};
 use crate::state::worker::{EngineKind, Liveness, WorkerSource};
-
-fn body(response: &str) -> Value {
-    serde_json::from_str(response.split_once("\r\n\r\n").expect(response).1).expect(response)
-}
 
 async fn send(front: &Running, method: &str, path: &str, body: Value) -> String {
     let body = if body.is_null() { String::new() } else { body.to_string() };
@@ -233,14 +229,6 @@ async fn node_routes_need_a_token_when_there_are_tokens() {
     assert_eq!(status(&response), 200);
     // Clients need none.
     assert_eq!(status(&exchange(front.address, chat()).await), 200);
-}
-
-/// Adds an admin listener to a running front.
-fn admin_of(front: &Running) -> std::net::SocketAddr {
-    let listener = bind(loopback(), true).unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(serve_admin(listener, front.front.clone(), front.stop.clone()));
-    address
 }
 
 #[tokio::test]

@@ -250,7 +250,7 @@ async fn bad_requests_get_openai_errors() {
         (request("POST", path, "content-encoding: gzip\r\n", "x"), (415, "unsupported_encoding")),
         (request("GET", path, "", ""), (405, "method_not_allowed")),
         (request("POST", "/v1/models", "", ""), (405, "method_not_allowed")),
-        (request("GET", "/v1/nothing", "", ""), (404, "unknown_route")),
+        (request("GET", "/nothing", "", ""), (404, "unknown_route")),
         (request("GET", "/v1/admin/status", "", ""), (404, "unknown_route")),
     ] {
         let response = exchange(front.address, &request).await;

@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::api::{Answer, ClusterError, ClusterStatus, ControlPlane, MemberOp};
-use crate::http::{Front, FrontConfig, Metrics, bind, serve_client};
+use crate::http::{Front, FrontConfig, Metrics, bind, serve_admin, serve_client};
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
 use crate::routing::book::Bookings;
 use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
@@ -223,6 +223,14 @@ pub(super) fn start_with(config: FrontConfig, cluster: Arc<MemoryCluster>, metri
     Running { cluster, front, address, stop, served }
 }
 
+/// Adds an admin listener to a running front.
+pub(super) fn admin_of(front: &Running) -> SocketAddr {
+    let listener = bind(loopback(), true).unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(serve_admin(listener, front.front.clone(), front.stop.clone()));
+    address
+}
+
 /// A worker whose every connection is handed to `script`.
 pub(super) async fn worker<F>(script: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
 where
@@ -333,6 +341,11 @@ pub(super) fn code(response: &str) -> String {
         assert!(error["error"].get(member).is_some(), "{response}");
     }
     error["error"]["code"].as_str().expect(response).to_owned()
+}
+
+/// The JSON body of a response.
+pub(super) fn body(response: &str) -> serde_json::Value {
+    serde_json::from_str(response.split_once("\r\n\r\n").expect(response).1).expect(response)
 }
 
 /// Waits until something holds; the condition is polled, nothing else is assumed about time.

@@ -214,7 +214,11 @@ mod tests {
             &[b'1'; 2000],
         ] {
             for step in [1, bad.len()] {
-                assert!(decode(bad, step).is_err(), "{:?}", String::from_utf8_lossy(&bad[..bad.len().min(30)]));
+                assert!(
+                    decode(bad, step).is_err(),
+                    "{:?}",
+                    String::from_utf8_lossy(&bad[..bad.len().min(30)])
+                );
             }
         }
     }

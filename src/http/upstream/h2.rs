@@ -11,9 +11,9 @@ use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 
 use super::SendError;
+use super::Slot;
 use super::connect::Stream;
 use super::request::Outgoing;
-use super::Slot;
 
 /// An idle connection is asked for a sign of life after this time, and given up when there is
 /// none for as long again.

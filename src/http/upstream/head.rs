@@ -191,7 +191,10 @@ mod tests {
         }
         let mut buffer = BytesMut::from("HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n");
         let Ok(Parsed::Final(head)) = parse(&mut buffer, true) else { panic!("no head") };
-        assert_eq!((head.framing, head.headers["content-length"].as_bytes()), (Framing::Length(0), &b"7"[..]));
+        assert_eq!(
+            (head.framing, head.headers["content-length"].as_bytes()),
+            (Framing::Length(0), &b"7"[..])
+        );
     }
 
     #[test]

@@ -238,7 +238,8 @@ impl Pool {
     ) -> Pin<Box<dyn Future<Output = Result<Box<Conn>, SendError>> + Send + 'a>> {
         Box::pin(async move {
             let ticket = Ticket::take(slot, self.options.max_per_worker).ok_or(SendError::Full)?;
-            let stream = connect::connect(&self.allowed, &slot.endpoint, self.options.connect_timeout).await?;
+            let stream =
+                connect::connect(&self.allowed, &slot.endpoint, self.options.connect_timeout).await?;
             Ok(Conn::new(stream, self.options.max_head_bytes, ticket))
         })
     }

@@ -111,7 +111,11 @@ impl<'a> Outgoing<'a> {
 
 impl<'a> HeadersToWorker<'a> {
     /// Headers of a request that no client sent.
-    pub(in crate::http) fn own(request_id: &'a HeaderValue, none: &'a HeaderMap, rules: &'a HeaderRules) -> Self {
+    pub(in crate::http) fn own(
+        request_id: &'a HeaderValue,
+        none: &'a HeaderMap,
+        rules: &'a HeaderRules,
+    ) -> Self {
         Self { client: none, request_id, ours: HeaderMap::new(), rules }
     }
 }
