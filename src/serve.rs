@@ -109,7 +109,8 @@ async fn serve(
     metrics.registry_mut().register_collector(Box::new(KeyGauges::new(Arc::clone(&keys))));
     let keys_file = KeysFile::load(config, keys)?;
     let front = Front::new(front_config, plane, Arc::new(metrics));
-    for tls in [&certificates.http, &certificates.admin].into_iter().flatten().cloned() {
+    for tls in [&certificates.http, &certificates.admin].into_iter().flatten() {
+        let tls = Arc::clone(tls);
         // Ends with the runtime: nothing is left half done by it.
         tokio::spawn(async move { tls.watch().await });
     }
