@@ -35,12 +35,12 @@ pub(crate) struct Server {
         default_value = "http://127.0.0.1:8081"
     )]
     pub(crate) server: String,
-    /// Authority that the certificate of an https server must be of (PEM) [default: Mozilla's list]
-    #[arg(long, env = "EVERLINE_CA", hide_env_values = true, value_name = "FILE")]
-    pub(crate) ca: Option<PathBuf>,
     /// File with the admin token, if the replica wants one [default: EVERLINE_ADMIN_TOKEN]
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    /// Authority that the certificate of an https server must be of (PEM) [default: Mozilla's list]
+    #[arg(long, env = "EVERLINE_CA", hide_env_values = true, value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
 }
 
 impl Server {

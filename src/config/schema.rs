@@ -102,14 +102,14 @@ sections! {
         max_connections: u32 = 10_000, Kind::int("connections", 1, 1_000_000);
         /// Most connections at once from one address; 0 means no limit.
         max_connections_per_ip: u32 = 0, Kind::int("connections", 0, 1_000_000);
+        /// File of `[[key]]` entries, read again within a second when it changes: to give and revoke keys without a restart. Replace it in one step (write another, `mv` it over). While it is broken or away the last good keys stay in force. With this set a key is needed even while the file names none.
+        keys_file: Option<PathBuf> = None, Kind::Path;
         /// Certificate of the client listener (PEM, intermediate ones after it); with `tls_key` it speaks TLS. Read again when it changes.
         tls_cert: Option<PathBuf> = None, Kind::Path;
         /// Private key of `tls_cert` (PEM), readable by its owner only.
         tls_key: Option<PathBuf> = None, Kind::Path;
         /// A TLS handshake on the client or admin listener must be done within this time, which counts towards `first_byte_timeout_ms`.
         tls_handshake_timeout_ms: u64 = 10_000, Kind::int("ms", 1, HOUR_MS);
-        /// File of `[[key]]` entries, read again within a second when it changes: to give and revoke keys without a restart. Replace it in one step (write another, `mv` it over). While it is broken or away the last good keys stay in force. With this set a key is needed even while the file names none.
-        keys_file: Option<PathBuf> = None, Kind::Path;
         /// After SIGTERM running requests may take this long before they are cut.
         shutdown_grace_ms: u64 = 30_000, Kind::int("ms", 0, HOUR_MS);
         /// After SIGTERM `/readyz` says 503 for this long before the listener closes, so that a load balancer stops sending requests first: a little more than its check interval times its failures. SIGINT does not wait.
@@ -134,14 +134,14 @@ sections! {
         listen: SocketAddr = loopback(8081), Kind::Address;
         /// `host:port` under which operators reach it, where that is not `listen`.
         advertise: Option<String> = None, Kind::HostPort;
-        /// Certificate of the admin listener (PEM, intermediate ones after it); with `tls_key` it speaks TLS. Read again when it changes.
-        tls_cert: Option<PathBuf> = None, Kind::Path;
-        /// Private key of `tls_cert` (PEM), readable by its owner only.
-        tls_key: Option<PathBuf> = None, Kind::Path;
         /// SHA-256 digests (hexadecimal) of accepted admin tokens. Empty: anybody who reaches the listener. `/metrics` needs a token too, unless the listener is on loopback.
         token_sha256: Vec<TokenDigest> = Vec::new(), Kind::List("64 hex digits");
         /// File with accepted admin tokens in clear text, one a line; read at start and added to `token_sha256`.
         token_file: Option<PathBuf> = None, Kind::Path;
+        /// Certificate of the admin listener (PEM, intermediate ones after it); with `tls_key` it speaks TLS. Read again when it changes.
+        tls_cert: Option<PathBuf> = None, Kind::Path;
+        /// Private key of `tls_cert` (PEM), readable by its owner only.
+        tls_key: Option<PathBuf> = None, Kind::Path;
     }
 
     /// The peer listener: Raft and everything else between replicas.
@@ -196,7 +196,7 @@ sections! {
 
     /// How workers are admitted and watched.
     "workers" => WorkersConfig {
-        /// Networks a worker's address must lie in before a prompt is sent there.
+        /// Networks a worker's address must lie in before a prompt is sent there. Link-local addresses and the clouds' metadata services are in no network: they count only where the address itself is listed (`/32`, `/128`). Multicast, broadcast and unspecified addresses never count.
         allow: Vec<IpNet> = loopback_networks(), Kind::List("CIDR network");
         /// A worker is offline after this time without a sign of life.
         timeout_ms: u64 = 5_000, Kind::int("ms", 500, HOUR_MS);

@@ -195,11 +195,12 @@ impl Front {
         self.started.elapsed().as_millis() as u64 + 1
     }
 
-    /// A listener's side of TLS, if it speaks that.
-    pub(super) fn tls(&self, plane: Listener) -> Option<&Arc<ListenerTls>> {
-        match plane {
-            Listener::Client => self.config.client_tls.as_ref(),
-            Listener::Admin => self.config.admin_tls.as_ref(),
+    /// TLS of the client listener or of the admin listener.
+    pub(super) fn tls(&self, listener: Listener) -> Option<&Arc<ListenerTls>> {
+        if listener == Listener::Client {
+            self.config.client_tls.as_ref()
+        } else {
+            self.config.admin_tls.as_ref()
         }
     }
 

@@ -33,6 +33,7 @@ mod passthrough;
 mod peek;
 mod probe;
 mod proxy;
+mod pump;
 mod queue;
 mod register;
 mod relay;
@@ -47,7 +48,7 @@ mod throttle;
 mod upstream;
 
 pub use accept::{FrontOptions, bind};
-pub use allowed::{Allowed, Forbidden};
+pub use allowed::{Allowed, Forbidden, Resolve, Resolved, SystemResolver};
 pub use auth::{NodeToken, TokenDigests};
 pub use body::BodyLimits;
 pub use conn::ConnTimeouts;

@@ -5,5 +5,6 @@ mod limits;
 mod matrix;
 mod planes;
 mod proxy;
+mod registration;
 mod support;
 mod tls;
