@@ -36,6 +36,19 @@ pub struct RecentError {
     pub what: String,
 }
 
+/// What stands between the answering replica and a worker that fails.
+#[derive(Clone, Copy, Serialize, Deserialize, Debug, PartialEq, Eq, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum BreakerState {
+    /// Nothing: requests pass.
+    #[default]
+    Closed,
+    /// A few requests pass, to see whether it is well again.
+    HalfOpen,
+    /// No request passes while another worker can take it.
+    Open,
+}
+
 /// A worker with its load and health.
 #[derive(Clone, Serialize, Deserialize, Debug, PartialEq)]
 pub struct WorkerStatus {
@@ -65,6 +78,9 @@ pub struct WorkerStatus {
     pub decode_blocks: i64,
     /// Whether the answering replica could connect lately.
     pub reachable: bool,
+    /// The answering replica's breaker.
+    #[serde(default)]
+    pub breaker: BreakerState,
     /// Counts registrations.
     pub generation: u64,
     /// Relative share of traffic; 100 is ordinary.

@@ -18,6 +18,9 @@
 //! [`routing`]: choosing a worker. Filters, then a policy, over a [`routing::view`] that is read
 //! without a lock; [`routing::book`] takes note of what was chosen.
 //!
+//! [`telemetry`]: histograms without a lock, the process as the kernel sees it, and spans for a
+//! collector. Names nothing of ours; everybody who measures names it.
+//!
 //! **Consensus**:
 //!
 //! [`cluster`]: two Raft groups, their write-ahead log and checkpoints, the links between
@@ -61,4 +64,5 @@ pub mod ids;
 pub mod routing;
 pub mod serve;
 pub mod state;
+pub mod telemetry;
 pub mod tls;

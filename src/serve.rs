@@ -23,16 +23,19 @@ use crate::cluster::down::DownPlane;
 use crate::cluster::inner::{NodeConfig, StartError};
 use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
-use crate::config::{Certificates, Config, ConfigErrors, Loaded, LogConfig, LogFormat, NodeTokenEntry};
+use crate::config::{
+    AccessLog, Certificates, Config, ConfigErrors, Loaded, LogConfig, LogFormat, NodeTokenEntry,
+};
 use crate::http::{
-    Allowed, BodyLimits, CertificateGauges, ClusterGauges, ConnTimeouts, Front, FrontConfig, FrontOptions,
-    HeaderRules, KeyGauges, KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions,
+    Access, AccessOptions, Allowed, BodyLimits, CertificateGauges, ConnTimeouts, Front, FrontConfig,
+    FrontOptions, HeaderRules, KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions,
     QueueOptions, RetryOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
     serve_client,
 };
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
+use crate::telemetry::trace::{TraceOptions, Tracing};
 use keys::{KeysFile, client_key};
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
@@ -98,17 +101,16 @@ async fn serve(
     admin: TcpListener,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
-    let mut metrics = Metrics::default();
-    metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(Arc::clone(&plane))));
     let expiring = certificates.clone();
     let gauges = CertificateGauges::new(move || expiring.expiries());
-    metrics.registry_mut().register_collector(Box::new(gauges));
     tokio::spawn(warn_before_expiry(certificates.clone()));
+    let metrics = Metrics::new(access_options(&config.log))
+        .with_tracing(tracing(&config.replica.name))
+        .with_collector(gauges);
+    let metrics = Arc::new(metrics);
     let front_config = front_config(config, certificates);
-    let keys = Arc::clone(&front_config.keys);
-    metrics.registry_mut().register_collector(Box::new(KeyGauges::new(Arc::clone(&keys))));
-    let keys_file = KeysFile::load(config, keys)?;
-    let front = Front::new(front_config, plane, Arc::new(metrics));
+    let keys_file = KeysFile::load(config, Arc::clone(&front_config.keys))?;
+    let front = Front::new(front_config, plane, Arc::clone(&metrics));
     for tls in [&certificates.http, &certificates.admin].into_iter().flatten() {
         let tls = Arc::clone(tls);
         // Ends with the runtime: nothing is left half done by it.
@@ -175,6 +177,7 @@ async fn serve(
             if let Some(cluster) = cluster {
                 cluster.shutdown().await;
             }
+            let _ = tokio::task::spawn_blocking(move || metrics.flush_spans()).await;
         };
         hand_over.await;
         tracing::info!("stopped");
@@ -290,6 +293,31 @@ fn node_config(config: &Config) -> NodeConfig {
         wal_segment_bytes: cluster.wal_segment_bytes,
         digest_every: cluster.digest_every,
     }
+}
+
+/// Traces, where the `OTEL_*` variables ask for them. What they ask for and cannot have is said,
+/// and no reason not to serve.
+fn tracing(replica: &str) -> Option<Tracing> {
+    let started = TraceOptions::from_variables(crate::config::variables()).and_then(|options| {
+        let Some(options) = options else { return Ok(None) };
+        let collector = options.collector();
+        let tracing = Tracing::start(options, replica)?;
+        tracing::info!(%collector, "sending traces");
+        Ok(Some(tracing))
+    });
+    started.unwrap_or_else(|why| {
+        tracing::error!("{why}");
+        None
+    })
+}
+
+fn access_options(config: &LogConfig) -> AccessOptions {
+    let access = match config.access {
+        AccessLog::All => Access::All,
+        AccessLog::Errors => Access::Errors,
+        AccessLog::Off => Access::Off,
+    };
+    AccessOptions { access, slow: ms(config.access_slow_ms) }
 }
 
 /// Names that the configuration's checks have let pass.

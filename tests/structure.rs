@@ -290,6 +290,13 @@ fn only_the_codec_names_bincode() {
 }
 
 #[test]
+fn only_telemetry_names_opentelemetry() {
+    let elsewhere = |file: &str| !file.starts_with("src/telemetry/trace/");
+    let names = ["opentelemetry", "opentelemetry_sdk", "opentelemetry_otlp", "opentelemetry_http"];
+    fail_if_any("OpenTelemetry lives in src/telemetry/trace", &violations(elsewhere, &names));
+}
+
+#[test]
 fn only_the_configuration_reads_the_environment() {
     let mut found = Vec::new();
     for (file, code) in sources().iter().filter(|(file, _)| *file != "src/config/environment.rs") {
@@ -313,15 +320,16 @@ fn layers_name_only_what_lies_below_them() {
         ("ids", &[]),
         ("codec", &[]),
         ("balancer", &[]),
+        ("telemetry", &[]),
         ("tls", &[]),
         ("kv", &["codec", "ids"]),
         ("state", &["codec", "ids", "kv"]),
         ("routing", &["ids", "kv", "state"]),
-        ("cluster", &["codec", "ids", "kv", "routing", "state", "tls"]),
+        ("cluster", &["codec", "ids", "kv", "routing", "state", "telemetry", "tls"]),
         ("admin_types", &["cluster", "ids", "state"]),
         ("config", &["admin_types", "ids", "routing", "state", "tls"]),
         ("engines", &["ids", "kv", "state"]),
-        ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state", "tls"]),
+        ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state", "telemetry", "tls"]),
     ];
     let mut found = Vec::new();
     for (file, code) in &sources() {

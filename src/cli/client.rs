@@ -114,6 +114,11 @@ impl Client {
         Ok(self)
     }
 
+    /// A client of another replica of the same cluster, with the same token.
+    pub(crate) fn of(&self, server: &str) -> Result<Self, Failure> {
+        Ok(Self { authorization: self.authorization.clone(), ..Self::new(server)? })
+    }
+
     /// The same with another time limit.
     pub(crate) fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;

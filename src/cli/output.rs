@@ -79,6 +79,12 @@ impl Out {
         self.terminal
     }
 
+    /// Columns of the terminal, if it is one and says so.
+    pub(crate) fn width(&self) -> Option<usize> {
+        let size = rustix::termios::tcgetwinsize(io::stdout()).ok().filter(|_| self.terminal)?;
+        Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
+    }
+
     /// The paint to use.
     pub(crate) fn paint(&self) -> Paint {
         Paint { on: self.color }

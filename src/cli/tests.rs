@@ -25,6 +25,7 @@ fn documented_lines_are_accepted() {
         "balancer --listen 127.0.0.1:0 --backend 127.0.0.1:1 --backend 127.0.0.1:2 --check-interval-ms 100",
         "serve --admin-token-file t --keys-file k",
         "status --server http://h:1 --json --watch",
+        "status -o json --local",
         "status --server http://h:1 --token-file t",
         "keys new team-a --models a,b* --rps 0.5 --burst 3 --max-concurrent 9 --expires 2099-12-31T00:00:00Z",
         "keys hash",

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::stats::{ClusterStats, GroupStats, LogStats};
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
 use crate::routing::book::Bookings;
 use crate::routing::view::RegistryView;
@@ -100,6 +101,10 @@ pub struct MemberStatus {
     pub leads_cache: bool,
     /// Requests it has in flight, cluster view.
     pub requests: i64,
+    /// How old the newest is that the answering replica knows of this one, in milliseconds at
+    /// most; `None` for itself and before the first.
+    #[serde(default)]
+    pub view_age_ms: Option<u64>,
 }
 
 /// The cluster as one replica sees it.
@@ -176,4 +181,9 @@ pub trait ControlPlane: Send + Sync + 'static {
 
     /// The cluster as this replica sees it.
     fn status(&self) -> ClusterStatus;
+
+    /// What was counted since the start; nothing where nothing is.
+    fn stats(&self) -> ClusterStats {
+        ClusterStats::default()
+    }
 }

@@ -34,7 +34,7 @@ impl StoreBuilder<TypeConfig, LogStore, Machine, tempfile::TempDir> for OnDisk {
         let wal = Arc::new(wal);
         let store = Arc::new(CheckpointStore::open(&dir.path().join("checkpoints")).unwrap());
         let cell = Arc::new(Cell::new(Arc::new(NoHooks), ReplicaId(1), Incarnation(1), 256));
-        let (machine, _) = Machine::open(Group::Cache, cell, store, wal.clone()).unwrap();
+        let (machine, _) = Machine::open(Group::Cache, cell, store, wal.clone(), Arc::default()).unwrap();
         Ok((dir, LogStore::new(wal, Group::Cache), machine))
     }
 }

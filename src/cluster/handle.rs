@@ -6,7 +6,10 @@ use std::time::Duration;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{Instant as _, ServerState};
 
-use super::api::{Answer, ClusterError, ClusterStatus, ControlPlane, GroupStatus, MemberOp, MemberStatus};
+use super::api::{
+    Answer, ClusterError, ClusterStats, ClusterStatus, ControlPlane, GroupStatus, LogStats, MemberOp,
+    MemberStatus,
+};
 use super::inner::{Inner, Member};
 use super::membership::Members;
 use super::peer::server::read_index;
@@ -141,6 +144,29 @@ impl Inner {
         status.members = member_statuses(member);
         status
     }
+
+    fn stats(&self) -> ClusterStats {
+        let control = self.control.counters().read(Group::Control, self.control.queued_bytes());
+        let cache = self.cache.counters().read(Group::Cache, self.cache.queued_bytes());
+        let log = self.member.get().map(|member| LogStats::from(&member.wal.stats()));
+        ClusterStats { groups: vec![control, cache], log }
+    }
+}
+
+/// How old the newest is that this replica knows of another, at most: cluster time between that
+/// and the last tick, and the time since that tick was applied here. The better of both groups.
+fn view_age(member: &Member, id: ReplicaId) -> Option<u64> {
+    if id == member.id {
+        return None;
+    }
+    let age = |heard_ago: Option<u64>, tick: Option<Duration>| Some(heard_ago? + tick?.as_millis() as u64);
+    let control = member.control.read(|state| {
+        let record = state.replicas().get(&id)?;
+        Some(state.now_ms().saturating_sub(record.last_heard_ms))
+    });
+    let cache = member.cache.read(|state| state.heard_ms_ago(id));
+    let ages = [age(control, member.control.tick_age()), age(cache, member.cache.tick_age())];
+    ages.into_iter().flatten().min()
 }
 
 /// Milliseconds since a quorum was known to be there: as leader, since a quorum acknowledged;
@@ -209,6 +235,7 @@ fn member_statuses(member: &Member) -> Vec<MemberStatus> {
                 leads_control: control.leader == Some(*id),
                 leads_cache: cache.leader == Some(*id),
                 requests,
+                view_age_ms: view_age(member, *id),
             }
         })
         .collect()
@@ -256,5 +283,9 @@ impl ControlPlane for Handle {
 
     fn status(&self) -> ClusterStatus {
         self.inner.status()
+    }
+
+    fn stats(&self) -> ClusterStats {
+        self.inner.stats()
     }
 }

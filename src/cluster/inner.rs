@@ -18,8 +18,9 @@ use super::peer::dial::Dialer;
 use super::peer::server::Served;
 use super::proposer::{Batching, Proposer, Route};
 use super::pulse::Pulse;
+use super::stats::GroupCounters;
 use super::storage::wal::Wal;
-use crate::ids::{Incarnation, ReplicaId};
+use crate::ids::{Group, Incarnation, ReplicaId};
 use crate::routing::book::Bookings;
 use crate::state::cache::CacheState;
 use crate::state::command::ReplicaInfo;
@@ -134,4 +135,14 @@ pub(super) struct Inner {
     pub(super) raft_runtime: tokio::runtime::Handle,
     /// Held while this process lives.
     pub(super) _lock: std::fs::File,
+}
+
+impl Inner {
+    /// What is counted of a group.
+    pub(super) fn counters(&self, group: Group) -> &Arc<GroupCounters> {
+        match group {
+            Group::Control => self.control.counters(),
+            Group::Cache => self.cache.counters(),
+        }
+    }
 }

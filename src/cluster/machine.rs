@@ -4,12 +4,14 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use parking_lot::{Mutex, RwLock};
 
+use super::stats::GroupCounters;
 use super::storage::checkpoint::CheckpointStore;
 use super::storage::wal::Wal;
 use super::types::{Image, LogId, Proposal, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
@@ -41,6 +43,8 @@ pub struct Cell<S: State> {
     /// effect published.
     acknowledged: Mutex<Vec<(u64, Vec<S::Outcome>)>>,
     hooks: Arc<dyn Hooks<S>>,
+    /// When the leader's clock was last heard here: how old the state may be.
+    ticked: Mutex<Option<Instant>>,
     me: ReplicaId,
     incarnation: Incarnation,
     digest_every: u64,
@@ -53,6 +57,7 @@ impl<S: State> Cell<S> {
             state: RwLock::default(),
             acknowledged: Mutex::default(),
             hooks,
+            ticked: Mutex::default(),
             me,
             incarnation,
             digest_every: if digest_every == 0 { u64::MAX } else { digest_every },
@@ -62,6 +67,11 @@ impl<S: State> Cell<S> {
     /// Reads the state; writers wait meanwhile, so be short.
     pub fn read<R>(&self, look: impl FnOnce(&S) -> R) -> R {
         look(&self.state.read().state)
+    }
+
+    /// How long ago the leader's clock was last heard here; `None` before the first time.
+    pub fn tick_age(&self) -> Option<Duration> {
+        self.ticked.lock().map(|at| at.elapsed())
     }
 }
 
@@ -84,6 +94,7 @@ impl<S: State> AnyCell for Cell<S> {
         let mut replicated = self.state.write();
         if let Some(clock) = proposal.clock {
             replicated.state.apply(leader, codec::decode(&clock)?);
+            *self.ticked.lock() = Some(Instant::now());
         }
         for segment in proposal.segments {
             let commands: Vec<S::Command> = codec::decode(&segment.commands)?;
@@ -146,6 +157,7 @@ pub struct Machine {
     /// Where the checkpoint before the newest ends: the log from there on must stay, for the
     /// newest may turn out damaged.
     purgeable: Arc<AtomicU64>,
+    counters: Arc<GroupCounters>,
 }
 
 impl Machine {
@@ -156,6 +168,7 @@ impl Machine {
         cell: Arc<dyn AnyCell>,
         store: Arc<CheckpointStore>,
         wal: Arc<Wal>,
+        counters: Arc<GroupCounters>,
     ) -> Result<(Self, Option<String>), String> {
         let mut position = Position::default();
         let mut fell_back = None;
@@ -168,7 +181,7 @@ impl Machine {
         }
         let position = Arc::new(Mutex::new(position));
         let purgeable = Arc::default();
-        Ok((Self { group, cell, store, position, wal, purgeable }, fell_back))
+        Ok((Self { group, cell, store, position, wal, purgeable, counters }, fell_back))
     }
 
     /// Index of the last entry applied; 0 before the first.
@@ -194,13 +207,16 @@ impl Machine {
         let (store, group, purgeable) = (self.store.clone(), self.group, self.purgeable.clone());
         let index = meta.last_log_id.map_or(0, |id| id.index);
         let meta = codec::encode(meta);
+        let started = Instant::now();
         let task = tokio::task::spawn_blocking(move || {
             let image = encode();
             let info = store.write(group, index, &meta, image.iter().cloned()).map_err(io::Error::other)?;
             purgeable.store(info.previous_index.unwrap_or(0), Ordering::Release);
             Ok(image)
         });
-        task.await.map_err(io::Error::other)?
+        let saved = task.await.map_err(io::Error::other).flatten();
+        self.counters.checkpoint(started.elapsed(), saved.is_ok());
+        saved
     }
 }
 

@@ -19,6 +19,7 @@ use super::peer::link::Links;
 use super::peer::server::Served;
 use super::proposer::{self, Driver, Route};
 use super::pulse;
+use super::stats::GroupCounters;
 use super::storage::checkpoint::CheckpointStore;
 use super::storage::disk::RealDisk;
 use super::storage::wal::{Wal, WalError, WalOptions};
@@ -85,7 +86,8 @@ impl Inner {
                 Group::Control => control.clone(),
                 Group::Cache => cache.clone(),
             };
-            let (machine, fell_back) = Machine::open(group, cell, store.clone(), wal.clone())
+            let counters = self.counters(group).clone();
+            let (machine, fell_back) = Machine::open(group, cell, store.clone(), wal.clone(), counters)
                 .map_err(|why| StartError::Damaged(format!("{group} checkpoint: {why}")))?;
             if let Some(why) = fell_back {
                 tracing::warn!(%group, %why, "newest checkpoint is damaged; took the one before");
@@ -174,7 +176,7 @@ impl Inner {
             tokio::spawn(proposer::intake(raft.clone(), rx, entry_bytes));
             intakes.push(tx);
             let (tx, rx) = watch::channel(Route::Nowhere);
-            tokio::spawn(follow_leader(raft.clone(), id, links.clone(), tx));
+            tokio::spawn(follow_leader(raft.clone(), id, links.clone(), tx, self.counters(group).clone()));
             routes.push(rx);
         }
         let (control_route, cache_route) = (routes[0].clone(), routes[1].clone());
@@ -270,9 +272,15 @@ fn has_peers(raft: Raft) -> Box<dyn Fn() -> bool + Send + Sync> {
 }
 
 /// Keeps the proposers' route to the leader; ends when nobody wants to know or the group stops.
-async fn follow_leader(raft: Raft, me: ReplicaId, links: Arc<Links>, route: watch::Sender<Route>) {
+async fn follow_leader(
+    raft: Raft,
+    me: ReplicaId,
+    links: Arc<Links>,
+    route: watch::Sender<Route>,
+    counters: Arc<GroupCounters>,
+) {
     let mut metrics = raft.server_metrics();
-    let mut last = None;
+    let mut last: Option<(Option<ReplicaId>, _)> = None;
     loop {
         let (leader, node) = {
             let now = metrics.borrow_watched();
@@ -282,6 +290,10 @@ async fn follow_leader(raft: Raft, me: ReplicaId, links: Arc<Links>, route: watc
         };
         let key = (leader, node.as_ref().map(|n| n.peer.clone()));
         if last.as_ref() != Some(&key) {
+            let before = last.as_ref().and_then(|(leader, _)| *leader);
+            if leader.is_some() && leader != before {
+                counters.leader_changed();
+            }
             let next = match (leader, node) {
                 (Some(id), _) if id == me => Route::Here,
                 (Some(id), Some(node)) => match links.to(id, &node) {

@@ -23,6 +23,7 @@ use tokio::time::Instant;
 use super::api::ClusterError;
 use super::peer::lane::Lane;
 use super::peer::wire::{Kind, ProposeReply};
+use super::stats::GroupCounters;
 use super::types::Segment;
 use crate::codec::{self, ListEncoder};
 use crate::ids::{Group, Incarnation, ReplicaId};
@@ -76,17 +77,19 @@ type Waiter<O> = oneshot::Sender<Vec<O>>;
 
 struct Batch<O> {
     list: ListEncoder,
+    mutations: u64,
     waiters: Vec<(std::ops::Range<usize>, Waiter<O>)>,
 }
 
 impl<O> Default for Batch<O> {
     fn default() -> Self {
-        Self { list: ListEncoder::default(), waiters: Vec::new() }
+        Self { list: ListEncoder::default(), mutations: 0, waiters: Vec::new() }
     }
 }
 
 struct InFlight<O> {
     segment: Segment,
+    sealed: Instant,
     waiters: Vec<(std::ops::Range<usize>, Waiter<O>)>,
 }
 
@@ -102,6 +105,7 @@ struct Shared<S: State> {
     queue: Mutex<Queue<S::Outcome>>,
     batching: Batching,
     wake: Notify,
+    counters: Arc<GroupCounters>,
 }
 
 /// Handle to a group's proposer. Cheap to clone.
@@ -119,7 +123,8 @@ impl<S: State> Proposer<S> {
     /// A proposer that gathers until [`run`] drives it.
     pub fn new(batching: Batching) -> Self {
         let queue = Queue { waiting: VecDeque::new(), in_flight: VecDeque::new(), bytes: 0, next_number: 1 };
-        Self { shared: Arc::new(Shared { queue: Mutex::new(queue), batching, wake: Notify::new() }) }
+        let (queue, wake) = (Mutex::new(queue), Notify::new());
+        Self { shared: Arc::new(Shared { queue, batching, wake, counters: Arc::default() }) }
     }
 
     /// Puts commands into the queue as one unbroken run. The receiver gets their outcomes when
@@ -143,6 +148,7 @@ impl<S: State> Proposer<S> {
         let (start, before) = (batch.list.count() as usize, batch.list.len());
         for command in commands {
             batch.list.push(command);
+            batch.mutations += S::mutations(command);
         }
         batch.waiters.push((start..batch.list.count() as usize, tx));
         let grown = batch.list.len() - before;
@@ -150,6 +156,11 @@ impl<S: State> Proposer<S> {
         drop(queue);
         self.shared.wake.notify_one();
         Ok(rx)
+    }
+
+    /// What is counted of the group.
+    pub fn counters(&self) -> &Arc<GroupCounters> {
+        &self.shared.counters
     }
 
     /// Bytes waiting and in flight.
@@ -171,6 +182,7 @@ impl<S: State> Proposer<S> {
             }
             let Some(done) = queue.in_flight.pop_front() else { break };
             queue.bytes = queue.bytes.saturating_sub(done.segment.commands.len());
+            self.shared.counters.applied(done.sealed.elapsed());
             let known = done.segment.number == number;
             for (range, waiter) in done.waiters {
                 let answer = if known && range.end <= outcomes.len() {
@@ -313,6 +325,7 @@ fn seal<S: State>(driver: &Driver<S>, shared: &Shared<S>) -> Option<Segment> {
     let before = batch.list.len();
     for command in &extra {
         batch.list.push(command);
+        batch.mutations += S::mutations(command);
     }
     if batch.list.is_empty() {
         return None;
@@ -323,13 +336,18 @@ fn seal<S: State>(driver: &Driver<S>, shared: &Shared<S>) -> Option<Segment> {
     let number = queue.next_number;
     queue.next_number += 1;
     let segment = Segment { origin: driver.me, incarnation: driver.incarnation, number, commands };
-    queue.in_flight.push_back(InFlight { segment: segment.clone(), waiters: batch.waiters });
+    shared.counters.sealed(batch.mutations, segment.commands.len());
+    let sealed = Instant::now();
+    queue.in_flight.push_back(InFlight { segment: segment.clone(), sealed, waiters: batch.waiters });
     Some(segment)
 }
 
 async fn resend<S: State>(driver: &Driver<S>, shared: &Shared<S>, trouble: &Arc<Notify>) {
     let segments: Vec<Segment> = shared.queue.lock().in_flight.iter().map(|f| f.segment.clone()).collect();
     if !segments.is_empty() {
+        if !matches!(*driver.route.borrow(), Route::Nowhere) {
+            shared.counters.resent(segments.len());
+        }
         send(driver, &segments, trouble).await;
     }
 }
@@ -457,6 +475,14 @@ mod tests {
             assert_eq!((segment.number, commands.len()), (1, taken.len()));
             // Silence: it is sent again, under the same number.
             assert_eq!(segments.recv().await.unwrap(), segment);
+            let counted = proposer.counters().read(Group::Control, proposer.queued_bytes());
+            assert!(counted.resends >= 1 && counted.queued_bytes > 0, "{counted:?}");
+            assert_eq!(
+                (counted.batch_mutations.count(), counted.batch_mutations.sum()),
+                (1, taken.len() as f64)
+            );
+            assert_eq!(counted.batch_bytes.sum(), segment.commands.len() as f64);
+            assert_eq!(counted.proposals.count(), 0, "not applied yet");
             proposer.acknowledged(1, vec![ControlOutcome::Done; commands.len()]);
             for answer in taken {
                 assert_eq!(answer.await.unwrap(), vec![ControlOutcome::Done]);
@@ -469,6 +495,7 @@ mod tests {
             assert_eq!(segments.recv().await.unwrap().number, 2);
             proposer.caught_up(2);
             assert_eq!(unknown.await.unwrap(), vec![ControlOutcome::Unknown]);
+            assert_eq!(proposer.counters().read(Group::Control, 0).proposals.count(), 2);
             driven.abort();
         });
     }

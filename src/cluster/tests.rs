@@ -312,3 +312,45 @@ pub(super) fn away_too_long(mut r: Replicas) {
     }
     r.register(1, "after");
 }
+
+#[test]
+fn what_is_counted_tells_of_batches_flushes_leaders_and_how_old_the_view_is() {
+    let mut r = Replicas::new(3);
+    r.until("a cluster", || (0..3).all(|i| r.plane(i).status().quorum));
+    for (i, id) in [(0, "a"), (1, "b"), (2, "c")] {
+        r.register(i, id);
+    }
+    for i in 0..3 {
+        let stats = r.plane(i).stats();
+        let control = &stats.groups[Group::Control.index()];
+        assert_eq!(control.group, Group::Control);
+        assert!(control.batch_mutations.count() >= 1 && control.proposals.count() >= 1, "{control:?}");
+        assert!(control.batch_mutations.sum() >= control.batch_mutations.count() as f64);
+        assert!(control.batch_bytes.sum() > 0.0 && control.leader_changes >= 1, "{control:?}");
+        let log = stats.log.unwrap();
+        assert!(log.syncs.count() > 0 && log.syncs.sum() > 0.0, "{log:?}");
+        assert!(log.batches > 0 && log.bytes > 0, "{log:?}");
+    }
+    // Everybody knows of everybody else, and of nobody but itself does it say nothing.
+    let ages = |of: usize| -> Vec<Option<u64>> {
+        r.plane(of).status().members.iter().map(|member| member.view_age_ms).collect()
+    };
+    r.until("fresh views", || {
+        (0..3).all(|of| {
+            let ages = ages(of);
+            ages.len() == 3
+                && ages[of].is_none()
+                && ages.iter().flatten().filter(|age| **age < 2000).count() == 2
+        })
+    });
+    // One that is gone gets older, with a quorum that still tells the time; the other does not.
+    let gone = (0..3).find(|i| r.plane(*i).status().groups[0].role == "follower").unwrap();
+    let other = (0..3).find(|i| *i != gone).unwrap();
+    r.all[gone].crash();
+    r.until("an old view", || {
+        r.plane(other).status().members[gone].view_age_ms.is_some_and(|age| age > 2500)
+    });
+    let ages = r.plane(other).status().members;
+    let rest = (0..3).find(|i| *i != gone && *i != other).unwrap();
+    assert!(ages[rest].view_age_ms.is_some_and(|age| age < 2500), "{ages:?}");
+}

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::access::{KeyEntry, NodeTokenEntry};
 use super::keys::{KeyDoc, Kind, SectionDoc};
-use super::values::{LogFormat, PeerSeed, Policy, TokenDigest};
+use super::values::{AccessLog, LogFormat, PeerSeed, Policy, TokenDigest};
 use crate::admin_types::RegisterRequest;
 use crate::tls::listener::ListenerFiles;
 use crate::tls::peer::PeerFiles;
@@ -262,6 +262,10 @@ sections! {
         format: LogFormat = LogFormat::Auto, Kind::Choice(LogFormat::NAMES);
         /// What is logged: a level, or `module=level` pairs separated by commas, as in RUST_LOG.
         filter: String = "info".to_owned(), Kind::Text;
+        /// Which requests get a line: `all`; `errors`, those that did not end well and slow ones, at most 100 lines a second; or `off`. Never anything of their content.
+        access: AccessLog = AccessLog::Errors, Kind::Choice(AccessLog::NAMES);
+        /// With `access = "errors"`: a request is slow when its answer begins later than this.
+        access_slow_ms: u64 = 10_000, Kind::int("ms", 1, 24 * HOUR_MS);
     }
 }
 

@@ -169,6 +169,24 @@ impl LogFormat {
     pub const NAMES: &[&str] = &["auto", "pretty", "json"];
 }
 
+/// Which requests are logged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AccessLog {
+    /// Every one.
+    All,
+    /// Those that did not end well, and slow ones.
+    #[default]
+    Errors,
+    /// None.
+    Off,
+}
+
+impl AccessLog {
+    /// Their names in the file.
+    pub const NAMES: &[&str] = &["all", "errors", "off"];
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

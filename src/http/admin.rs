@@ -32,12 +32,13 @@ pub(super) async fn answer(call: Call) -> Result<Response, ApiError> {
         (Route::AdminStatus, &Method::GET) => Ok(Json(status(&shard.front)).into_response()),
         (Route::AdminWorkers, &Method::GET) => {
             let view = shard.front.control.registry();
-            let workers = view.workers.iter().map(|worker| worker_status(worker)).collect();
+            let now_ms = shard.front.now_ms();
+            let workers = view.workers.iter().map(|worker| worker_status(worker, now_ms)).collect();
             Ok(Json(WorkersReply { workers }).into_response())
         }
         (Route::AdminWorkers, &Method::POST) => add_worker(&shard, call).await,
         (Route::AdminWorker, &Method::GET) => {
-            Ok(Json(worker_status(&*find(&shard, call.worker_id()?)?)).into_response())
+            Ok(Json(worker_status(&*find(&shard, call.worker_id()?)?, shard.front.now_ms())).into_response())
         }
         (Route::AdminWorker, &Method::DELETE) => remove(&shard, call.worker_id()?, None).await,
         (Route::AdminDrain, &Method::POST) => drain_worker(&shard, call).await,

@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::errors::{ApiError, Code};
 use super::front::Shard;
+use super::metrics::{Retry, Tracked};
 use super::queue::Held;
 use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
 use crate::ids::WorkerId;
@@ -47,7 +48,10 @@ pub(super) struct Attempts<'a> {
     shard: &'a Shard,
     outgoing: &'a Outgoing<'a>,
     asked: &'a Asked<'a>,
+    tracked: &'a mut Tracked,
     deadline: Instant,
+    /// What went wrong last, for the metrics.
+    trouble: Retry,
     /// Not to be tried again.
     tried: Vec<WorkerId>,
     /// What went wrong so far, for the error text; bounded by the number of attempts.
@@ -72,13 +76,16 @@ impl<'a> Attempts<'a> {
         shard: &'a Shard,
         outgoing: &'a Outgoing<'a>,
         asked: &'a Asked<'a>,
+        tracked: &'a mut Tracked,
         deadline: Instant,
     ) -> Self {
         Self {
             shard,
             outgoing,
             asked,
+            tracked,
             deadline,
+            trouble: Retry::Connect,
             tried: Vec::new(),
             failures: Vec::new(),
             reached: 0,
@@ -94,13 +101,25 @@ impl<'a> Attempts<'a> {
         loop {
             let worker = match self.choose() {
                 Ok(worker) => worker,
-                Err(NoWorker::Saturated { .. }) => match Box::pin(self.wait_in_line()).await {
-                    Ok(worker) => worker,
-                    Err(error) => return held.ok_or(error),
-                },
+                Err(NoWorker::Saturated { .. }) => {
+                    let began = Instant::now();
+                    let found = Box::pin(self.wait_in_line()).await;
+                    self.tracked.waited(began.elapsed());
+                    match found {
+                        Ok(worker) => worker,
+                        Err(error) => return held.ok_or(error),
+                    }
+                }
                 Err(refusal) => return held.ok_or_else(|| self.refuse(&refusal)),
             };
+            if self.retries > 0 {
+                self.tracked.retrying(self.trouble);
+            }
             let booking = self.book(&worker);
+            if let Some(model) = &self.asked.model {
+                self.tracked.set_model(model);
+            }
+            self.tracked.sent_upstream();
             match self.send(&worker).await {
                 Ok((response, slot)) => {
                     self.note_answer(&worker, response.status());
@@ -110,6 +129,7 @@ impl<'a> Attempts<'a> {
                         return Ok(answered);
                     }
                     self.tried.push(answered.worker.id().clone());
+                    self.trouble = Retry::Status;
                     held = Some(answered);
                 }
                 Err(Failure::Timeout(error)) => {
@@ -142,7 +162,6 @@ impl<'a> Attempts<'a> {
             }
             sleep(proxy.retry.pause_before(self.retries)).await;
         }
-        front.metrics.retries.inc();
         true
     }
 
@@ -235,6 +254,13 @@ impl<'a> Attempts<'a> {
     }
 
     fn note_failure(&mut self, worker: &WorkerView, why: &SendError) {
+        self.trouble = match why {
+            SendError::Connect(_) | SendError::Forbidden(_) => Retry::Connect,
+            SendError::Full => Retry::Full,
+            SendError::Stale => Retry::Stale,
+            SendError::Closed => Retry::Closed,
+            SendError::Garbage(_) => Retry::Garbage,
+        };
         match why {
             SendError::Connect(_) => {
                 worker.live.unreachable.store(true, Ordering::Relaxed);

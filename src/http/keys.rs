@@ -299,9 +299,6 @@ impl KeyGauges {
 impl Collector for KeyGauges {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
         let keys = self.ring.list();
-        if keys.is_empty() {
-            return Ok(());
-        }
         let mut counter = |name: &str, help: &str, value: fn(&KeyStatus) -> u64| {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for key in &keys {

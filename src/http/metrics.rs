@@ -1,28 +1,33 @@
-//! What the front counts. Families are made once; label sets are closed enums and worker ids.
+//! What the front counts. The labels are closed enums, worker ids and a bounded number of model
+//! names; what is counted for every request is an array of atomics, indexed by them: nothing is
+//! hashed and no lock is taken.
 
-use std::collections::VecDeque;
+mod access;
+mod counts;
+mod models;
+mod recent;
+mod tracked;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use super::keys::Caller;
-pub use super::routes::Route;
-use crate::ids::WorkerId;
+pub use self::access::{Access, AccessOptions};
+pub use self::recent::RecentErrors;
+pub use self::tracked::Tracked;
 
-impl EncodeLabelValue for Route {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
-        self.path().encode(encoder)
-    }
-}
+use self::access::AccessLog;
+use self::counts::{Counts, Exported};
+pub use super::routes::Route;
+use crate::telemetry::process::ProcessMetrics;
+use crate::telemetry::trace::Tracing;
 
 /// How a request ended.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -44,6 +49,17 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Outcome; 7] = [
+        Outcome::Ok,
+        Outcome::ClientError,
+        Outcome::NoWorker,
+        Outcome::UpstreamError,
+        Outcome::Timeout,
+        Outcome::Canceled,
+        Outcome::ServerError,
+    ];
+
     /// The ordinary outcome of a status.
     pub fn of(status: http::StatusCode) -> Self {
         match status.as_u16() {
@@ -58,7 +74,7 @@ impl Outcome {
 
 impl Outcome {
     /// The name in metrics and logs.
-    fn as_str(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Outcome::Ok => "ok",
             Outcome::ClientError => "client_error",
@@ -71,21 +87,39 @@ impl Outcome {
     }
 }
 
-impl EncodeLabelValue for Outcome {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
-        self.as_str().encode(encoder)
+/// Why another worker was tried, or the same one again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Retry {
+    /// No connection, or none allowed.
+    Connect,
+    /// As many connections as allowed, all in use.
+    Full,
+    /// A kept-alive connection turned out to be closed.
+    Stale,
+    /// A fresh connection was closed without an answer.
+    Closed,
+    /// What came was not HTTP.
+    Garbage,
+    /// The worker answered 502, 503 or 504.
+    Status,
+}
+
+impl Retry {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Retry; 6] =
+        [Retry::Connect, Retry::Full, Retry::Stale, Retry::Closed, Retry::Garbage, Retry::Status];
+
+    /// The name in metrics and spans.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Retry::Connect => "connect",
+            Retry::Full => "full",
+            Retry::Stale => "stale",
+            Retry::Closed => "closed",
+            Retry::Garbage => "garbage",
+            Retry::Status => "status",
+        }
     }
-}
-
-#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
-struct RequestLabels {
-    route: Route,
-    outcome: Outcome,
-}
-
-#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
-struct RouteLabels {
-    route: Route,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
@@ -93,83 +127,98 @@ struct RejectLabels {
     reason: &'static str,
 }
 
+/// What the names of families begin with.
+const PREFIX: &str = "everline";
+
 /// All that the front counts; one for a replica, shared by its listeners.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    requests: Family<RequestLabels, Counter>,
-    duration: Family<RouteLabels, Histogram, fn() -> Histogram>,
-    first_byte: Family<RouteLabels, Histogram, fn() -> Histogram>,
+    /// `process_*`, whose names have no prefix of ours.
+    process: Registry,
+    counts: Arc<Counts>,
     rejected: Family<RejectLabels, Counter>,
-    /// Attempts after the first.
-    pub retries: Counter,
     /// Open client and admin connections.
     pub connections: Gauge,
     recent: RecentErrors,
     taken: AtomicU64,
-}
-
-/// From 1 ms to 30 min, a little less than two buckets an octave where people look.
-fn seconds() -> Histogram {
-    Histogram::new([
-        0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
-        300.0, 600.0, 1800.0,
-    ])
+    access: AccessLog,
+    tracing: Option<Tracing>,
 }
 
 impl Default for Metrics {
     fn default() -> Self {
-        let mut registry = Registry::with_prefix("everline");
-        let requests = Family::<RequestLabels, Counter>::default();
-        let duration = Family::<RouteLabels, Histogram, fn() -> Histogram>::new_with_constructor(seconds);
-        let first_byte = Family::<RouteLabels, Histogram, fn() -> Histogram>::new_with_constructor(seconds);
-        let rejected = Family::<RejectLabels, Counter>::default();
-        let retries = Counter::<u64, AtomicU64>::default();
-        let connections = Gauge::default();
-        registry.register("requests", "Requests by route and how they ended", requests.clone());
-        registry.register(
-            "request_duration_seconds",
-            "From head to last byte of the response",
-            duration.clone(),
-        );
-        registry.register(
-            "time_to_first_byte_seconds",
-            "From request head to the first byte of a worker's body",
-            first_byte.clone(),
-        );
-        registry.register("rejected", "Requests and connections refused, by reason", rejected.clone());
-        registry.register("upstream_retries", "Attempts at workers after the first", retries.clone());
-        registry.register("connections", "Open connections", connections.clone());
-        let version = vec![("version", env!("CARGO_PKG_VERSION"))];
-        registry.register("build", "What is running", Info::new(version));
-        Self {
-            registry,
-            requests,
-            duration,
-            first_byte,
-            rejected,
-            retries,
-            connections,
-            recent: RecentErrors::default(),
-            taken: AtomicU64::new(0),
-        }
+        Self::new(AccessOptions::default())
     }
 }
 
 impl Metrics {
-    /// The registry, for encoding.
-    pub fn registry(&self) -> &Registry {
-        &self.registry
+    /// Nothing counted yet.
+    pub fn new(access: AccessOptions) -> Self {
+        let mut registry = Registry::with_prefix(PREFIX);
+        let counts = Arc::<Counts>::default();
+        registry.register_collector(Box::new(Exported(Arc::clone(&counts))));
+        let rejected = Family::<RejectLabels, Counter>::default();
+        registry.register("rejected", "Requests and connections refused, by reason", rejected.clone());
+        let connections = Gauge::default();
+        registry.register("connections", "Open connections", connections.clone());
+        let version = vec![("version", env!("CARGO_PKG_VERSION"))];
+        registry.register("build", "What is running", Info::new(version));
+        let mut process = Registry::default();
+        process.register_collector(Box::new(ProcessMetrics));
+        Self {
+            registry,
+            process,
+            counts,
+            rejected,
+            connections,
+            recent: RecentErrors::default(),
+            taken: AtomicU64::new(0),
+            access: AccessLog::new(access),
+            tracing: None,
+        }
     }
 
-    /// Lets another part of the program add its families before the metrics are shared.
-    pub fn registry_mut(&mut self) -> &mut Registry {
-        &mut self.registry
+    /// The same, with a span for each request to a worker.
+    pub fn with_tracing(mut self, tracing: Option<Tracing>) -> Self {
+        self.tracing = tracing;
+        self
+    }
+
+    /// Exports what else is read at the moment of a scrape.
+    pub fn with_collector(mut self, collector: impl Collector) -> Self {
+        self.registry.register_collector(Box::new(collector));
+        self
+    }
+
+    /// Sends the spans that wait, for two seconds at most. Blocks.
+    pub fn flush_spans(&self) {
+        if let Some(tracing) = &self.tracing {
+            tracing.shutdown();
+        }
+    }
+
+    /// Everything, as OpenMetrics text, with what `gauges` reads at this moment.
+    pub fn encode(&self, gauges: impl Collector) -> Result<String, std::fmt::Error> {
+        use prometheus_client::encoding::text::{encode_eof, encode_registry};
+        let mut text = String::new();
+        let mut read_now = Registry::with_prefix(PREFIX);
+        read_now.register_collector(Box::new(gauges));
+        encode_registry(&mut text, &self.registry)?;
+        encode_registry(&mut text, &read_now)?;
+        encode_registry(&mut text, &self.process)?;
+        encode_eof(&mut text)?;
+        Ok(text)
     }
 
     /// Counts a refusal. `reason` is an error code or another word from a fixed set.
     pub fn reject(&self, reason: &'static str) {
         self.rejected.get_or_create(&RejectLabels { reason }).inc();
+    }
+
+    /// Attempts after the first, for whatever reason.
+    pub fn retries(&self) -> u64 {
+        self.counts.retries()
     }
 
     /// The newest errors.
@@ -187,147 +236,17 @@ impl Metrics {
         if route.is_proxied() {
             self.taken.fetch_add(1, Ordering::Relaxed);
         }
-        Tracked {
-            metrics: Arc::clone(self),
-            route,
-            started: Instant::now(),
-            status: http::StatusCode::OK,
-            first_byte: None,
-            request_id: None,
-            worker: None,
-            caller: Caller::default(),
-            finished: false,
-        }
+        Tracked::new(Arc::clone(self), route)
     }
 }
 
-/// A request being measured; counted once, as canceled if nobody said otherwise before the drop.
-#[derive(Debug)]
-pub struct Tracked {
-    metrics: Arc<Metrics>,
-    route: Route,
-    started: Instant,
-    status: http::StatusCode,
-    first_byte: Option<Duration>,
-    request_id: Option<http::HeaderValue>,
-    worker: Option<WorkerId>,
-    caller: Caller,
-    finished: bool,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Tracked {
-    /// Which route.
-    pub fn route(&self) -> Route {
-        self.route
-    }
-
-    /// The status that was passed on.
-    pub fn set_status(&mut self, status: http::StatusCode) {
-        self.status = status;
-    }
-
-    /// How the request is called in the log.
-    pub(super) fn set_request_id(&mut self, id: http::HeaderValue) {
-        self.request_id = Some(id);
-    }
-
-    /// Whose key the request came with.
-    pub(super) fn set_caller(&mut self, caller: Caller) {
-        self.caller = caller;
-    }
-
-    /// The worker that answers.
-    pub(super) fn set_worker(&mut self, id: WorkerId) {
-        self.worker = Some(id);
-    }
-
-    /// The first body byte arrived from a worker.
-    pub(super) fn first_byte(&mut self) {
-        let elapsed = self.started.elapsed();
-        self.first_byte = Some(elapsed);
-        let labels = RouteLabels { route: self.route };
-        self.metrics.first_byte.get_or_create(&labels).observe(elapsed.as_secs_f64());
-    }
-
-    /// Ended, as well as its status says.
-    pub fn finish_with_status(&mut self) {
-        let outcome = match Outcome::of(self.status) {
-            Outcome::ServerError => Outcome::UpstreamError,
-            other => other,
-        };
-        self.finish(outcome);
-    }
-
-    /// Ended. Only the first call counts.
-    pub fn finish(&mut self, outcome: Outcome) {
-        if std::mem::replace(&mut self.finished, true) {
-            return;
-        }
-        let route = self.route;
-        self.metrics.requests.get_or_create(&RequestLabels { route, outcome }).inc();
-        let elapsed = self.started.elapsed();
-        self.metrics.duration.get_or_create(&RouteLabels { route }).observe(elapsed.as_secs_f64());
-        // One line a request, without anything of its content; at debug level what is not a
-        // client's.
-        macro_rules! line {
-            ($level:ident) => {
-                tracing::$level!(
-                    target: "everline::access",
-                    route = route.path(),
-                    outcome = outcome.as_str(),
-                    status = self.status.as_u16(),
-                    request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok()),
-                    key = self.caller.key_id(),
-                    worker = self.worker.as_ref().map(WorkerId::as_str),
-                    first_byte_ms = self.first_byte.map(|t| t.as_millis() as u64),
-                    ms = elapsed.as_millis() as u64,
-                )
-            };
-        }
-        if route.is_proxied() { line!(info) } else { line!(debug) }
-    }
-
-    /// Remembers an error for the status page.
-    pub fn note_error(&self, what: String) {
-        self.metrics.recent.push(what);
-    }
-}
-
-impl Drop for Tracked {
-    fn drop(&mut self) {
-        self.finish(Outcome::Canceled);
-    }
-}
-
-/// The newest errors, at most [`RecentErrors::MOST`]; the oldest gives way.
-#[derive(Debug, Default)]
-pub struct RecentErrors {
-    ring: Mutex<VecDeque<(Instant, String)>>,
-}
-
-impl RecentErrors {
-    /// Errors kept.
-    pub const MOST: usize = 64;
-    /// Longest text kept of one, in bytes.
-    const MOST_TEXT: usize = 512;
-
-    /// Adds one.
-    pub fn push(&self, mut what: String) {
-        let mut end = what.len().min(Self::MOST_TEXT);
-        while !what.is_char_boundary(end) {
-            end -= 1;
-        }
-        what.truncate(end);
-        let mut ring = self.ring.lock();
-        if ring.len() == Self::MOST {
-            ring.pop_front();
-        }
-        ring.push_back((Instant::now(), what));
-    }
-
-    /// All of them, newest first, with their age in milliseconds.
-    pub fn list(&self) -> Vec<(u64, String)> {
-        let ring = self.ring.lock();
-        ring.iter().rev().map(|(at, what)| (at.elapsed().as_millis() as u64, what.clone())).collect()
+    #[test]
+    fn labels_are_listed_in_the_order_of_their_declaration() {
+        assert!(Outcome::ALL.iter().enumerate().all(|(at, outcome)| *outcome as usize == at));
+        assert!(Retry::ALL.iter().enumerate().all(|(at, retry)| *retry as usize == at));
     }
 }

@@ -25,12 +25,13 @@ pub(super) async fn answer(call: Call) -> Result<Response, ApiError> {
     match (call.route, call.method()) {
         (Route::Nodes, &Method::GET) => {
             let view = shard.front.control.registry();
-            let nodes: Vec<_> = view.workers.iter().map(|worker| worker_status(worker)).collect();
+            let now_ms = shard.front.now_ms();
+            let nodes: Vec<_> = view.workers.iter().map(|worker| worker_status(worker, now_ms)).collect();
             Ok(Json(json!({"object": "list", "data": nodes})).into_response())
         }
         (Route::Nodes, &Method::POST) => join(&shard, call).await,
         (Route::Node, &Method::GET) => {
-            Ok(Json(worker_status(&*find(&shard, call.worker_id()?)?)).into_response())
+            Ok(Json(worker_status(&*find(&shard, call.worker_id()?)?, shard.front.now_ms())).into_response())
         }
         (Route::Node, &Method::DELETE) => {
             let id = call.worker_id()?;

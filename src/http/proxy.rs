@@ -31,6 +31,7 @@ pub(super) async fn forward(shard: &Shard, route: Route, request: Request<Incomi
     let mut tracked = shard.front.metrics.track(route);
     let request_id = headers::request_id(request.headers());
     tracked.set_request_id(request_id.clone());
+    tracked.begin_span(request.method(), request.uri().path(), request.headers());
     tracked.set_caller(Caller::of(request.extensions()));
     let mut response = match try_forward(shard, tracked, request, &request_id).await {
         Ok(response) => response,
@@ -67,7 +68,7 @@ impl Failed {
 
 async fn try_forward(
     shard: &Shard,
-    tracked: Tracked,
+    mut tracked: Tracked,
     request: Request<Incoming>,
     request_id: &HeaderValue,
 ) -> Result<Response<FrontBody>, Failed> {
@@ -89,6 +90,7 @@ async fn try_forward(
             return Err(Failed { error, tracked });
         }
     };
+    tracked.body_read();
     let asked = match look_into(tracked.route(), &head.headers, &body).await {
         Ok(asked) => asked,
         Err(error) => return Err(Failed { error, tracked }),
@@ -101,10 +103,10 @@ async fn try_forward(
         client: &head.headers,
         request_id,
         rules: &options.headers,
-        ours: HeaderMap::new(),
+        ours: tracked.span_headers(),
     };
     let outgoing = Outgoing::new(&head.method, target, headers, body.clone());
-    match Attempts::new(shard, &outgoing, &asked, deadline).run().await {
+    match Attempts::new(shard, &outgoing, &asked, &mut tracked, deadline).run().await {
         Ok(answered) => Ok(relayed(shard, answered, tracked, deadline)),
         Err(error) => Err(Failed { error, tracked }),
     }
@@ -166,6 +168,7 @@ fn relayed(
         && head.status.is_success()
         && !head.headers.contains_key(CONTENT_ENCODING);
     if events {
+        tracked.set_events();
         // The ending may have to differ from what the worker announced.
         head.headers.remove(CONTENT_LENGTH);
     }

@@ -174,7 +174,9 @@ impl Body for Relay {
                     if !this.seen_data && !data.is_empty() {
                         this.seen_data = true;
                         this.booking.prefill_done();
-                        this.tracked.first_byte();
+                        this.tracked.first_byte(this.last_frame.into_std());
+                    } else if this.limits.ending.is_some() && !data.is_empty() {
+                        this.tracked.chunk(this.last_frame.into_std());
                     }
                     if this.limits.ending.is_some() {
                         this.tail.push(data);

@@ -3,11 +3,23 @@
 use std::sync::atomic::Ordering;
 
 use super::front::Front;
-use crate::admin_types::{RecentError, StatusReply, WorkerStatus};
-use crate::routing::view::WorkerView;
+use crate::admin_types::{BreakerState, RecentError, StatusReply, WorkerStatus};
+use crate::routing::breaker;
+use crate::routing::view::{WorkerLive, WorkerView};
+
+/// A worker's breaker at a moment of [`Front::now_ms`]. One failed connection keeps requests
+/// away as well, until a probe succeeds.
+pub(super) fn breaker(live: &WorkerLive, now_ms: u64) -> BreakerState {
+    match live.breaker.state(now_ms) {
+        breaker::BreakerState::Open => BreakerState::Open,
+        _ if live.unreachable.load(Ordering::Relaxed) => BreakerState::Open,
+        breaker::BreakerState::HalfOpen => BreakerState::HalfOpen,
+        breaker::BreakerState::Closed => BreakerState::Closed,
+    }
+}
 
 /// One worker for people and tools.
-pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
+pub(super) fn worker_status(worker: &WorkerView, now_ms: u64) -> WorkerStatus {
     let record = &worker.record;
     let load = worker.live.load();
     WorkerStatus {
@@ -23,6 +35,7 @@ pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
         requests: load.requests,
         prefill_tokens: load.prefill_tokens,
         decode_blocks: load.decode_blocks,
+        breaker: breaker(&worker.live, now_ms),
         reachable: !worker.live.unreachable.load(Ordering::Relaxed),
         generation: record.generation,
         weight: record.spec.weight,
@@ -31,15 +44,29 @@ pub(super) fn worker_status(worker: &WorkerView) -> WorkerStatus {
     }
 }
 
+/// Errors in a status; the newest.
+const RECENT_ERRORS: usize = 16;
+
 /// Everything about this replica and the cluster as it sees it.
 pub(super) fn status(front: &Front) -> StatusReply {
     let errors = front.metrics.recent().list();
+    let now_ms = front.now_ms();
     StatusReply {
         cluster: front.control.status(),
-        workers: front.control.registry().workers.iter().map(|worker| worker_status(worker)).collect(),
+        workers: front
+            .control
+            .registry()
+            .workers
+            .iter()
+            .map(|worker| worker_status(worker, now_ms))
+            .collect(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         uptime_s: front.started.elapsed().as_secs(),
         requests_total: front.metrics.requests_taken(),
-        recent_errors: errors.into_iter().map(|(at_ms_ago, what)| RecentError { at_ms_ago, what }).collect(),
+        recent_errors: errors
+            .into_iter()
+            .take(RECENT_ERRORS)
+            .map(|(at_ms_ago, what)| RecentError { at_ms_ago, what })
+            .collect(),
     }
 }

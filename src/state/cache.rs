@@ -54,6 +54,11 @@ impl CacheState {
         Some((column.cells.values().map(|c| c.requests).sum(), column.alive))
     }
 
+    /// Cluster time since the last sign of life of a replica that was applied.
+    pub fn heard_ms_ago(&self, id: ReplicaId) -> Option<u64> {
+        Some(self.now_ms.saturating_sub(self.columns.get(&id)?.last_heard_ms))
+    }
+
     /// Whether any replica holds anything: then leases are watched closely.
     pub fn holds_anything(&self) -> bool {
         !self.totals.is_empty()
@@ -108,6 +113,13 @@ impl CacheState {
 impl State for CacheState {
     type Command = CacheCommand;
     type Outcome = ();
+
+    fn mutations(command: &CacheCommand) -> u64 {
+        match command {
+            CacheCommand::Loads(deltas) | CacheCommand::ReplaceLoads(deltas) => deltas.len() as u64,
+            _ => 1,
+        }
+    }
 
     fn apply(&mut self, origin: ReplicaId, command: CacheCommand) {
         match command {

@@ -30,6 +30,11 @@ pub trait State: Clone + Default + Send + Sync + 'static {
     /// snapshot).
     fn unknown() -> Self::Outcome;
 
+    /// How many changes a command stands for, for counting.
+    fn mutations(_: &Self::Command) -> u64 {
+        1
+    }
+
     /// See [`super::digest`].
     fn digest(&self) -> u64;
 

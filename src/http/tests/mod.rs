@@ -3,8 +3,10 @@
 mod keys;
 mod limits;
 mod matrix;
+mod metrics;
 mod planes;
 mod proxy;
 mod registration;
 mod support;
 mod tls;
+mod traces;

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::support::*;
-use crate::http::{ClusterGauges, FrontConfig, Metrics, TokenDigests, run_prober};
+use crate::http::{FrontConfig, TokenDigests, run_prober};
 use crate::state::worker::{EngineKind, Liveness, WorkerSource};
 
 async fn send(front: &Running, method: &str, path: &str, body: Value) -> String {
@@ -259,10 +259,7 @@ async fn readiness_follows_joining_and_draining_but_not_quorum() {
 
 #[tokio::test]
 async fn metrics_speak_of_requests_workers_and_raft() {
-    let cluster = MemoryCluster::new();
-    let mut metrics = Metrics::default();
-    metrics.registry_mut().register_collector(Box::new(ClusterGauges::new(cluster.clone())));
-    let front = start_with(FrontConfig::default(), cluster, metrics);
+    let front = start(FrontConfig::default());
     front.cluster.add("w", answering(ok("application/json", "{}")).await);
     exchange(front.address, chat()).await;
     exchange(front.address, post("/v1/completions", "{")).await;
@@ -271,7 +268,7 @@ async fn metrics_speak_of_requests_workers_and_raft() {
         "everline_requests_total{route=\"/v1/chat/completions\",outcome=\"ok\"} 1",
         "everline_requests_total{route=\"/v1/completions\",outcome=\"client_error\"} 1",
         "everline_rejected_total{reason=\"invalid_json\"} 1",
-        "everline_upstream_retries_total 0",
+        "everline_retries_total{reason=\"connect\"} 0",
         "everline_worker_online{worker=\"w\"} 1",
         "everline_worker_requests{worker=\"w\"} 0",
         "everline_raft_term{group=\"\"} 0",

@@ -198,7 +198,7 @@ async fn a_refused_connection_is_retried_elsewhere_and_remembered() {
     }
     let is_marked = |id: &str| front.cluster.worker(id).unwrap().live.unreachable.load(Ordering::Relaxed);
     assert!(is_marked("dead") && !is_marked("live"));
-    assert!(front.front.metrics.retries.get() >= 1);
+    assert!(front.front.metrics.retries() >= 1);
 }
 
 #[tokio::test]
@@ -292,7 +292,7 @@ async fn a_503_is_tried_once_elsewhere_and_passed_on_when_nobody_does_better() {
     let broken = start(FrontConfig::default());
     broken.cluster.add("a", answering("HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n").await);
     assert_eq!(status(&exchange(broken.address, chat()).await), 500);
-    assert_eq!(broken.front.metrics.retries.get(), 0);
+    assert_eq!(broken.front.metrics.retries(), 0);
 }
 
 #[tokio::test]

@@ -12,12 +12,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::api::{Answer, ClusterError, ClusterStatus, ControlPlane, MemberOp};
+use crate::cluster::api::{
+    Answer, ClusterError, ClusterStats, ClusterStatus, ControlPlane, GroupStatus, LogStats, MemberOp,
+    MemberStatus,
+};
+use crate::cluster::stats::GroupCounters;
 use crate::http::{Front, FrontConfig, Metrics, bind, serve_admin, serve_client};
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
 use crate::routing::book::Bookings;
 use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
-use crate::state::command::{ControlCommand, ControlOutcome};
+use crate::state::command::{ControlCommand, ControlOutcome, ReplicaInfo};
 use crate::state::worker::{Liveness, ServedModel, WorkerRecord, WorkerSource, WorkerSpec};
 
 /// Applies commands to a map and publishes views, as the real cluster does after a commit.
@@ -189,9 +193,25 @@ impl ControlPlane for MemoryCluster {
             incarnation: Incarnation(1),
             quorum: !self.without_quorum.load(Ordering::Relaxed),
             down: None,
-            groups: vec![Default::default()],
-            members: Vec::new(),
+            groups: vec![GroupStatus { quorum_age_ms: Some(5), ..Default::default() }],
+            members: vec![MemberStatus {
+                id: ReplicaId(2),
+                info: ReplicaInfo { name: "r2".into(), ..Default::default() },
+                incarnation: None,
+                membership: "voter".into(),
+                alive: true,
+                lag: Some(3),
+                leads_control: false,
+                leads_cache: false,
+                requests: 4,
+                view_age_ms: Some(120),
+            }],
         }
+    }
+
+    fn stats(&self) -> ClusterStats {
+        let groups = Group::ALL.map(|group| GroupCounters::default().read(group, 0)).to_vec();
+        ClusterStats { groups, log: Some(LogStats::from(&Default::default())) }
     }
 }
 

@@ -53,7 +53,8 @@ impl Op {
 }
 
 /// Upper bounds of the sync time histogram, in microseconds; the last bucket has none.
-pub const SYNC_BUCKETS_US: [u64; 9] = [250, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 200_000];
+pub const SYNC_BUCKETS_US: [u64; 12] =
+    [50, 100, 250, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 200_000, 1_000_000];
 
 /// Counters since the log was opened, for metrics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
