@@ -110,15 +110,11 @@ async fn serve(
         .with_tracing(tracing(&config.replica.name))
         .with_collector(gauges);
     let metrics = Arc::new(metrics);
-    let front_config = FrontConfig {
-        client_tls: certificates.http.clone(),
-        admin_tls: certificates.admin.clone(),
-        pool: pool_options(config)?,
-        ..front_config(config)
-    };
+    let front_config = FrontConfig { pool: pool_options(config)?, ..front_config(config, certificates) };
     let keys_file = KeysFile::load(config, Arc::clone(&front_config.keys))?;
     let front = Front::new(front_config, plane, Arc::clone(&metrics));
-    for tls in [&certificates.http, &certificates.admin].into_iter().flatten().cloned() {
+    for tls in [&certificates.http, &certificates.admin].into_iter().flatten() {
+        let tls = Arc::clone(tls);
         // Ends with the runtime: nothing is left half done by it.
         tokio::spawn(async move { tls.watch().await });
     }
@@ -357,14 +353,14 @@ fn header_names(names: &[String]) -> Vec<http::HeaderName> {
     names.iter().filter_map(|name| name.parse().ok()).collect()
 }
 
-fn front_config(config: &Config) -> FrontConfig {
+fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
     let (http, proxy) = (&config.http, &config.proxy);
     let heartbeat_interval = ms(config.workers.timeout_ms) / HEARTBEATS_PER_TIMEOUT;
     let policy = policy::by_name(proxy.policy.name()).unwrap_or_else(|| FrontConfig::default().policy);
     FrontConfig {
-        client_tls: None,
-        admin_tls: None,
         replica: config.replica.name.clone(),
+        client_tls: certificates.http.clone(),
+        admin_tls: certificates.admin.clone(),
         accept: FrontOptions {
             timeouts: ConnTimeouts {
                 first_byte: ms(http.first_byte_timeout_ms),
