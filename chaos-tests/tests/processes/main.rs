@@ -11,6 +11,7 @@ mod loads;
 mod quorum;
 mod rolling;
 mod sdk;
+mod seen;
 mod total_kill;
 mod wiped;
 
