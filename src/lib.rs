@@ -19,7 +19,7 @@
 //! without a lock; [`routing::book`] takes note of what was chosen.
 //!
 //! [`telemetry`]: histograms without a lock, the process as the kernel sees it, and spans for a
-//! collector. Names nothing of ours; everybody who measures names it.
+//! collector. Names nothing of ours but [`tls`]; everybody who measures names it.
 //!
 //! **Consensus**:
 //!
@@ -28,6 +28,9 @@
 //! [`cluster::api::ControlPlane`]. The only module that names openraft or sled.
 //!
 //! **The edges**:
+//!
+//! [`tls`]: certificates from files that may change, mutual TLS between replicas, TLS on the
+//! listeners, issuing certificates. The only cryptography is rustls with ring.
 //!
 //! [`engines`]: what is known of inference engines: how to ask one about itself
 //! ([`engines::probe`]), and how to be one ([`engines::sim`], a simulated vLLM).
@@ -62,3 +65,4 @@ pub mod routing;
 pub mod serve;
 pub mod state;
 pub mod telemetry;
+pub mod tls;

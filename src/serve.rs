@@ -11,7 +11,7 @@ mod keys;
 use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -23,11 +23,14 @@ use crate::cluster::down::DownPlane;
 use crate::cluster::inner::{NodeConfig, StartError};
 use crate::cluster::node::Cluster;
 use crate::cluster::proposer::Batching;
-use crate::config::{AccessLog, Config, Loaded, LogConfig, LogFormat, NodeTokenEntry};
+use crate::config::{
+    AccessLog, Certificates, Config, ConfigErrors, Loaded, LogConfig, LogFormat, NodeTokenEntry,
+};
 use crate::http::{
-    Access, AccessOptions, Allowed, BodyLimits, ConnTimeouts, Front, FrontConfig, FrontOptions, HeaderRules,
-    KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions, QueueOptions, RetryOptions,
-    TokenDigests, bind, keep_configured_workers, run_prober, serve_admin, serve_client,
+    Access, AccessOptions, Allowed, BodyLimits, CertificateGauges, ConnTimeouts, Front, FrontConfig,
+    FrontOptions, HeaderRules, KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions,
+    QueueOptions, RetryOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
+    serve_client,
 };
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
@@ -38,17 +41,21 @@ use keys::{KeysFile, client_key};
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
 const HEARTBEATS_PER_TIMEOUT: u32 = 5;
 
+/// From when on a certificate's end is near: two weeks.
+const EXPIRES_SOON: Duration = Duration::from_secs(14 * 86_400);
+
 /// Runs a replica until it is told to stop, or its consensus fails for good.
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let config = loaded.config;
     start_logging(&config.log);
+    let certificates = Certificates::open(&config).map_err(ConfigErrors)?;
     // All listeners first: a port that is taken must not cost a life of the log.
     let http = listen("http", config.http.listen)?;
     let admin = listen("admin", config.admin.listen)?;
     let peer = listen("peer", config.peer.listen)?;
 
     let (cluster, plane): (Option<Cluster>, Arc<dyn ControlPlane>) = match Cluster::start(
-        node_config(&config),
+        NodeConfig { tls: certificates.peer.clone(), ..node_config(&config) },
         peer,
     ) {
         Ok(cluster) => {
@@ -74,7 +81,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the HTTP runtime")?;
-    let result = runtime.block_on(serve(&config, cluster, plane, http, admin));
+    let result = runtime.block_on(serve(&config, &certificates, cluster, plane, http, admin));
     runtime.shutdown_background();
     result
 }
@@ -87,17 +94,30 @@ fn listen(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
 
 async fn serve(
     config: &Config,
+    certificates: &Certificates,
     cluster: Option<Cluster>,
     plane: Arc<dyn ControlPlane>,
     http: TcpListener,
     admin: TcpListener,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
-    let metrics = Metrics::new(access_options(&config.log)).with_tracing(tracing(&config.replica.name));
+    let mut metrics = Metrics::new(access_options(&config.log)).with_tracing(tracing(&config.replica.name));
+    let expiring = certificates.clone();
+    let gauges = CertificateGauges::new(move || expiring.expiries());
+    metrics.registry_mut().register_collector(Box::new(gauges));
     let metrics = Arc::new(metrics);
-    let front_config = front_config(config);
+    tokio::spawn(warn_before_expiry(certificates.clone()));
+    let front_config = FrontConfig {
+        client_tls: certificates.http.clone(),
+        admin_tls: certificates.admin.clone(),
+        ..front_config(config)
+    };
     let keys_file = KeysFile::load(config, Arc::clone(&front_config.keys))?;
     let front = Front::new(front_config, plane, Arc::clone(&metrics));
+    for tls in [&certificates.http, &certificates.admin].into_iter().flatten().cloned() {
+        // Ends with the runtime: nothing is left half done by it.
+        tokio::spawn(async move { tls.watch().await });
+    }
     let shutdown = CancellationToken::new();
     let admin_shutdown = CancellationToken::new();
     tracing::info!(
@@ -177,6 +197,24 @@ async fn serve(
     }
 }
 
+/// Says every day which certificates are near their end. Ends with the runtime.
+async fn warn_before_expiry(certificates: Certificates) {
+    loop {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        for (listener, expires) in certificates.expiries() {
+            let left = u64::try_from(expires).unwrap_or_default().saturating_sub(now);
+            if left < EXPIRES_SOON.as_secs() {
+                tracing::warn!(
+                    listener,
+                    hours_left = left / 3600,
+                    "a certificate expires soon; put a new one in its place"
+                );
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(86_400)).await;
+    }
+}
+
 /// The name of the signal that supervisors send.
 const SIGTERM: &str = "SIGTERM";
 
@@ -236,6 +274,7 @@ fn node_config(config: &Config) -> NodeConfig {
         data_dir: config.replica.data_dir.clone(),
         peers: cluster.peers.iter().map(|p| (p.name.clone(), p.address.clone())).collect(),
         join: cluster.join.clone(),
+        tls: None,
         auto_promote: cluster.auto_promote,
         heartbeat: ms(cluster.heartbeat_ms),
         election: (ms(cluster.election_min_ms), ms(cluster.election_max_ms)),
@@ -293,6 +332,8 @@ fn front_config(config: &Config) -> FrontConfig {
     let heartbeat_interval = ms(config.workers.timeout_ms) / HEARTBEATS_PER_TIMEOUT;
     let policy = policy::by_name(proxy.policy.name()).unwrap_or_else(|| FrontConfig::default().policy);
     FrontConfig {
+        client_tls: None,
+        admin_tls: None,
         replica: config.replica.name.clone(),
         accept: FrontOptions {
             timeouts: ConnTimeouts {

@@ -320,15 +320,16 @@ fn layers_name_only_what_lies_below_them() {
         ("ids", &[]),
         ("codec", &[]),
         ("balancer", &[]),
-        ("telemetry", &[]),
+        ("tls", &[]),
+        ("telemetry", &["tls"]),
         ("kv", &["codec", "ids"]),
         ("state", &["codec", "ids", "kv"]),
         ("routing", &["ids", "kv", "state"]),
-        ("cluster", &["codec", "ids", "kv", "routing", "state", "telemetry"]),
+        ("cluster", &["codec", "ids", "kv", "routing", "state", "telemetry", "tls"]),
         ("admin_types", &["cluster", "ids", "state"]),
-        ("config", &["admin_types", "ids", "routing", "state"]),
+        ("config", &["admin_types", "ids", "routing", "state", "tls"]),
         ("engines", &["ids", "kv", "state"]),
-        ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state", "telemetry"]),
+        ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state", "telemetry", "tls"]),
     ];
     let mut found = Vec::new();
     for (file, code) in &sources() {

@@ -12,6 +12,9 @@ use hyper_util::rt::TokioExecutor;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// How long an answer may take where nothing else is said.
+const LIMIT: Duration = Duration::from_secs(20);
+
 /// A whole answer.
 #[derive(Clone, Debug)]
 pub struct Reply {
@@ -116,5 +119,17 @@ impl Http {
     /// `POST` of JSON.
     pub async fn post(&self, url: &str, body: &impl Serialize, limit: Duration) -> Result<Reply, String> {
         self.send(Method::POST, url, Some(body), limit).await
+    }
+
+    /// `POST` of JSON with more headers, within [`LIMIT`].
+    pub async fn post_with(
+        &self,
+        url: &str,
+        headers: &[(&str, &str)],
+        body: &impl Serialize,
+    ) -> Result<Reply, String> {
+        let request = Request::builder().method(Method::POST).uri(url);
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        self.exchange(request, Some(body), LIMIT).await
     }
 }

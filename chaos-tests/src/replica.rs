@@ -98,6 +98,11 @@ impl Replica {
         self.process.take().map(|mut process| process.wait(limit))
     }
 
+    /// Its process id; it must have been started.
+    pub fn id(&self) -> u32 {
+        self.process.as_ref().expect("it was started").id()
+    }
+
     /// Whether its process runs.
     pub fn is_running(&mut self) -> bool {
         self.process.as_mut().is_some_and(|process| process.ended().is_none())

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde::Serialize;
@@ -15,6 +16,7 @@ use serde::de::DeserializeOwned;
 
 use super::output::Failure;
 use crate::admin_types::ErrorReply;
+use crate::tls::client_config;
 
 /// How long connecting and answering may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,6 +38,9 @@ pub(crate) struct Server {
     /// File with the admin token, if the replica wants one [default: EVERLINE_ADMIN_TOKEN]
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    /// Authority that the certificate of an https server must be of (PEM) [default: Mozilla's list]
+    #[arg(long, env = "EVERLINE_CA", hide_env_values = true, value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
 }
 
 impl Server {
@@ -45,7 +50,7 @@ impl Server {
             None => crate::config::admin_token(),
             Some(path) => Some(read_token(path)?),
         };
-        let client = Client::new(&self.server)?;
+        let client = Client::with_ca(&self.server, self.ca.as_deref())?;
         match token {
             None => Ok(client),
             Some(token) => client.with_token(token.trim()),
@@ -69,20 +74,27 @@ pub(crate) struct Client {
     timeout: Duration,
     /// The value of `Authorization`.
     authorization: Option<HeaderValue>,
-    inner: hyper_util::client::legacy::Client<HttpConnector, Full<Bytes>>,
+    inner: hyper_util::client::legacy::Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
 }
 
 impl Client {
-    /// A client for `http://host:port`; the scheme may be left out.
+    /// A client for `http://host:port` or `https://host:port`; http may be left out.
     pub(crate) fn new(server: &str) -> Result<Self, Failure> {
-        let base = server.trim_end_matches('/');
-        let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
-        if !base.starts_with("http://") {
-            return Err(Failure::Usage(format!("--server {server}: only http:// URLs are spoken here")));
-        }
-        let mut connector = HttpConnector::new();
-        connector.set_connect_timeout(Some(TIMEOUT));
-        connector.set_nodelay(true);
+        Self::with_ca(server, None)
+    }
+
+    fn with_ca(server: &str, ca: Option<&Path>) -> Result<Self, Failure> {
+        let base = base_of(server)?;
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_connect_timeout(Some(TIMEOUT));
+        tcp.set_nodelay(true);
+        let tls = client_config(ca).map_err(|e| Failure::Usage(format!("--ca: {e}")))?;
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(tcp);
         let inner = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
         Ok(Self { base, timeout: TIMEOUT, authorization: None, inner })
     }
@@ -96,9 +108,14 @@ impl Client {
         Ok(self)
     }
 
-    /// A client of another replica of the same cluster, with the same token.
+    /// A client of another replica of the same cluster, with the same token and authority.
     pub(crate) fn of(&self, server: &str) -> Result<Self, Failure> {
-        Ok(Self { authorization: self.authorization.clone(), ..Self::new(server)? })
+        Ok(Self {
+            base: base_of(server)?,
+            timeout: self.timeout,
+            authorization: self.authorization.clone(),
+            inner: self.inner.clone(),
+        })
     }
 
     /// The same with another time limit.
@@ -186,7 +203,29 @@ impl Client {
     }
 }
 
+/// A server's URL as requests need it.
+fn base_of(server: &str) -> Result<String, Failure> {
+    let base = server.trim_end_matches('/');
+    let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
+    if !base.starts_with("http://") && !base.starts_with("https://") {
+        return Err(Failure::Usage(format!(
+            "--server {server}: only http:// and https:// URLs are spoken here"
+        )));
+    }
+    Ok(base)
+}
+
 fn reason(error: &hyper_util::client::legacy::Error) -> String {
+    use rustls::{CertificateError, Error};
+    match crate::tls::cause(error) {
+        Some(Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
+            return "its certificate is of an authority that is not trusted here (name the authority's file with --ca)"
+                .to_owned();
+        }
+        Some(Error::InvalidMessage(_)) => return "it does not speak TLS (try http://)".to_owned(),
+        Some(other) => return other.to_string(),
+        None => {}
+    }
     let mut cause = error.source();
     let mut last = error.to_string();
     while let Some(inner) = cause {
@@ -194,6 +233,9 @@ fn reason(error: &hyper_util::client::legacy::Error) -> String {
             && io.kind() == io::ErrorKind::ConnectionRefused
         {
             return "connection refused".to_owned();
+        }
+        if inner.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
+            return "it does not answer in HTTP (if it speaks TLS, try https://)".to_owned();
         }
         last = inner.to_string();
         cause = inner.source();

@@ -2,6 +2,7 @@
 //! [`client`].
 
 mod balancer;
+mod certs;
 mod client;
 mod completions;
 mod config;
@@ -61,6 +62,7 @@ enum Command {
     Member(member::Args),
     Keys(keys::Args),
     Config(config::Args),
+    Certs(certs::Args),
     Completions(completions::Args),
 }
 
@@ -99,6 +101,7 @@ impl Command {
             Command::Member(args) => args.run(out),
             Command::Keys(args) => args.run(out),
             Command::Config(args) => args.run(out),
+            Command::Certs(args) => args.run(out),
             Command::Completions(args) => args.run(out),
         }
     }

@@ -46,6 +46,11 @@ fn documented_lines_are_accepted() {
         "config print --json --origins --set a.b=c",
         "config check --config x.toml",
         "config default",
+        "certs init",
+        "certs init --dir d --cluster c --replica r1 --replica r2=h,10.0.0.1 --days 9 --ca-days 90 --force",
+        "certs issue r1 --dir d --san a,b --san c --days 9 --force --cluster c",
+        "certs issue gw --server --san h",
+        "status --server https://h:1 --ca f",
         "completions zsh",
     ] {
         parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -54,9 +59,18 @@ fn documented_lines_are_accepted() {
 
 #[test]
 fn wrong_lines_are_refused() {
-    for line in
-        ["", "serv", "worker add", "worker add http://h:1 --engine tgi", "balancer", "completions cmd"]
-    {
+    for line in [
+        "",
+        "serv",
+        "certs issue",
+        "certs issue a/b",
+        "certs init --days 0",
+        "certs init --replica =h",
+        "worker add",
+        "worker add http://h:1 --engine tgi",
+        "balancer",
+        "completions cmd",
+    ] {
         assert!(parse(line).is_err(), "{line}");
     }
 }

@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::peer::dial::Dialer;
 use super::peer::link::call_address;
 use super::peer::wire::{Call, Reply};
 use super::types::PeerNode;
@@ -43,7 +44,12 @@ pub fn first_members(peers: &BTreeMap<String, String>) -> Vec<(ReplicaId, PeerNo
 }
 
 /// Asks everybody on the list (and the addresses given for joining) who they are.
-pub async fn look_around(me: &str, peers: &BTreeMap<String, String>, join: &[String]) -> Finding {
+pub async fn look_around(
+    dialer: &Dialer,
+    me: &str,
+    peers: &BTreeMap<String, String>,
+    join: &[String],
+) -> Finding {
     let others: Vec<(Option<&String>, &String)> = peers
         .iter()
         .filter(|(name, _)| name.as_str() != me)
@@ -51,7 +57,10 @@ pub async fn look_around(me: &str, peers: &BTreeMap<String, String>, join: &[Str
         .chain(join.iter().map(|peer| (None, peer)))
         .collect();
     let hello = Call::Hello { name: me.to_owned() };
-    let asked = others.iter().map(|(_, peer)| call_address(peer, &hello, HELLO_TIMEOUT));
+    let asked = others.iter().map(|(name, peer)| {
+        let name = name.map(String::as_str);
+        call_address(dialer, peer, name, &hello, HELLO_TIMEOUT)
+    });
     let replies = futures_util::future::join_all(asked).await;
     let mut missing = Vec::new();
     for ((name, peer), reply) in others.into_iter().zip(replies) {
@@ -79,10 +88,17 @@ pub async fn look_around(me: &str, peers: &BTreeMap<String, String>, join: &[Str
 
 /// Has every other first member write down its membership. All must have, before the log may be
 /// initialized.
-pub async fn form_all(me: ReplicaId, cluster: u128, members: &[(ReplicaId, PeerNode)]) -> Result<(), String> {
+pub async fn form_all(
+    dialer: &Dialer,
+    me: ReplicaId,
+    cluster: u128,
+    members: &[(ReplicaId, PeerNode)],
+) -> Result<(), String> {
     let call = Call::Form { cluster, members: members.to_vec() };
     let others = members.iter().filter(|(id, _)| *id != me);
-    let asked = others.clone().map(|(_, node)| call_address(&node.peer, &call, HELLO_TIMEOUT));
+    let asked = others
+        .clone()
+        .map(|(_, node)| call_address(dialer, &node.peer, Some(&node.name), &call, HELLO_TIMEOUT));
     for ((id, node), reply) in others.zip(futures_util::future::join_all(asked).await) {
         match reply {
             Ok(Reply::Done) => {}
@@ -93,9 +109,14 @@ pub async fn form_all(me: ReplicaId, cluster: u128, members: &[(ReplicaId, PeerN
 }
 
 /// Asks a member of a cluster for an id.
-pub async fn ask_to_join(peer: &str, nonce: u64, node: &PeerNode) -> Result<(u128, ReplicaId), String> {
+pub async fn ask_to_join(
+    dialer: &Dialer,
+    peer: &str,
+    nonce: u64,
+    node: &PeerNode,
+) -> Result<(u128, ReplicaId), String> {
     let call = Call::Join { nonce, node: node.clone() };
-    match call_address(peer, &call, Duration::from_secs(4)).await? {
+    match call_address(dialer, peer, None, &call, Duration::from_secs(4)).await? {
         Reply::Joined { cluster, id } => Ok((cluster, id)),
         Reply::Refused(why) | Reply::Later(why) => Err(why),
         other => Err(format!("{peer} answered {other:?}")),

@@ -14,6 +14,7 @@ use super::clock::Rhythm;
 use super::hooks::Board;
 use super::identity::Identity;
 use super::machine::{Cell, Machine, Raft};
+use super::peer::dial::Dialer;
 use super::peer::server::Served;
 use super::proposer::{Batching, Proposer, Route};
 use super::pulse::Pulse;
@@ -24,6 +25,7 @@ use crate::routing::book::Bookings;
 use crate::state::cache::CacheState;
 use crate::state::command::ReplicaInfo;
 use crate::state::control::ControlState;
+use crate::tls::peer::PeerTls;
 
 /// How a replica takes part.
 #[derive(Clone, Debug)]
@@ -36,6 +38,8 @@ pub struct NodeConfig {
     pub peers: BTreeMap<String, String>,
     /// Peer addresses of an existing cluster to join.
     pub join: Vec<String>,
+    /// Certificates for the links; without, they are in plain text and anybody's.
+    pub tls: Option<Arc<PeerTls>>,
     /// Become a voter as soon as caught up.
     pub auto_promote: bool,
     /// Raft heartbeat.
@@ -70,6 +74,7 @@ impl NodeConfig {
             data_dir,
             peers: BTreeMap::new(),
             join: Vec::new(),
+            tls: None,
             auto_promote: true,
             heartbeat: Duration::from_millis(125),
             election: (Duration::from_millis(150), Duration::from_millis(300)),
@@ -137,5 +142,10 @@ impl Inner {
             Group::Control => self.control.counters(),
             Group::Cache => self.cache.counters(),
         }
+    }
+
+    /// How this replica connects to others.
+    pub(super) fn dialer(&self) -> Dialer {
+        Dialer::new(self.config.tls.clone())
     }
 }

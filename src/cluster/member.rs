@@ -105,7 +105,7 @@ impl Inner {
             return Err(StartError::Damaged("not two groups".to_owned()));
         };
 
-        let links = Arc::new(Links::new(cluster, id));
+        let links = Arc::new(Links::new(self.dialer(), cluster, id));
         let mut rafts = Vec::new();
         for group in Group::ALL {
             let raft = Raft::new(
@@ -296,7 +296,7 @@ async fn follow_leader(
             }
             let next = match (leader, node) {
                 (Some(id), _) if id == me => Route::Here,
-                (Some(id), Some(node)) => match links.to(id, &node.peer) {
+                (Some(id), Some(node)) => match links.to(id, &node) {
                     Ok(link) => Route::Peer(Arc::new(Lane::new(link))),
                     Err(why) => {
                         tracing::error!(%why, "the leader's address is no address");

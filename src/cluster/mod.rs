@@ -28,4 +28,6 @@ pub mod stats;
 pub mod storage;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;
 pub mod types;

@@ -63,7 +63,7 @@ impl RaftNetworkFactory<TypeConfig> for Network {
     type Network = Peer;
 
     async fn new_client(&mut self, target: u64, node: &PeerNode) -> Peer {
-        let link = self.links.to(ReplicaId(target), &node.peer);
+        let link = self.links.to(ReplicaId(target), node);
         if let Err(why) = &link {
             tracing::error!(%why, target, "cannot make a link");
         }

@@ -16,6 +16,7 @@ use super::hooks::Board;
 use super::identity::Identity;
 use super::inner::{Inner, NodeConfig, StartError};
 use super::membership;
+use super::peer::incoming::incoming;
 use super::peer::server::Service;
 use super::place::LinkHost;
 use super::proposer::Proposer;
@@ -87,6 +88,15 @@ impl Cluster {
         listener.set_nonblocking(true)?;
         runtime.spawn(serve_links(inner.clone(), listener));
         runtime.spawn(inner.clone().find_a_place());
+        if let Some(tls) = inner.config.tls.clone() {
+            let stop = inner.stop.clone();
+            runtime.spawn(async move {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = tls.watch() => {}
+                }
+            });
+        }
         Ok(Self { inner, runtime: Some(runtime) })
     }
 
@@ -171,7 +181,7 @@ async fn serve_links(inner: Arc<Inner>, listener: TcpListener) {
             return;
         }
     };
-    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = incoming(listener, inner.config.tls.clone(), inner.stop.clone());
     let stop = inner.stop.clone();
     let served = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(5)))

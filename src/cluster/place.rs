@@ -90,10 +90,11 @@ impl Inner {
             self.take_place(cluster, id, false).await.map_err(|e| self.give_up(&e))?;
             return self.become_member(cluster, id).await.map_err(|e| self.give_up(&e));
         }
-        match formation::look_around(&config.info.name, &config.peers, &join).await {
+        match formation::look_around(&self.dialer(), &config.info.name, &config.peers, &join).await {
             Finding::Cluster(peer) => {
                 let nonce = self.identity.lock().nonce;
-                let (cluster, id) = formation::ask_to_join(&peer, nonce, &self.node()).await?;
+                let (cluster, id) =
+                    formation::ask_to_join(&self.dialer(), &peer, nonce, &self.node()).await?;
                 self.take_place(cluster, id, true).await.map_err(|e| self.give_up(&e))?;
                 self.become_member(cluster, id).await.map_err(|e| self.give_up(&e))
             }
@@ -131,7 +132,7 @@ impl Inner {
         let nodes: BTreeMap<u64, PeerNode> = members.iter().map(|(id, node)| (id.0, node.clone())).collect();
         for raft in &member.rafts {
             while !raft.is_initialized().await.unwrap_or(true) {
-                let formed = formation::form_all(member.id, member.cluster, &members).await;
+                let formed = formation::form_all(&self.dialer(), member.id, member.cluster, &members).await;
                 let result = match formed {
                     Ok(()) => raft.initialize(nodes.clone()).await.map_err(|e| e.to_string()),
                     Err(why) => Err(why),
@@ -208,21 +209,24 @@ impl Inner {
             }
         }
         let leader = members.leader.and_then(|id| members.node(id));
-        let mut addresses: Vec<String> = leader.into_iter().map(|node| node.peer.clone()).collect();
-        addresses.extend(members.nodes.iter().map(|(_, node)| node.peer.clone()));
-        addresses.extend(self.config.peers.values().cloned());
-        addresses.extend(self.config.join.iter().cloned());
-        addresses.extend(self.invited.lock().iter().cloned());
+        // With the name of whoever should be there, where it is known.
+        let node = |node: &PeerNode| (node.peer.clone(), Some(node.name.clone()));
+        let mut addresses: Vec<(String, Option<String>)> = leader.into_iter().map(node).collect();
+        addresses.extend(members.nodes.iter().map(|(_, n)| node(n)));
+        addresses.extend(self.config.peers.iter().map(|(name, peer)| (peer.clone(), Some(name.clone()))));
+        addresses.extend(self.config.join.iter().map(|peer| (peer.clone(), None)));
+        addresses.extend(self.invited.lock().iter().map(|peer| (peer.clone(), None)));
+        let dialer = self.dialer();
         let mut asked = Vec::new();
         let mut why = format!("nobody leads the {group} group");
-        while let Some(address) = addresses.first().cloned() {
+        while let Some((address, name)) = addresses.first().cloned() {
             addresses.remove(0);
             if asked.contains(&address) || address == self.config.info.peer {
                 continue;
             }
-            match call_address(&address, call, ASK_TIMEOUT).await {
+            match call_address(&dialer, &address, name.as_deref(), call, ASK_TIMEOUT).await {
                 Ok(Reply::Done) => return Ok(()),
-                Ok(Reply::NotLeader(Some(node))) => addresses.insert(0, node.peer),
+                Ok(Reply::NotLeader(Some(node))) => addresses.insert(0, (node.peer, Some(node.name))),
                 Ok(Reply::NotLeader(None)) => {}
                 Ok(Reply::Later(text) | Reply::Refused(text)) => return Err(text),
                 Ok(other) => why = format!("{address} answered {other:?}"),
@@ -261,7 +265,7 @@ impl Inner {
         match op {
             MemberOp::Add { peer } => {
                 let invite = Call::Invite { peer: self.config.info.peer.clone() };
-                match call_address(&peer, &invite, ASK_TIMEOUT).await {
+                match call_address(&self.dialer(), &peer, None, &invite, ASK_TIMEOUT).await {
                     Ok(Reply::Done) => Ok(format!("{peer} is joining; see `everline member list`")),
                     Ok(Reply::Refused(why) | Reply::Later(why)) => Err(refused(why)),
                     Ok(other) => Err(refused(format!("{peer} answered {other:?}"))),

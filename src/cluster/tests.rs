@@ -12,13 +12,13 @@ use crate::ids::{Group, WorkerId};
 use crate::state::command::{ControlCommand, ControlOutcome};
 use crate::state::worker::{WorkerSource, WorkerSpec};
 
-struct Replica {
-    config: NodeConfig,
-    cluster: Option<Cluster>,
+pub(super) struct Replica {
+    pub(super) config: NodeConfig,
+    pub(super) cluster: Option<Cluster>,
 }
 
 impl Replica {
-    fn start(&mut self) {
+    pub(super) fn start(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(10);
         // The crashed one lets go of its folder when its last task has ended.
         self.cluster = loop {
@@ -36,7 +36,7 @@ impl Replica {
     }
 
     /// Like a crash, as far as one process can have one.
-    fn crash(&mut self) {
+    pub(super) fn crash(&mut self) {
         self.cluster = None;
     }
 }
@@ -56,14 +56,18 @@ fn bind(address: &str) -> TcpListener {
     }
 }
 
-struct Replicas {
-    all: Vec<Replica>,
-    runtime: tokio::runtime::Runtime,
+pub(super) struct Replicas {
+    pub(super) all: Vec<Replica>,
+    pub(super) runtime: tokio::runtime::Runtime,
     _dir: tempfile::TempDir,
 }
 
 impl Replicas {
     fn new(n: usize) -> Self {
+        Self::with(n, |_| {})
+    }
+
+    pub(super) fn with(n: usize, adjust: impl Fn(&mut NodeConfig)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let ports: Vec<TcpListener> = (0..n).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
         let peers: BTreeMap<String, String> = ports
@@ -80,6 +84,7 @@ impl Replicas {
                 config.peers = peers.clone();
                 config.wal_segment_bytes = 1 << 20;
                 config.digest_every = 16;
+                adjust(&mut config);
                 Replica { config, cluster: None }
             })
             .collect();
@@ -89,11 +94,11 @@ impl Replicas {
         replicas
     }
 
-    fn plane(&self, i: usize) -> Arc<dyn ControlPlane> {
+    pub(super) fn plane(&self, i: usize) -> Arc<dyn ControlPlane> {
         self.all[i].plane()
     }
 
-    fn until(&self, what: &str, done: impl Fn() -> bool) {
+    pub(super) fn until(&self, what: &str, done: impl Fn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(20);
         self.runtime.block_on(async {
             while !done() {
@@ -103,7 +108,7 @@ impl Replicas {
         });
     }
 
-    fn register(&self, i: usize, id: &str) {
+    pub(super) fn register(&self, i: usize, id: &str) {
         let command = ControlCommand::RegisterWorker { spec: spec(id), heartbeats: true };
         let outcome = self.runtime.block_on(self.plane(i).propose(command)).unwrap();
         assert!(matches!(outcome, ControlOutcome::Registered { .. }), "{outcome:?}");
@@ -113,7 +118,7 @@ impl Replicas {
         );
     }
 
-    fn leader(&self) -> Option<usize> {
+    pub(super) fn leader(&self) -> Option<usize> {
         let up: Vec<usize> = (0..self.all.len()).filter(|i| self.all[*i].cluster.is_some()).collect();
         up.iter()
             .copied()
@@ -121,7 +126,7 @@ impl Replicas {
     }
 }
 
-fn spec(id: &str) -> WorkerSpec {
+pub(super) fn spec(id: &str) -> WorkerSpec {
     WorkerSpec {
         id: WorkerId::parse(id).unwrap(),
         url: "http://127.0.0.1:9".to_owned(),
@@ -139,7 +144,7 @@ fn spec(id: &str) -> WorkerSpec {
     }
 }
 
-fn knows(plane: &Arc<dyn ControlPlane>, id: &str) -> bool {
+pub(super) fn knows(plane: &Arc<dyn ControlPlane>, id: &str) -> bool {
     plane.registry().worker(&WorkerId::parse(id).unwrap()).is_some()
 }
 
@@ -268,7 +273,10 @@ fn a_cluster_of_one_survives_its_restarts() {
 
 #[test]
 fn a_replica_that_was_away_too_long_gets_a_snapshot_and_all_restart_from_checkpoints() {
-    let mut r = Replicas::new(3);
+    away_too_long(Replicas::new(3));
+}
+
+pub(super) fn away_too_long(mut r: Replicas) {
     for replica in &mut r.all {
         replica.crash();
         replica.config.checkpoint_interval = Duration::from_millis(100);

@@ -5,6 +5,7 @@
 //! remedy. This module and `main` are the only places that read the environment.
 
 mod access;
+mod certificates;
 mod environment;
 mod errors;
 mod keys;
@@ -23,6 +24,7 @@ use serde::Deserialize as _;
 use toml::{Table, Value};
 
 pub use access::{Expiry, KeyEntry, NodeTokenEntry, parse_keys, read_keys_file};
+pub use certificates::Certificates;
 pub use environment::{admin_token, no_color, temporary_folder, variables};
 pub use errors::{ConfigError, ConfigErrors, Origin, Place};
 pub use keys::{KeyDoc, Kind, SectionDoc, all as all_keys, find as find_key, suggest};
@@ -123,6 +125,10 @@ fn assemble(found: Found) -> Result<Loaded, ConfigErrors> {
     // speak about something nobody wrote, so they wait until every value is right.
     if errors.is_empty() {
         errors = validate::problems(&config);
+    }
+    // Only of a configuration that makes sense otherwise: certificates are of a name.
+    if errors.is_empty() {
+        errors = Certificates::open(&config).err().unwrap_or_default();
     }
     if errors.is_empty() {
         return Ok(Loaded { origins: origins(&config, &places), config });

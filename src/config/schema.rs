@@ -11,6 +11,8 @@ use super::access::{KeyEntry, NodeTokenEntry};
 use super::keys::{KeyDoc, Kind, SectionDoc};
 use super::values::{AccessLog, LogFormat, PeerSeed, Policy, TokenDigest};
 use crate::admin_types::RegisterRequest;
+use crate::tls::listener::ListenerFiles;
+use crate::tls::peer::PeerFiles;
 
 fn loopback(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
@@ -102,6 +104,12 @@ sections! {
         max_connections_per_ip: u32 = 0, Kind::int("connections", 0, 1_000_000);
         /// File of `[[key]]` entries, read again within a second when it changes: to give and revoke keys without a restart. Replace it in one step (write another, `mv` it over). While it is broken or away the last good keys stay in force. With this set a key is needed even while the file names none.
         keys_file: Option<PathBuf> = None, Kind::Path;
+        /// Certificate of the client listener (PEM, intermediate ones after it); with `tls_key` it speaks TLS. Read again when it changes.
+        tls_cert: Option<PathBuf> = None, Kind::Path;
+        /// Private key of `tls_cert` (PEM), readable by its owner only.
+        tls_key: Option<PathBuf> = None, Kind::Path;
+        /// A TLS handshake on the client or admin listener must be done within this time, which counts towards `first_byte_timeout_ms`.
+        tls_handshake_timeout_ms: u64 = 10_000, Kind::int("ms", 1, HOUR_MS);
         /// After SIGTERM running requests may take this long before they are cut.
         shutdown_grace_ms: u64 = 30_000, Kind::int("ms", 0, HOUR_MS);
         /// After SIGTERM `/readyz` says 503 for this long before the listener closes, so that a load balancer stops sending requests first: a little more than its check interval times its failures. SIGINT does not wait.
@@ -116,7 +124,7 @@ sections! {
         write_stall_timeout_ms: u64 = 30_000, Kind::int("ms", 1, HOUR_MS);
         /// Most concurrent HTTP/2 streams of one connection.
         max_h2_streams: u32 = 128, Kind::int("streams", 1, 65_536);
-        /// Allow listeners that other machines can reach although they have neither authentication nor TLS.
+        /// Allow listeners that other machines can reach although they lack authentication or TLS.
         insecure: bool = false, Kind::Bool;
     }
 
@@ -130,6 +138,10 @@ sections! {
         token_sha256: Vec<TokenDigest> = Vec::new(), Kind::List("64 hex digits");
         /// File with accepted admin tokens in clear text, one a line; read at start and added to `token_sha256`.
         token_file: Option<PathBuf> = None, Kind::Path;
+        /// Certificate of the admin listener (PEM, intermediate ones after it); with `tls_key` it speaks TLS. Read again when it changes.
+        tls_cert: Option<PathBuf> = None, Kind::Path;
+        /// Private key of `tls_cert` (PEM), readable by its owner only.
+        tls_key: Option<PathBuf> = None, Kind::Path;
     }
 
     /// The peer listener: Raft and everything else between replicas.
@@ -138,6 +150,12 @@ sections! {
         listen: SocketAddr = loopback(8082), Kind::Address;
         /// `host:port` under which other replicas reach it, where that is not `listen`.
         advertise: Option<String> = None, Kind::HostPort;
+        /// Certificates of the authority that the replicas' certificates are of (PEM). With `tls_cert` and `tls_key`, replicas show each other certificates; all of a cluster do or none does. Read again when it changes.
+        tls_ca: Option<PathBuf> = None, Kind::Path;
+        /// This replica's certificate (PEM), which names it as `everline://CLUSTER/NAME`; `everline certs init` makes one. Read again when it changes.
+        tls_cert: Option<PathBuf> = None, Kind::Path;
+        /// Private key of `tls_cert` (PEM), readable by its owner only.
+        tls_key: Option<PathBuf> = None, Kind::Path;
     }
 
     /// The cluster: who is in it, and the rhythm of consensus.
@@ -178,7 +196,7 @@ sections! {
 
     /// How workers are admitted and watched.
     "workers" => WorkersConfig {
-        /// Networks a worker's address must lie in before a prompt is sent there.
+        /// Networks a worker's address must lie in before a prompt is sent there. Link-local addresses and the clouds' metadata services are in no network: they count only where the address itself is listed (`/32`, `/128`). Multicast, broadcast and unspecified addresses never count.
         allow: Vec<IpNet> = loopback_networks(), Kind::List("CIDR network");
         /// A worker is offline after this time without a sign of life.
         timeout_ms: u64 = 5_000, Kind::int("ms", 500, HOUR_MS);
@@ -311,17 +329,39 @@ impl Config {
             .unwrap_or_else(|| self.peer.listen.to_string())
     }
 
-    /// `http://host:port` of the client listener as others know it.
+    /// `http://host:port` (or https) of the client listener as others know it.
     pub fn http_url(&self) -> String {
-        advertised(self.http.advertise.as_deref(), self.http.listen)
+        advertised(self.http.advertise.as_deref(), self.http.listen, self.http.tls().is_some())
     }
 
-    /// `http://host:port` of the admin listener as others know it.
+    /// `http://host:port` (or https) of the admin listener as others know it.
     pub fn admin_url(&self) -> String {
-        advertised(self.admin.advertise.as_deref(), self.admin.listen)
+        advertised(self.admin.advertise.as_deref(), self.admin.listen, self.admin.tls().is_some())
     }
 }
 
-fn advertised(advertise: Option<&str>, listen: SocketAddr) -> String {
-    advertise.map_or_else(|| format!("http://{listen}"), |address| format!("http://{address}"))
+impl HttpConfig {
+    /// The certificate of the client listener, if it has one.
+    pub fn tls(&self) -> Option<ListenerFiles> {
+        Some(ListenerFiles { cert: self.tls_cert.clone()?, key: self.tls_key.clone()? })
+    }
+}
+
+impl AdminConfig {
+    /// The certificate of the admin listener, if it has one.
+    pub fn tls(&self) -> Option<ListenerFiles> {
+        Some(ListenerFiles { cert: self.tls_cert.clone()?, key: self.tls_key.clone()? })
+    }
+}
+
+impl PeerConfig {
+    /// The certificates of the links between replicas, if they have any.
+    pub fn tls(&self) -> Option<PeerFiles> {
+        Some(PeerFiles { ca: self.tls_ca.clone()?, cert: self.tls_cert.clone()?, key: self.tls_key.clone()? })
+    }
+}
+
+fn advertised(advertise: Option<&str>, listen: SocketAddr, tls: bool) -> String {
+    let scheme = if tls { "https" } else { "http" };
+    advertise.map_or_else(|| format!("{scheme}://{listen}"), |address| format!("{scheme}://{address}"))
 }

@@ -119,6 +119,92 @@ fn listeners_open_to_the_network_want_a_written_word_and_node_tokens() {
     );
 }
 
+/// Certificates of `r1`, and the three lines that name them.
+fn certificates() -> (crate::tls::testing::Certs, String) {
+    let certs = crate::tls::testing::Certs::new("prod");
+    let files = certs.member("r1");
+    let lines = format!("tls_ca = {:?}\ntls_cert = {:?}\ntls_key = {:?}\n", files.ca, files.cert, files.key);
+    (certs, lines)
+}
+
+#[test]
+fn a_listener_open_to_the_network_needs_tls_and_authentication() {
+    let (_certs, lines) = certificates();
+    let listener = lines.lines().skip(1).collect::<Vec<_>>().join("\n");
+    // Replicas: one set of certificates is both.
+    load(&format!("[peer]\nlisten = \"10.0.0.1:82\"\n{lines}"), &[], &[]).unwrap();
+    let error = the_error("[peer]\nlisten = \"10.0.0.1:82\"\n");
+    assert!(
+        error.contains("without TLS and without authentication: anybody could speak as a replica"),
+        "{error}"
+    );
+    assert_eq!(error.matches("peer.tls_ca").count(), 1, "{error}");
+    // Operators: TLS alone is not enough.
+    let error = the_error("[admin]\nlisten = \"10.0.0.1:81\"\n");
+    assert!(error.contains("without TLS and without authentication"), "{error}");
+    let error = the_error(&format!("[admin]\nlisten = \"10.0.0.1:81\"\n{listener}\n"));
+    assert!(error.contains("without authentication") && !error.contains("without TLS"), "{error}");
+    assert!(!error.contains("tls_cert"), "what is there is not asked for: {error}");
+    // Clients, likewise.
+    let tokens = format!("[nodes]\ntoken_sha256 = [\"{}\"]\n", TokenDigest::of("t"));
+    let error = the_error(&format!("[http]\nlisten = \"[2001:db8::1]:80\"\n{listener}\n{tokens}"));
+    assert!(error.contains("without authentication") && error.contains("http.insecure = true"), "{error}");
+    // The written word is for all three.
+    let all = format!(
+        "[http]\nlisten = \"10.0.0.1:80\"\ninsecure = true\n{tokens}[admin]\nlisten = \"10.0.0.1:81\"\n[peer]\nlisten = \"10.0.0.1:82\"\n"
+    );
+    load(&all, &[], &[]).unwrap();
+}
+
+#[test]
+fn addresses_say_https_where_there_is_a_certificate() {
+    let (_certs, lines) = certificates();
+    let listener = lines.lines().skip(1).collect::<Vec<_>>().join("\n");
+    let loaded = load(&format!("[http]\nadvertise = \"r1:80\"\n{listener}\n"), &[], &[]).unwrap();
+    assert_eq!(loaded.config.http_url(), "https://r1:80");
+    assert_eq!(loaded.config.admin_url(), "http://127.0.0.1:8081");
+}
+
+#[test]
+fn certificates_that_cannot_work_are_named_with_their_key() {
+    let (certs, lines) = certificates();
+    let folder = certs.folder.path();
+    let cut =
+        |from: &str| lines.lines().filter(|line| !line.starts_with(from)).collect::<Vec<_>>().join("\n");
+    let error = the_error(&format!("[peer]\n{}\n", cut("tls_key")));
+    assert!(error.contains("peer.tls_ca: is given without peer.tls_key"), "{error}");
+    let error = the_error(&format!("[http]\n{}\n", lines.lines().next_back().unwrap()));
+    assert!(error.contains("http.tls_key: is given without http.tls_cert"), "{error}");
+
+    let error = the_error(&format!("[replica]\nname = \"r2\"\n[peer]\n{lines}"));
+    assert!(error.contains("peer.tls_cert") && error.contains("of r1, but this replica is r2"), "{error}");
+
+    let exposed = folder.join("r1.key");
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(&exposed, std::fs::Permissions::from_mode(0o640)).unwrap();
+    let error = the_error(&format!("[peer]\n{lines}"));
+    assert!(error.contains("peer.tls_key") && error.contains("chmod 600"), "{error}");
+    certs.member("r1");
+
+    let issued = crate::tls::testing::expired(&certs, "r1");
+    let files = crate::tls::peer::files_in(folder, "r1");
+    crate::tls::testing::put(&files, &issued);
+    let error = the_error(&format!("[peer]\n{lines}"));
+    assert!(error.contains("peer.tls_cert") && error.contains("expired"), "{error}");
+
+    certs.member("r1");
+    std::fs::write(&files.cert, certs.of("r1", None).cert).unwrap();
+    let error = the_error(&format!("[peer]\n{lines}"));
+    assert!(error.contains("peer.tls_key") && error.contains("is not the key of"), "{error}");
+
+    std::fs::write(&files.ca, "").unwrap();
+    assert!(the_error(&format!("[peer]\n{lines}")).contains("peer.tls_ca"));
+    std::fs::remove_file(&files.cert).unwrap();
+    let error = the_error(&format!("[admin]\n{}\n", cut("tls_ca")));
+    assert!(error.contains("admin.tls_cert") && error.contains("cannot read"), "{error}");
+    assert!(error.contains("everline certs init"), "{error}");
+}
+
 #[test]
 fn tokens_are_read_from_a_file_and_kept_as_digests() {
     let folder = tempfile::tempdir().unwrap();

@@ -15,6 +15,7 @@ pub(super) fn problems(config: &Config) -> Vec<ConfigError> {
     let mut problems = ranges(config);
     identity(config, &mut problems);
     listeners(config, &mut problems);
+    certificates(config, &mut problems);
     cluster(config, &mut problems);
     workers(config, &mut problems);
     headers(config, &mut problems);
@@ -46,27 +47,27 @@ fn identity(config: &Config, problems: &mut Vec<ConfigError>) {
 }
 
 fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
-    let listeners = [
-        ("http", config.http.listen, &config.http.advertise, "clients could send prompts without a key"),
-        (
-            "admin",
-            config.admin.listen,
-            &config.admin.advertise,
-            "anybody could add and remove workers and members",
-        ),
-        ("peer", config.peer.listen, &config.peer.advertise, "anybody could speak as a replica"),
-    ];
-    for (section, listen, advertise, danger) in listeners {
+    for plane in planes(config) {
+        let Plane { section, listen, advertise, .. } = plane;
         let key = format!("{section}.listen");
-        if !listen.ip().is_loopback() && !config.http.insecure {
+        let missing = plane.missing();
+        if !listen.ip().is_loopback() && !config.http.insecure && !missing.is_empty() {
+            let lacks: Vec<&str> = missing.iter().map(|missing| missing.what).collect();
+            let mut remedies: Vec<&str> = missing.iter().map(|missing| missing.remedy).collect();
+            remedies.dedup();
             problems.push(
                 ConfigError::about(
                     &key,
                     format!(
-                        "{listen} can be reached from other machines without authentication or TLS: {danger}"
+                        "{listen} can be reached from other machines without {}: {}",
+                        lacks.join(" and without "),
+                        plane.danger
                     ),
                 )
-                .fix("listen on 127.0.0.1; or, on a network you trust, write http.insecure = true"),
+                .fix(format!(
+                    "{}; or listen on 127.0.0.1; or, on a network you trust, write http.insecure = true",
+                    remedies.join(" and ")
+                )),
             );
         }
         let known_otherwise =
@@ -82,7 +83,7 @@ fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
         }
     }
     let mut taken: BTreeMap<SocketAddr, &str> = BTreeMap::new();
-    for (section, listen, ..) in listeners.into_iter().filter(|(_, listen, ..)| listen.port() != 0) {
+    for Plane { section, listen, .. } in planes(config).into_iter().filter(|p| p.listen.port() != 0) {
         if let Some(other) = taken.insert(listen, section) {
             problems.push(
                 ConfigError::about(&format!("{section}.listen"), format!("{listen} is also {other}.listen"))
@@ -95,6 +96,113 @@ fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
             ConfigError::about("nodes.token_sha256", "is empty while workers can register from other machines at http.listen: anybody could register a worker and be sent prompts")
                 .fix("put a token into a file and name it: nodes.token_file = \"/etc/everline/node-tokens\""),
         );
+    }
+}
+
+/// A listener, and what it has to protect itself.
+struct Plane<'a> {
+    section: &'static str,
+    listen: SocketAddr,
+    advertise: &'a Option<String>,
+    /// Whether it speaks TLS; between replicas, on both sides.
+    encrypts: bool,
+    /// Whether it knows who speaks to it.
+    authenticates: bool,
+    /// How to make it so.
+    remedies: [&'static str; 2],
+    /// What could happen otherwise.
+    danger: &'static str,
+}
+
+/// Something a listener lacks.
+struct Missing {
+    what: &'static str,
+    remedy: &'static str,
+}
+
+impl Plane<'_> {
+    fn missing(&self) -> Vec<Missing> {
+        let [tls, auth] = self.remedies;
+        [(self.encrypts, "TLS", tls), (self.authenticates, "authentication", auth)]
+            .into_iter()
+            .filter(|(there, ..)| !there)
+            .map(|(_, what, remedy)| Missing { what, remedy })
+            .collect()
+    }
+}
+
+fn planes(config: &Config) -> [Plane<'_>; 3] {
+    // One thing does both there.
+    let mutual = config.peer.tls().is_some();
+    [
+        Plane {
+            section: "http",
+            listen: config.http.listen,
+            advertise: &config.http.advertise,
+            encrypts: config.http.tls().is_some(),
+            authenticates: clients_authenticate(config),
+            remedies: [
+                "set http.tls_cert and http.tls_key",
+                "give clients keys (`everline keys new NAME` shows how)",
+            ],
+            danger: "anybody could send prompts or read those of others",
+        },
+        Plane {
+            section: "admin",
+            listen: config.admin.listen,
+            advertise: &config.admin.advertise,
+            encrypts: config.admin.tls().is_some(),
+            authenticates: operators_authenticate(config),
+            remedies: [
+                "set admin.tls_cert and admin.tls_key",
+                "put a token into a file and name it in admin.token_file",
+            ],
+            danger: "anybody could add and remove workers and members",
+        },
+        Plane {
+            section: "peer",
+            listen: config.peer.listen,
+            advertise: &config.peer.advertise,
+            encrypts: mutual,
+            authenticates: mutual,
+            remedies: ["set peer.tls_ca, peer.tls_cert and peer.tls_key"; 2],
+            danger: "anybody could speak as a replica",
+        },
+    ]
+}
+
+/// Whether clients must show a key. Nodes share their listener; their tokens have a rule of their
+/// own.
+fn clients_authenticate(config: &Config) -> bool {
+    !config.key.is_empty() || config.http.keys_file.is_some()
+}
+
+/// Whether operators must show a token.
+fn operators_authenticate(config: &Config) -> bool {
+    !config.admin.token_sha256.is_empty()
+}
+
+/// Keys that only make sense together.
+fn certificates(config: &Config, problems: &mut Vec<ConfigError>) {
+    let (http, admin, peer) = (&config.http, &config.admin, &config.peer);
+    let sets: [&[(&str, bool)]; 3] = [
+        &[("http.tls_cert", http.tls_cert.is_some()), ("http.tls_key", http.tls_key.is_some())],
+        &[("admin.tls_cert", admin.tls_cert.is_some()), ("admin.tls_key", admin.tls_key.is_some())],
+        &[
+            ("peer.tls_ca", peer.tls_ca.is_some()),
+            ("peer.tls_cert", peer.tls_cert.is_some()),
+            ("peer.tls_key", peer.tls_key.is_some()),
+        ],
+    ];
+    for set in sets {
+        let given: Vec<&str> = set.iter().filter(|(_, given)| *given).map(|(key, _)| *key).collect();
+        let missing: Vec<&str> = set.iter().filter(|(_, given)| !given).map(|(key, _)| *key).collect();
+        if let (Some(first), false) = (given.first(), missing.is_empty()) {
+            problems.push(
+                ConfigError::about(first, format!("is given without {}", missing.join(" and ")))
+                    .fix(format!("set {}, or take {} out", missing.join(" and "), given.join(" and "))),
+            );
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -22,6 +23,7 @@ use super::errors::{ApiError, Code};
 use super::front::{Front, Shard};
 use super::routes::Listener;
 use super::service::FrontService;
+use crate::tls::listener::{ListenerTls, secure};
 
 /// Bounds on connections of one listener.
 #[derive(Clone, Debug)]
@@ -214,7 +216,7 @@ pub(super) async fn run(
         };
         let Some(place) = census.enter(peer.ip(), options, &front.metrics.connections) else {
             front.metrics.reject(Code::TooManyConnections.as_str());
-            turn_away(stream);
+            turn_away(stream, front.tls(plane).is_some());
             continue;
         };
         // The lane with the fewest connections; where several have as few, in turn.
@@ -230,7 +232,7 @@ pub(super) async fn run(
             lane.connections.try_send(accepted)
         {
             front.metrics.reject(Code::TooManyConnections.as_str());
-            turn_away(accepted.stream);
+            turn_away(accepted.stream, front.tls(plane).is_some());
         }
     }
     drop(listener);
@@ -280,6 +282,7 @@ async fn serve_lane(
 ) {
     let shard = Shard::new(front);
     let options = Arc::new(shard.front.config.accept.clone());
+    let tls = shard.front.tls(plane).cloned();
     let connections = TaskTracker::new();
     let force = CancellationToken::new();
     let mut sweep = tokio::time::interval(SWEEP);
@@ -296,8 +299,9 @@ async fn serve_lane(
         let Ok(stream) = TcpStream::from_std(stream) else { continue };
         let service = FrontService::new(Arc::clone(&shard), plane, peer);
         let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
+        let tls = tls.clone();
         connections.spawn(async move {
-            serve(stream, service, &options, shutdown, force).await;
+            serve(stream, tls.as_deref(), service, &options, shutdown, force).await;
             drop((place, on_lane));
         });
     }
@@ -309,7 +313,11 @@ async fn serve_lane(
 }
 
 /// Says why before closing; a courtesy, so nothing waits for it.
-fn turn_away(mut stream: std::net::TcpStream) {
+fn turn_away(mut stream: std::net::TcpStream, encrypts: bool) {
+    if encrypts {
+        // In plain text it would only look like a broken handshake.
+        return;
+    }
     let error = ApiError::new(Code::TooManyConnections, "too many open connections; try again").json();
     let text = format!(
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n\
@@ -321,6 +329,7 @@ fn turn_away(mut stream: std::net::TcpStream) {
 
 async fn serve(
     stream: TcpStream,
+    tls: Option<&ListenerTls>,
     service: FrontService,
     options: &FrontOptions,
     shutdown: CancellationToken,
@@ -329,8 +338,22 @@ async fn serve(
     if stream.set_nodelay(true).is_err() {
         return;
     }
+    let accepted = Instant::now();
+    let secured = tokio::select! {
+        secured = secure(tls, stream, options.timeouts.first_byte) => secured,
+        () = force.cancelled() => return,
+    };
+    let stream = match secured {
+        Ok(stream) => stream,
+        Err(error) => {
+            tracing::trace!(%error, "no handshake");
+            return;
+        }
+    };
+    // What the handshake took is gone from the time for the first byte.
+    let first_byte = options.timeouts.first_byte.saturating_sub(accepted.elapsed());
     let state: Arc<ConnState> = Arc::clone(service.state());
-    let io = TokioIo::new(GuardedIo::new(stream, state, options.timeouts));
+    let io = TokioIo::new(GuardedIo::new(stream, state, ConnTimeouts { first_byte, ..options.timeouts }));
     let mut builder = Builder::new(TokioExecutor::new());
     // hyper's own head timer is the second line: it cannot tell an idle connection from a slow
     // head, which the guarded socket does.

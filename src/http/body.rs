@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 use super::conn::InFlight;
 use super::errors::{ApiError, Code};
 use super::keys::Pass;
+use super::pump::Pumped;
 use super::relay::Relay;
 
 /// An error inside a body; hyper answers it by breaking the connection or the h2 stream.
@@ -32,6 +33,7 @@ enum Kind {
     Full(Option<Bytes>),
     Relay(Box<Relay>),
     Axum(axum::body::Body),
+    Pumped(Pumped),
 }
 
 impl FrontBody {
@@ -60,6 +62,18 @@ impl FrontBody {
         self
     }
 
+    /// Has a relayed body read by a task of its own, which lets go of the worker when the client
+    /// takes nothing for `stall`. The task holds the in-flight mark and the pass, too.
+    pub(super) fn pumped(self, stall: Duration) -> Self {
+        match &self.kind {
+            Kind::Relay(relay) if !relay.is_end_stream() => {
+                let kind = Kind::Pumped(Pumped::new(self, stall));
+                Self { kind, in_flight: None, pass: Pass::default() }
+            }
+            _ => self,
+        }
+    }
+
     pub(super) fn holding_pass(mut self, pass: Pass) -> Self {
         self.pass = pass;
         self
@@ -78,6 +92,7 @@ impl Body for FrontBody {
             Kind::Full(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
             Kind::Relay(relay) => Pin::new(relay.as_mut()).poll_frame(cx),
             Kind::Axum(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Kind::Pumped(body) => Pin::new(body).poll_frame(cx),
         }
     }
 
@@ -86,6 +101,7 @@ impl Body for FrontBody {
             Kind::Full(bytes) => bytes.is_none(),
             Kind::Relay(relay) => relay.is_end_stream(),
             Kind::Axum(body) => body.is_end_stream(),
+            Kind::Pumped(body) => body.is_end_stream(),
         }
     }
 
@@ -94,6 +110,7 @@ impl Body for FrontBody {
             Kind::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
             Kind::Relay(relay) => relay.size_hint(),
             Kind::Axum(body) => body.size_hint(),
+            Kind::Pumped(body) => body.size_hint(),
         }
     }
 }

@@ -216,11 +216,14 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for GuardedIo<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        // Of TCP it is done at once; TLS may still hold records that the client does not take.
+        let outcome = Pin::new(&mut self.io).poll_flush(cx);
+        self.guard_write(outcome, cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
+        let outcome = Pin::new(&mut self.io).poll_shutdown(cx);
+        self.guard_write(outcome, cx)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -234,5 +237,49 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for GuardedIo<S> {
     ) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
         self.guard_write(outcome, cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::*;
+
+    /// Takes what is written and never gets rid of it, as TLS does when the client does not read.
+    struct Held;
+
+    impl AsyncWrite for Held {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(buf.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncRead for Held {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_socket_holds_back_is_a_stalled_write_too() {
+        let stall = Duration::from_millis(50);
+        let timeouts = ConnTimeouts { first_byte: stall, head: stall, idle: stall, write_stall: stall };
+        for shutting_down in [false, true] {
+            let mut io = GuardedIo::new(Held, Arc::default(), timeouts);
+            io.write_all(b"x").await.unwrap();
+            let since = Instant::now();
+            let outcome = if shutting_down { io.shutdown().await } else { io.flush().await };
+            assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::TimedOut);
+            assert!(since.elapsed() >= stall);
+        }
     }
 }

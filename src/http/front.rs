@@ -15,10 +15,12 @@ use super::keys::KeyRing;
 use super::metrics::Metrics;
 use super::queue::{Queue, QueueOptions};
 use super::retry::{RetryBudget, RetryOptions};
+use super::routes::Listener;
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy::{Policy, PowerOfTwo};
+use crate::tls::listener::ListenerTls;
 
 /// Time limits and retries of the proxy path.
 #[derive(Clone, Debug)]
@@ -99,6 +101,10 @@ pub struct FrontConfig {
     pub replica: String,
     /// Connections.
     pub accept: FrontOptions,
+    /// TLS of the client listener; none means plain text.
+    pub client_tls: Option<Arc<ListenerTls>>,
+    /// TLS of the admin listener.
+    pub admin_tls: Option<Arc<ListenerTls>>,
     /// The proxy path.
     pub proxy: ProxyOptions,
     /// Connections to workers.
@@ -124,6 +130,8 @@ impl Default for FrontConfig {
         Self {
             replica: "everline".to_owned(),
             accept: FrontOptions::default(),
+            client_tls: None,
+            admin_tls: None,
             proxy: ProxyOptions::default(),
             pool: PoolOptions::default(),
             allow: Arc::default(),
@@ -185,6 +193,15 @@ impl Front {
     /// Milliseconds since the start, from 1; never goes back.
     pub(super) fn now_ms(&self) -> u64 {
         self.started.elapsed().as_millis() as u64 + 1
+    }
+
+    /// TLS of the client listener or of the admin listener.
+    pub(super) fn tls(&self, listener: Listener) -> Option<&Arc<ListenerTls>> {
+        if listener == Listener::Client {
+            self.config.client_tls.as_ref()
+        } else {
+            self.config.admin_tls.as_ref()
+        }
     }
 
     /// The value of `Everline-Replica`.

@@ -192,6 +192,11 @@ impl Metrics {
         }
     }
 
+    /// Lets another part of the program add its families before the metrics are shared.
+    pub fn registry_mut(&mut self) -> &mut Registry {
+        &mut self.registry
+    }
+
     /// Everything, as OpenMetrics text, with what `gauges` reads at this moment.
     pub fn encode(&self, gauges: impl Collector) -> Result<String, std::fmt::Error> {
         use prometheus_client::encoding::text::{encode_eof, encode_registry};

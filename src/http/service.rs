@@ -141,10 +141,14 @@ impl hyper::service::Service<Request<Incoming>> for FrontService {
         let is_http1 = request.version() <= http::Version::HTTP_11;
         let service = self.clone();
         let is_draining = self.shard.front.draining.is_cancelled();
+        let stall = self.shard.front.config.accept.timeouts.write_stall;
         Box::pin(async move {
             let mut response = service.answer(request).await.map(|body| body.holding(in_flight));
             if !is_http1 {
                 response.headers_mut().remove(CONNECTION);
+                // A stalled HTTP/1 client stalls its socket, which `conn` watches; a stream
+                // without window stalls nothing that could be seen there.
+                response = response.map(|body| body.pumped(stall));
             } else if is_draining {
                 // Its connection goes elsewhere before this listener closes.
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));

@@ -1,5 +1,6 @@
 //! The simulated engine over real sockets.
 
 mod behaviour;
+mod dialects;
 mod golden;
 mod support;

@@ -2,8 +2,12 @@
 
 mod cli;
 mod damage;
+mod dead_worker;
 mod demo;
 mod frozen;
+mod h2_attacks;
+mod hostile_clients;
+mod hostile_workers;
 mod keys;
 mod leader_kill;
 mod liveness;
@@ -12,6 +16,7 @@ mod quorum;
 mod rolling;
 mod sdk;
 mod seen;
+mod smuggling;
 mod total_kill;
 mod wiped;
 

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::link::Link;
+use super::link::{Link, reason};
 use super::proto::Frame;
 use super::wire::Kind;
 use crate::ids::Group;
@@ -112,7 +112,7 @@ impl Lane {
             .client()
             .lane(request)
             .await
-            .map_err(|status| LaneError::Unreachable(status.message().to_owned()))?
+            .map_err(|status| LaneError::Unreachable(reason(&status)))?
             .into_inner();
         let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
         let open = Arc::new(Open { frames, pending: pending.clone(), next: Mutex::new(0) });

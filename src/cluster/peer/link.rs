@@ -6,33 +6,25 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tonic::metadata::MetadataValue;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
+use super::dial::Dialer;
 use super::proto::Request;
 use super::proto::peer_client::PeerClient;
 use super::wire::{CLUSTER, Call, FROM, MAX_MESSAGE, Reply, TO};
+use crate::cluster::types::PeerNode;
 use crate::codec;
 use crate::ids::ReplicaId;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
-/// A peer that has vanished without a reset is noticed by HTTP/2 pings.
-const PING_INTERVAL: Duration = Duration::from_millis(2000);
-const PING_TIMEOUT: Duration = Duration::from_millis(1000);
-
-/// Opens the connection lazily; it reconnects by itself.
-pub fn channel(peer: &str) -> Result<Channel, String> {
-    let endpoint = Endpoint::from_shared(format!("http://{peer}"))
-        .map_err(|e| format!("peer address {peer:?}: {e}"))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT);
-    Ok(endpoint.connect_lazy())
-}
-
-/// Asks a replica by address alone, before there are ids.
-pub async fn call_address(peer: &str, call: &Call, within: Duration) -> Result<Reply, String> {
-    let mut client = PeerClient::new(channel(peer)?);
+/// Asks a replica by address before there are ids; `member` is its name, where that is known.
+pub async fn call_address(
+    dialer: &Dialer,
+    peer: &str,
+    member: Option<&str>,
+    call: &Call,
+    within: Duration,
+) -> Result<Reply, String> {
+    let mut client = PeerClient::new(dialer.channel(peer, member)?);
     call_client(&mut client, tonic::Request::new(request(call)), within).await
 }
 
@@ -48,8 +40,22 @@ async fn call_client(
     let answer = tokio::time::timeout(within, client.call(request))
         .await
         .map_err(|_| format!("no answer within {} ms", within.as_millis()))?
-        .map_err(|status| status.message().to_owned())?;
+        .map_err(|status| reason(&status))?;
     codec::decode(&answer.into_inner().body).map_err(|e| e.to_string())
+}
+
+/// The innermost cause: "transport error" helps nobody.
+pub(super) fn reason(status: &tonic::Status) -> String {
+    if crate::tls::cause(status).is_some() {
+        return crate::tls::peer::explain(status);
+    }
+    let mut cause = std::error::Error::source(status);
+    let mut text = status.message().to_owned();
+    while let Some(error) = cause {
+        text = error.to_string();
+        cause = error.source();
+    }
+    text
 }
 
 /// The connection to one member.
@@ -92,6 +98,7 @@ impl Link {
 
 /// All links of a replica, by member and address; at most one connection each.
 pub struct Links {
+    dialer: Dialer,
     cluster: u128,
     me: ReplicaId,
     links: Mutex<HashMap<(ReplicaId, String), Arc<Link>>>,
@@ -99,20 +106,23 @@ pub struct Links {
 
 impl Links {
     /// No links yet.
-    pub fn new(cluster: u128, me: ReplicaId) -> Self {
-        Self { cluster, me, links: Mutex::default() }
+    pub fn new(dialer: Dialer, cluster: u128, me: ReplicaId) -> Self {
+        Self { dialer, cluster, me, links: Mutex::default() }
     }
 
-    /// The link to a member at an address.
-    pub fn to(&self, id: ReplicaId, peer: &str) -> Result<Arc<Link>, String> {
+    /// The link to a member.
+    pub fn to(&self, id: ReplicaId, node: &PeerNode) -> Result<Arc<Link>, String> {
         let mut links = self.links.lock();
-        if let Some(link) = links.get(&(id, peer.to_owned())) {
+        if let Some(link) = links.get(&(id, node.peer.clone())) {
             return Ok(link.clone());
         }
-        let link = Arc::new(Link { cluster: self.cluster, from: self.me, to: id, channel: channel(peer)? });
+        // Members that Everline knows of have names; those of a test may not.
+        let name = Some(node.name.as_str()).filter(|name| !name.is_empty());
+        let channel = self.dialer.channel(&node.peer, name)?;
+        let link = Arc::new(Link { cluster: self.cluster, from: self.me, to: id, channel });
         // A member that moved leaves its old address behind.
         links.retain(|(other, _), _| *other != id);
-        links.insert((id, peer.to_owned()), link.clone());
+        links.insert((id, node.peer.clone()), link.clone());
         Ok(link)
     }
 }

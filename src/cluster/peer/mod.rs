@@ -1,6 +1,8 @@
 //! Links between replicas: one HTTP/2 connection per pair and direction, on it one ordered lane
 //! per purpose, snapshots and calls.
 
+pub mod dial;
+pub mod incoming;
 pub mod lane;
 pub mod link;
 pub mod server;

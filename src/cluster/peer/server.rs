@@ -13,10 +13,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Request as Rpc, Response, Status, Streaming};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::incoming::Caller;
 use super::proto::peer_server::{Peer, PeerServer};
 use super::proto::{Answer, Chunk, Frame, Request};
-use super::wire::{CLUSTER, Call, Kind, MAX_MESSAGE, ProposeReply, ReadIndexReply, Reply, TO};
+use super::wire::{CLUSTER, Call, FROM, Kind, MAX_MESSAGE, ProposeReply, ReadIndexReply, Reply, TO};
 use crate::cluster::machine::Raft;
+use crate::cluster::membership::Members;
 use crate::cluster::pacemaker::Heard;
 use crate::cluster::types::{Segment, Snapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::codec;
@@ -51,6 +53,14 @@ pub trait Host: Send + Sync + 'static {
     fn call(self: Arc<Self>, call: Call) -> Pin<Box<dyn Future<Output = Reply> + Send>>;
 }
 
+impl Served {
+    /// The name of a member, as far as this replica knows the members.
+    fn name_of(&self, id: ReplicaId) -> Option<String> {
+        let name = |raft| Members::of(raft).node(id).map(|node| node.name.clone());
+        self.rafts.iter().find_map(name)
+    }
+}
+
 /// The gRPC service over a host.
 pub struct Service<H> {
     host: Arc<H>,
@@ -64,8 +74,12 @@ impl<H: Host> Service<H> {
             .max_encoding_message_size(MAX_MESSAGE)
     }
 
-    /// Checks that the caller means this member of this cluster.
-    fn served_for<T>(&self, request: &Rpc<T>) -> Result<Arc<Served>, Status> {
+    /// Checks that the caller means this member of this cluster; and, where it has shown a
+    /// certificate, that it is who it says. Then it may speak for that member only.
+    ///
+    /// A member that is not known here yet is taken at its word: whoever was away learns of new
+    /// members from those members. It has the certificate of *a* member in any case.
+    fn served_for<T>(&self, request: &Rpc<T>) -> Result<(Arc<Served>, Speaker), Status> {
         let served =
             self.host.served().ok_or_else(|| Status::unavailable("this replica is not a member yet"))?;
         let text = |key| request.metadata().get(key).and_then(|v| v.to_str().ok()).unwrap_or_default();
@@ -79,7 +93,37 @@ impl<H: Host> Service<H> {
                 text(TO)
             )));
         }
-        Ok(served)
+        let Some(shown) = shown(request) else { return Ok((served, Speaker(None))) };
+        let from = text(FROM)
+            .parse()
+            .map(ReplicaId)
+            .map_err(|_| Status::invalid_argument("the caller does not say which member it is"))?;
+        match served.name_of(from) {
+            Some(name) if name != *shown => Err(Status::permission_denied(format!(
+                "the certificate is of {shown}, but member {from} is {name}"
+            ))),
+            _ => Ok((served, Speaker(Some(from)))),
+        }
+    }
+}
+
+/// The name in the caller's certificate; `None` where it has shown none.
+fn shown<T>(request: &Rpc<T>) -> Option<Arc<str>> {
+    request.extensions().get::<Caller>().and_then(|caller| caller.0.clone())
+}
+
+/// The only member that a connection may speak for; any, where there are no certificates.
+#[derive(Clone, Copy)]
+struct Speaker(Option<ReplicaId>);
+
+impl Speaker {
+    fn is(self, id: ReplicaId) -> bool {
+        self.0.is_none_or(|speaker| speaker == id)
+    }
+
+    /// Whether it may vote so: candidates and leaders speak for themselves.
+    fn votes(self, vote: &Vote) -> bool {
+        self.is(ReplicaId(vote.leader_id().node_id))
     }
 }
 
@@ -88,15 +132,15 @@ impl<H: Host> Peer for Service<H> {
     type LaneStream = Pin<Box<dyn Stream<Item = Result<Frame, Status>> + Send>>;
 
     async fn lane(&self, request: Rpc<Streaming<Frame>>) -> Result<Response<Self::LaneStream>, Status> {
-        let served = self.served_for(&request)?;
+        let (served, speaker) = self.served_for(&request)?;
         let (answers, outgoing) = mpsc::channel(ANSWERS);
         // Ends when the caller closes the lane.
-        tokio::spawn(serve_lane(served, request.into_inner(), answers));
+        tokio::spawn(serve_lane(served, speaker, request.into_inner(), answers));
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing).map(Ok))))
     }
 
     async fn snapshot(&self, request: Rpc<Streaming<Chunk>>) -> Result<Response<Answer>, Status> {
-        let served = self.served_for(&request)?;
+        let (served, speaker) = self.served_for(&request)?;
         let mut chunks = request.into_inner();
         let bad = |e: codec::CodecError| Status::invalid_argument(e.to_string());
         let mut head: Option<(Group, Vote, SnapshotMeta)> = None;
@@ -124,6 +168,9 @@ impl<H: Host> Peer for Service<H> {
         let (true, Some((group, vote, meta))) = (complete, head) else {
             return Err(Status::data_loss("the snapshot ended before its last chunk"));
         };
+        if !speaker.votes(&vote) {
+            return Err(Status::permission_denied("the snapshot is not of the leader it names"));
+        }
         let snapshot = Snapshot { meta, snapshot: Arc::new(records) };
         let answer = served.rafts[group.index()]
             .install_full_snapshot(vote, snapshot)
@@ -133,8 +180,16 @@ impl<H: Host> Peer for Service<H> {
     }
 
     async fn call(&self, request: Rpc<Request>) -> Result<Response<Answer>, Status> {
+        let shown = shown(&request);
         let call: Call =
             codec::decode(&request.into_inner().body).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        if let (Some(shown), Some(claimed)) = (shown, call.claims())
+            && *shown != *claimed
+        {
+            return Err(Status::permission_denied(format!(
+                "the certificate is of {shown}, not of {claimed}"
+            )));
+        }
         let reply = self.host.clone().call(call).await;
         Ok(Response::new(Answer { body: codec::encode(&reply).into() }))
     }
@@ -144,7 +199,12 @@ impl<H: Host> Peer for Service<H> {
 type Numbered = (u64, AppendEntriesRequest<TypeConfig>);
 
 /// One lane: appends go to openraft in order and pipelined, everything else on its own.
-async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: mpsc::Sender<Frame>) {
+async fn serve_lane(
+    served: Arc<Served>,
+    speaker: Speaker,
+    mut frames: Streaming<Frame>,
+    answers: mpsc::Sender<Frame>,
+) {
     let mut appends: [Option<mpsc::Sender<Numbered>>; 2] = [None, None];
     let closed = CancellationToken::new();
     loop {
@@ -159,13 +219,16 @@ async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: 
         };
         match kind {
             Kind::Append => {
-                let request = match codec::decode(&frame.body) {
+                let request: AppendEntriesRequest<TypeConfig> = match codec::decode(&frame.body) {
                     Ok(request) => request,
                     Err(error) => {
                         tracing::warn!(%group, %error, "append that cannot be read; lane closed");
                         return;
                     }
                 };
+                if !speaker.votes(&request.vote) {
+                    return spoke_for_another(speaker);
+                }
                 let slot = &mut appends[group.index()];
                 let sender = slot.get_or_insert_with(|| {
                     let (tx, rx) = mpsc::channel(APPENDS);
@@ -179,6 +242,9 @@ async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: 
             }
             Kind::Propose => {
                 let Ok(segment) = codec::decode::<Segment>(&frame.body) else { return };
+                if !speaker.is(segment.origin) {
+                    return spoke_for_another(speaker);
+                }
                 let reply = propose(&served, group, segment);
                 if answer(&answers, frame.id, &reply).await.is_err() {
                     return;
@@ -187,7 +253,7 @@ async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: 
             Kind::Vote | Kind::PreVote | Kind::TransferLeader | Kind::ReadIndex => {
                 let (served, answers) = (served.clone(), answers.clone());
                 tokio::spawn(async move {
-                    if let Some(body) = ask_raft(&served.rafts[group.index()], kind, &frame.body).await {
+                    if let Some(body) = ask_raft(&served, speaker, group, kind, &frame.body).await {
                         let _ =
                             answers.send(Frame { id: frame.id, kind: 0, group: 0, body: body.into() }).await;
                     }
@@ -195,6 +261,10 @@ async fn serve_lane(served: Arc<Served>, mut frames: Streaming<Frame>, answers: 
             }
         }
     }
+}
+
+fn spoke_for_another(speaker: Speaker) {
+    tracing::warn!(caller = ?speaker.0, "a member spoke for another; lane closed");
 }
 
 async fn answer(answers: &mpsc::Sender<Frame>, id: u64, reply: &impl serde::Serialize) -> Result<(), ()> {
@@ -243,18 +313,26 @@ async fn serve_appends(
     }
 }
 
-async fn ask_raft(raft: &Raft, kind: Kind, body: &Bytes) -> Option<Vec<u8>> {
+async fn ask_raft(
+    served: &Served,
+    speaker: Speaker,
+    group: Group,
+    kind: Kind,
+    body: &Bytes,
+) -> Option<Vec<u8>> {
+    let raft = &served.rafts[group.index()];
+    let voting = || {
+        let request: VoteRequest<TypeConfig> = codec::decode(body).ok()?;
+        speaker.votes(&request.vote).then_some(request)
+    };
     match kind {
-        Kind::Vote => {
-            let request: VoteRequest<TypeConfig> = codec::decode(body).ok()?;
-            raft.vote(request).await.ok().map(|answer| codec::encode(&answer))
-        }
-        Kind::PreVote => {
-            let request: VoteRequest<TypeConfig> = codec::decode(body).ok()?;
-            raft.pre_vote(request).await.ok().map(|answer| codec::encode(&answer))
-        }
+        Kind::Vote => raft.vote(voting()?).await.ok().map(|answer| codec::encode(&answer)),
+        Kind::PreVote => raft.pre_vote(voting()?).await.ok().map(|answer| codec::encode(&answer)),
         Kind::TransferLeader => {
             let request: TransferLeaderRequest<TypeConfig> = codec::decode(body).ok()?;
+            if !speaker.votes(request.from_leader()) {
+                return None;
+            }
             raft.handle_transfer_leader(request).await.ok().map(|answer| codec::encode(&answer))
         }
         Kind::ReadIndex => Some(codec::encode(&read_index(raft).await)),

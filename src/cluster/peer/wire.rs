@@ -129,6 +129,21 @@ pub enum Call {
     },
 }
 
+impl Call {
+    /// The member that the caller says it is, where the call says so.
+    pub fn claims(&self) -> Option<&str> {
+        match self {
+            Call::Hello { name } => Some(name),
+            // The first of the first members forms the cluster.
+            Call::Form { members, .. } => members.first().map(|(_, node)| node.name.as_str()),
+            // Asked by the joiner itself.
+            Call::Join { node, .. } | Call::AddLearner { node, .. } => Some(&node.name),
+            // Asked by any member, for a joiner or an operator.
+            Call::Promote { .. } | Call::Remove { .. } | Call::Transfer { .. } | Call::Invite { .. } => None,
+        }
+    }
+}
+
 /// The answer to a call.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
 pub enum Reply {

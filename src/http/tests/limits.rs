@@ -269,3 +269,34 @@ async fn after_the_grace_time_what_is_left_is_closed() {
     front.served.take().unwrap().await.unwrap().unwrap();
     assert_eq!(live.own.get().requests, 0);
 }
+
+#[tokio::test]
+async fn an_http2_stream_that_nobody_reads_frees_its_worker() {
+    use hyper_util::client::legacy::Client;
+    use hyper_util::rt::TokioExecutor;
+
+    let mut config = FrontConfig::default();
+    config.accept.timeouts.write_stall = SHORT;
+    let front = start(config);
+    let (tell, mut closed) = tokio::sync::mpsc::channel(1);
+    let flood = worker(move |mut stream| {
+        let tell = tell.clone();
+        async move {
+            read_message(&mut stream).await;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9999999999\r\n\r\n").await;
+            while stream.write_all(&[0; 65536]).await.is_ok() {}
+            tell.send(()).await.unwrap();
+        }
+    });
+    front.cluster.add("w", flood.await);
+    let client = Client::builder(TokioExecutor::new())
+        .http2_only(true)
+        .build_http::<http_body_util::Full<bytes::Bytes>>();
+    let request = http::Request::post(format!("http://{}/v1/completions", front.address));
+    // The head is read, the body never is; the window of the stream is soon full.
+    let held = client.request(request.body(r#"{"model":"m","prompt":"x"}"#.into()).unwrap()).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(10), closed.recv()).await.expect("the worker was not let go");
+    let live = front.cluster.worker("w").unwrap().live.clone();
+    eventually("freed", || live.own.get().requests == 0).await;
+    drop(held);
+}

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use super::support::*;
-use crate::http::{Access, AccessOptions, FrontConfig, Metrics};
+use crate::http::{Access, AccessOptions, CertificateGauges, FrontConfig, Metrics};
 
 /// Type and label names of a family.
 type Family = (String, BTreeSet<String>);
@@ -72,7 +72,10 @@ async fn scrape(front: &Running) -> String {
 
 #[tokio::test]
 async fn the_reference_has_every_family_with_its_type_and_labels_and_no_other() {
-    let front = start(FrontConfig::default());
+    let mut metrics = Metrics::default();
+    let certificates = CertificateGauges::new(|| vec![("http", 0)]);
+    metrics.registry_mut().register_collector(Box::new(certificates));
+    let front = start_with(FrontConfig::default(), MemoryCluster::new(), metrics);
     front.cluster.add("w", answering(ok("application/json", "{}")).await);
     exchange(front.address, chat()).await;
     exchange(front.address, post("/v1/completions", "{")).await;

@@ -6,5 +6,7 @@ mod matrix;
 mod metrics;
 mod planes;
 mod proxy;
+mod registration;
 mod support;
+mod tls;
 mod traces;

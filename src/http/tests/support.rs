@@ -133,6 +133,11 @@ impl MemoryCluster {
         self.publish(&records);
     }
 
+    /// Takes a worker out of the registry.
+    pub(super) fn forget(&self, id: &str) {
+        self.apply(ControlCommand::RemoveWorker { id: WorkerId(id.into()), only_source: None });
+    }
+
     pub(super) fn worker(&self, id: &str) -> Option<Arc<WorkerView>> {
         self.view.load().worker(&WorkerId(id.into())).cloned()
     }

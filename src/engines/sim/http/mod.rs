@@ -1,11 +1,15 @@
 //! Routes of the simulated engine, in vLLM's dialect.
 
+mod anthropic;
 pub mod error;
+mod gathered;
 mod logprobs;
 mod metrics;
 mod models;
 mod reply;
 pub mod request;
+mod responses;
+mod scoring;
 pub mod shape;
 mod simulator;
 pub mod stream;
@@ -18,13 +22,17 @@ use http::header::{self, HeaderName, HeaderValue};
 use http::{Method, Response, StatusCode};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
+use serde_json::Value;
 
+use self::anthropic::Messages;
 use self::error::ApiError;
 use self::request::{Request, Route};
+use self::responses::Responses;
 use self::shape::Shaper;
-use self::stream::{EventStream, ReplyBody, ResetFlag, Running};
+use self::stream::{Dialect, EventStream, ReplyBody, ResetFlag, Running};
 use super::engine::{Engine, Refusal, unix_time};
 use super::faults::Health;
+use super::options::EngineSimArgs;
 
 /// Longest accepted request body.
 const MAX_BODY: usize = 64 << 20;
@@ -79,7 +87,13 @@ impl Reply {
 const ROUTES: &[(&str, &str)] = &[
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
+    ("/v1/responses", "POST"),
+    ("/v1/messages", "POST"),
     ("/v1/embeddings", "POST"),
+    ("/v1/rerank", "POST"),
+    ("/rerank", "POST"),
+    ("/v1/score", "POST"),
+    ("/score", "POST"),
     ("/v1/models", "GET"),
     ("/tokenize", "POST"),
     ("/detokenize", "POST"),
@@ -136,12 +150,18 @@ async fn dispatch(
     client_id: Option<&str>,
 ) -> io::Result<Reply> {
     Ok(match path {
-        "/v1/chat/completions" => generate(engine, reset, Route::Chat, body, client_id).await?,
-        "/v1/completions" => generate(engine, reset, Route::Completions, body, client_id).await?,
-        "/v1/embeddings" => match inference_fault(engine, reset)? {
-            Some(reply) => reply,
-            None => models::embeddings(engine, body, client_id),
-        },
+        "/v1/chat/completions" => generate(engine, reset, Asked::Chat, body, client_id).await?,
+        "/v1/completions" => generate(engine, reset, Asked::Completions, body, client_id).await?,
+        "/v1/responses" => generate(engine, reset, Asked::Responses, body, client_id).await?,
+        "/v1/messages" => generate(engine, reset, Asked::Messages, body, client_id).await?,
+        "/v1/embeddings" | "/v1/rerank" | "/rerank" | "/v1/score" | "/score" => {
+            match (inference_fault(engine, reset)?, path) {
+                (Some(reply), _) => reply,
+                (None, "/v1/embeddings") => models::embeddings(engine, body, client_id),
+                (None, "/v1/score" | "/score") => scoring::score(engine, body, client_id),
+                (None, _) => scoring::rerank(engine, body, client_id),
+            }
+        }
         "/v1/models" => models::list(engine),
         "/tokenize" => models::tokenize(engine, body),
         "/detokenize" => models::detokenize(engine, body),
@@ -188,38 +208,83 @@ fn inference_fault(engine: &Engine, reset: &ResetFlag) -> io::Result<Option<Repl
     }))
 }
 
+/// The routes that generate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Chat,
+    Completions,
+    Responses,
+    Messages,
+}
+
+impl Asked {
+    fn prefix(self) -> &'static str {
+        match self {
+            Asked::Completions => "cmpl",
+            Asked::Responses => "resp",
+            Asked::Chat | Asked::Messages => "chatcmpl",
+        }
+    }
+
+    /// An error as this route words it.
+    fn error(self, error: &ApiError) -> Reply {
+        match self {
+            Asked::Messages => Reply::json(error.status, anthropic::error_body(error)),
+            _ => Reply::error(error),
+        }
+    }
+
+    fn parse(self, body: &Value, args: &EngineSimArgs) -> Result<Request, ApiError> {
+        match self {
+            Asked::Chat => Request::from_value(Route::Chat, body, args),
+            Asked::Completions => Request::from_value(Route::Completions, body, args),
+            Asked::Responses => responses::parse(body, args),
+            Asked::Messages => anthropic::parse(body, args),
+        }
+    }
+
+    fn dialect(self, request: Request, body: &Value, id: String, args: &EngineSimArgs) -> Box<dyn Dialect> {
+        let now = unix_time().as_secs();
+        match self {
+            Asked::Chat | Asked::Completions => Box::new(Shaper::new(request, id, now)),
+            Asked::Responses => Box::new(Responses::new(&request, body, now, args)),
+            Asked::Messages => Box::new(Messages::new(&request, &id)),
+        }
+    }
+}
+
 async fn generate(
     engine: &Arc<Engine>,
     reset: &ResetFlag,
-    route: Route,
+    asked: Asked,
     body: &[u8],
     client_id: Option<&str>,
 ) -> io::Result<Reply> {
     if let Some(reply) = inference_fault(engine, reset)? {
         return Ok(reply);
     }
-    let request = match Request::parse(route, body, &engine.args) {
-        Ok(request) => request,
-        Err(error) => return Ok(Reply::error(&error)),
+    let read = request::object(body).and_then(|body| Ok((asked.parse(&body, &engine.args)?, body)));
+    let (request, body) = match read {
+        Ok(read) => read,
+        Err(error) => return Ok(asked.error(&error)),
     };
-    let prefix = if route == Route::Chat { "chatcmpl" } else { "cmpl" };
-    let id =
-        format!("{prefix}-{}", client_id.map_or_else(|| format!("{:016x}", random()), ToOwned::to_owned));
+    let id = client_id.map_or_else(|| format!("{:016x}", random()), ToOwned::to_owned);
+    let id = format!("{}-{id}", asked.prefix());
     let outbox = engine.outbox();
     let submissions = request.submissions(&id, &engine.args, &outbox);
     let stream = request.stream;
-    let mut shaper = Shaper::new(request, id, unix_time().as_secs());
+    let mut dialect = asked.dialect(request, &body, id, &engine.args);
     if let Err(Refusal::QueueFull) = engine.submit(submissions) {
-        return Ok(Reply::error(&request::queue_full()));
+        return Ok(asked.error(&request::queue_full()));
     }
     let running = Running::new(engine.clone(), outbox);
     if stream {
-        return Ok(Reply::events(EventStream::new(running, shaper, reset.clone())));
+        return Ok(Reply::events(EventStream::new(running, dialect, reset.clone())));
     }
-    if let Err(error) = running.collect(&mut shaper, reset).await? {
-        return Ok(Reply::error(&error));
+    if let Err(error) = running.collect(dialect.as_mut(), reset).await? {
+        return Ok(asked.error(&error));
     }
-    let mut body = shaper.reply();
+    let mut body = dialect.reply();
     if engine.faults().garbage {
         body.truncate(body.len() / 2);
     }

@@ -81,7 +81,8 @@ pub(super) fn list(engine: &Engine) -> Reply {
     Reply::ok(&List { object: "list", data: bases.chain(adapters).collect() })
 }
 
-fn parse(engine: &Engine, body: &[u8]) -> Result<Value, ApiError> {
+/// A JSON body whose model, if it names one, is served.
+pub(super) fn parse(engine: &Engine, body: &[u8]) -> Result<Value, ApiError> {
     let value: Value = serde_json::from_slice(body).map_err(|error| ApiError::not_json(body, &error))?;
     if let Some(name) = value.get("model").and_then(Value::as_str) {
         check_model(name, &engine.args)?;
@@ -89,7 +90,8 @@ fn parse(engine: &Engine, body: &[u8]) -> Result<Value, ApiError> {
     Ok(value)
 }
 
-fn answer<T: Serialize>(result: Result<T, ApiError>) -> Reply {
+/// A value or an error as a reply.
+pub(super) fn answer<T: Serialize>(result: Result<T, ApiError>) -> Reply {
     match result {
         Ok(value) => Reply::ok(&value),
         Err(error) => Reply::error(&error),

@@ -9,7 +9,7 @@ use crate::engines::sim::outbox::{FinishReason, StopReason};
 
 impl Shaper {
     /// The one reply.
-    pub fn reply(&self) -> Vec<u8> {
+    pub(super) fn whole(&self) -> Vec<u8> {
         let chat = self.is_chat();
         let usage = Usage {
             prompt: self.prompt_tokens(),

@@ -105,18 +105,12 @@ impl<'a> Fields<'a> {
 impl Request {
     /// Reads a body; all that is wrong with it comes out as vLLM's reply.
     pub fn parse(route: Route, body: &[u8], args: &EngineSimArgs) -> Result<Self, ApiError> {
-        let body: Value = serde_json::from_slice(body).map_err(|error| ApiError::not_json(body, &error))?;
-        if !body.is_object() {
-            let message = "Input should be a valid dictionary or object to extract fields from";
-            return Err(ApiError::schema(
-                "model_attributes_type",
-                "body",
-                message,
-                "'<list of 0 items>'",
-                None,
-            ));
-        }
-        let fields = Fields(&body);
+        Self::from_value(route, &object(body)?, args)
+    }
+
+    /// Reads a body that was taken apart already.
+    pub fn from_value(route: Route, body: &Value, args: &EngineSimArgs) -> Result<Self, ApiError> {
+        let fields = Fields(body);
         let (prompts, echo_texts) = match route {
             Route::Chat => chat_prompt(&fields)?,
             Route::Completions => completion_prompts(&fields)?,
@@ -167,6 +161,12 @@ impl Request {
             max_tokens,
             prompts,
         })
+    }
+
+    /// Most tokens that may be generated for its first prompt.
+    pub fn budget(&self, args: &EngineSimArgs) -> usize {
+        let room = args.context_length() - self.prompts.first().map_or(0, |prompt| prompt.len());
+        self.max_tokens.unwrap_or(room).min(room)
     }
 
     /// The sequences to generate, for the engine; `id` is the reply's id.
@@ -366,6 +366,16 @@ fn message(index: usize, item: &Value) -> Result<Message, ApiError> {
         }
     };
     Ok(Message { role: role.to_owned(), content })
+}
+
+/// A body that is a JSON object.
+pub fn object(body: &[u8]) -> Result<Value, ApiError> {
+    let value: Value = serde_json::from_slice(body).map_err(|error| ApiError::not_json(body, &error))?;
+    if value.is_object() {
+        return Ok(value);
+    }
+    let message = "Input should be a valid dictionary or object to extract fields from";
+    Err(ApiError::schema("model_attributes_type", "body", message, "'<list of 0 items>'", None))
 }
 
 /// The reply to a request that found the queue full.

@@ -7,8 +7,10 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde::ser::SerializeMap;
 
+use super::error::ApiError;
 use super::logprobs::{self, ChatLogprobs, CompletionLogprobs};
 use super::request::{Request, Route};
+use super::stream::Dialect;
 use crate::engines::sim::outbox::{Delta, FinishReason, StopReason};
 
 /// The engine's version, as in its file name and replies.
@@ -171,11 +173,6 @@ impl Shaper {
         }
     }
 
-    /// Whether every choice has its finish reason.
-    pub fn is_finished(&self) -> bool {
-        self.unfinished == 0
-    }
-
     pub(super) fn prompt(&self, choice: usize) -> Arc<[u32]> {
         self.request.prompts[choice / self.request.n].clone()
     }
@@ -233,8 +230,51 @@ impl Shaper {
         }
     }
 
-    /// The events of a delta.
-    pub fn stream(&mut self, delta: &Delta, out: &mut VecDeque<Bytes>) {
+    /// The role event of a choice; a chat's echo follows in an event of its own.
+    fn chat_opening(&self, index: usize, ids: Option<&[u32]>, echo: Option<&str>, out: &mut VecDeque<Bytes>) {
+        let texts = [Some(("assistant", "")), echo.map(|echo| ("", echo))];
+        for (role, content) in texts.into_iter().flatten() {
+            let opening = !role.is_empty();
+            let choice = ChatEventChoice {
+                index,
+                delta: ChatDelta { role: opening.then_some(role), content },
+                logprobs: None,
+                finish_reason: None,
+                stop_reason: None,
+                token_ids: None,
+            };
+            let tail = Tail {
+                usage: self.running_usage(index, 0),
+                system_fingerprint: None,
+                prompt_token_ids: opening.then_some(ids),
+                prompt_text: opening.then_some(None),
+            };
+            self.event(&[choice], tail, out);
+        }
+    }
+}
+
+impl Dialect for Shaper {
+    fn is_finished(&self) -> bool {
+        self.unfinished == 0
+    }
+
+    fn collect(&mut self, delta: Delta) {
+        self.note(&delta);
+        let choice = &mut self.choices[delta.choice];
+        choice.text.push_str(&delta.text);
+        choice.token_ids.extend_from_slice(&delta.token_ids);
+        if let Some((reason, stop)) = delta.finish {
+            choice.finish = Some(reason);
+            choice.stop = stop;
+        }
+    }
+
+    fn reply(&self) -> Vec<u8> {
+        self.whole()
+    }
+
+    fn stream(&mut self, delta: &Delta, out: &mut VecDeque<Bytes>) {
         let before = &self.choices[delta.choice];
         let (first, position, mut offset) = (!before.started, before.generated, before.offset);
         self.note(delta);
@@ -279,31 +319,7 @@ impl Shaper {
         self.choices[delta.choice].offset = offset;
     }
 
-    /// The role event of a choice; a chat's echo follows in an event of its own.
-    fn chat_opening(&self, index: usize, ids: Option<&[u32]>, echo: Option<&str>, out: &mut VecDeque<Bytes>) {
-        let texts = [Some(("assistant", "")), echo.map(|echo| ("", echo))];
-        for (role, content) in texts.into_iter().flatten() {
-            let opening = !role.is_empty();
-            let choice = ChatEventChoice {
-                index,
-                delta: ChatDelta { role: opening.then_some(role), content },
-                logprobs: None,
-                finish_reason: None,
-                stop_reason: None,
-                token_ids: None,
-            };
-            let tail = Tail {
-                usage: self.running_usage(index, 0),
-                system_fingerprint: None,
-                prompt_token_ids: opening.then_some(ids),
-                prompt_text: opening.then_some(None),
-            };
-            self.event(&[choice], tail, out);
-        }
-    }
-
-    /// What follows the last choice: the usage if it was asked for, and the end mark.
-    pub fn stream_end(&self, out: &mut VecDeque<Bytes>) {
+    fn stream_end(&mut self, out: &mut VecDeque<Bytes>) {
         if self.request.include_usage {
             let usage = Usage {
                 prompt: self.prompt_tokens(),
@@ -321,15 +337,8 @@ impl Shaper {
         out.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
     }
 
-    /// Keeps a delta for the one reply.
-    pub fn collect(&mut self, delta: Delta) {
-        self.note(&delta);
-        let choice = &mut self.choices[delta.choice];
-        choice.text.push_str(&delta.text);
-        choice.token_ids.extend_from_slice(&delta.token_ids);
-        if let Some((reason, stop)) = delta.finish {
-            choice.finish = Some(reason);
-            choice.stop = stop;
-        }
+    fn stream_dead(&mut self, out: &mut VecDeque<Bytes>) {
+        out.push_back(Bytes::from(ApiError::engine_dead().event()));
+        out.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
     }
 }

@@ -11,12 +11,32 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
 use super::error::ApiError;
-use super::shape::Shaper;
 use crate::engines::sim::engine::Engine;
-use crate::engines::sim::outbox::{Outbox, Output};
+use crate::engines::sim::outbox::{Delta, Outbox, Output};
 
 /// Whether a connection is to be closed with a reset; shared by its socket and its requests.
 pub type ResetFlag = Arc<AtomicBool>;
+
+/// Turns what the engine says about a request into the words of its route.
+pub trait Dialect: Send {
+    /// Whether every choice has its finish reason.
+    fn is_finished(&self) -> bool;
+
+    /// Keeps a delta for the one reply.
+    fn collect(&mut self, delta: Delta);
+
+    /// The one reply.
+    fn reply(&self) -> Vec<u8>;
+
+    /// The events of a delta.
+    fn stream(&mut self, delta: &Delta, out: &mut VecDeque<Bytes>);
+
+    /// The events after the last delta.
+    fn stream_end(&mut self, out: &mut VecDeque<Bytes>);
+
+    /// The last events of a stream whose engine has died.
+    fn stream_dead(&mut self, out: &mut VecDeque<Bytes>);
+}
 
 /// A request in the engine; dropping it before its end aborts it.
 pub struct Running {
@@ -35,7 +55,7 @@ impl Running {
     /// Reads all of it. The error means that the connection is to be cut.
     pub async fn collect(
         mut self,
-        shaper: &mut Shaper,
+        shaper: &mut dyn Dialect,
         reset: &ResetFlag,
     ) -> io::Result<Result<(), ApiError>> {
         while !shaper.is_finished() {
@@ -78,7 +98,7 @@ pub fn reset_connection(reset: &ResetFlag) -> io::Error {
 /// The events of one request.
 pub struct EventStream {
     running: Running,
-    shaper: Shaper,
+    shaper: Box<dyn Dialect>,
     pending: VecDeque<Bytes>,
     sent: u64,
     ended: bool,
@@ -88,7 +108,7 @@ pub struct EventStream {
 
 impl EventStream {
     /// For a submitted request.
-    pub fn new(running: Running, shaper: Shaper, reset: ResetFlag) -> Self {
+    pub fn new(running: Running, shaper: Box<dyn Dialect>, reset: ResetFlag) -> Self {
         Self { running, shaper, pending: VecDeque::new(), sent: 0, ended: false, cutting: false, reset }
     }
 
@@ -127,8 +147,7 @@ impl EventStream {
                     }
                 }
                 Poll::Ready(Output::EngineDead) => {
-                    self.pending.push_back(Bytes::from(ApiError::engine_dead().event()));
-                    self.pending.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+                    self.shaper.stream_dead(&mut self.pending);
                     self.end();
                 }
             }

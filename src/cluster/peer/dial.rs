@@ -1,0 +1,64 @@
+//! Opening connections to peers: plain, or with both ends' certificates.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Uri;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsStream;
+use tonic::transport::{Channel, Endpoint};
+use tower::service_fn;
+
+use crate::tls::peer::{PeerTls, explain};
+
+/// For the connection, with the handshake where there is one.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// A peer that has vanished without a reset is noticed by HTTP/2 pings.
+const PING_INTERVAL: Duration = Duration::from_millis(2000);
+const PING_TIMEOUT: Duration = Duration::from_millis(1000);
+
+/// How this replica connects to others.
+#[derive(Clone, Debug, Default)]
+pub struct Dialer {
+    tls: Option<Arc<PeerTls>>,
+}
+
+impl Dialer {
+    /// With certificates, or in plain text.
+    pub fn new(tls: Option<Arc<PeerTls>>) -> Self {
+        Self { tls }
+    }
+
+    /// A channel that opens its connection when it is first used, and again when it breaks. With
+    /// TLS, only `member` will do at the other end, or any member where no name is given.
+    pub fn channel(&self, peer: &str, member: Option<&str>) -> Result<Channel, String> {
+        let endpoint = Endpoint::from_shared(format!("http://{peer}"))
+            .map_err(|e| format!("peer address {peer:?}: {e}"))?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_TIMEOUT);
+        let Some(tls) = &self.tls else { return Ok(endpoint.connect_lazy()) };
+        let (tls, member) = (Arc::clone(tls), member.map(str::to_owned));
+        // Certificates are read anew for each connection, so a channel outlives them.
+        let connect = move |uri: Uri| {
+            let (tls, member) = (Arc::clone(&tls), member.clone());
+            async move { Ok::<_, io::Error>(TokioIo::new(connect(&tls, &uri, member.as_deref()).await?)) }
+        };
+        Ok(endpoint.connect_with_connector_lazy(service_fn(connect)))
+    }
+}
+
+async fn connect(tls: &PeerTls, uri: &Uri, member: Option<&str>) -> io::Result<TlsStream<TcpStream>> {
+    let authority = uri.authority().map_or("", |authority| authority.as_str());
+    let stream = TcpStream::connect(authority).await?;
+    stream.set_nodelay(true)?;
+    let address: SocketAddr = stream.peer_addr()?;
+    tls.connect(stream, address, member).await.inspect_err(|error| {
+        // Reached, but not who we mean: retried for ever, and to be seen by somebody.
+        tracing::warn!(peer = authority, member, why = explain(error), "peer refused");
+    })
+}

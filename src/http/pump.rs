@@ -1,0 +1,183 @@
+//! A body read by a task of its own, so that somebody looks after it while its client does not
+//! read: over HTTP/2 hyper does not touch a body while its stream has no window, and none of
+//! the body's own time limits would pass.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::body::BodyError;
+
+/// Frames read ahead of the client; a full queue makes the worker wait.
+const AHEAD: usize = 4;
+
+/// One step of a body; none comes after its end.
+enum Piece {
+    Frame(Frame<Bytes>),
+    End,
+    Failed(BodyError),
+}
+
+/// The client's end of a body that a task reads. The task ends with the body, when this is
+/// dropped, or when the client has taken nothing for the stall time; the body that it reads is
+/// dropped with it.
+#[derive(Debug)]
+pub(super) struct Pumped {
+    pieces: mpsc::Receiver<Piece>,
+    ended: bool,
+    /// What the body said of its length before anything was read of it.
+    size: SizeHint,
+}
+
+impl Pumped {
+    /// Reads `body` for a client that may pause for `stall` between two frames.
+    pub(super) fn new<B>(body: B, stall: Duration) -> Self
+    where
+        B: Body<Data = Bytes, Error = BodyError> + Unpin + Send + 'static,
+    {
+        let (sender, pieces) = mpsc::channel(AHEAD);
+        let size = body.size_hint();
+        tokio::spawn(pump(body, sender, stall));
+        Self { pieces, ended: false, size }
+    }
+}
+
+async fn pump<B>(mut body: B, sender: mpsc::Sender<Piece>, stall: Duration)
+where
+    B: Body<Data = Bytes, Error = BodyError> + Unpin,
+{
+    loop {
+        // Room first: what was read could not be taken back, and while there is none the worker
+        // should notice.
+        let Ok(Ok(room)) = timeout(stall, sender.reserve()).await else { return };
+        let next = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx));
+        let piece = tokio::select! {
+            next = next => match next {
+                Some(Ok(frame)) => Piece::Frame(frame),
+                Some(Err(error)) => Piece::Failed(error),
+                None => Piece::End,
+            },
+            () = sender.closed() => return,
+        };
+        let is_last = !matches!(piece, Piece::Frame(_));
+        room.send(piece);
+        if is_last {
+            return;
+        }
+    }
+}
+
+impl Body for Pumped {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let piece = ready!(self.pieces.poll_recv(cx));
+        self.size = SizeHint::default();
+        self.ended = !matches!(piece, Some(Piece::Frame(_)));
+        Poll::Ready(match piece {
+            Some(Piece::Frame(frame)) => Some(Ok(frame)),
+            Some(Piece::End) => None,
+            Some(Piece::Failed(error)) => Some(Err(error)),
+            // Gone without a last word: given up.
+            None => Some(Err("the client did not read for too long".into())),
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ended
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.size.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::BodyExt;
+    use std::collections::VecDeque;
+    use tokio::sync::oneshot;
+
+    /// Gives these, then nothing for ever; tells when it is dropped.
+    struct Given {
+        frames: VecDeque<Result<Frame<Bytes>, BodyError>>,
+        ends: bool,
+        _alive: oneshot::Sender<()>,
+    }
+
+    impl Body for Given {
+        type Data = Bytes;
+        type Error = BodyError;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+            match self.frames.pop_front() {
+                Some(next) => Poll::Ready(Some(next)),
+                None if self.ends => Poll::Ready(None),
+                None => Poll::Pending,
+            }
+        }
+    }
+
+    fn given(frames: usize, ends: bool) -> (Given, oneshot::Receiver<()>) {
+        let (alive, gone) = oneshot::channel();
+        let frames = (0..frames).map(|n| Ok(Frame::data(Bytes::from(n.to_string()))));
+        (Given { frames: frames.collect(), ends, _alive: alive }, gone)
+    }
+
+    const STALL: Duration = Duration::from_secs(30);
+
+    #[tokio::test]
+    async fn all_frames_come_in_order_and_then_the_end() {
+        let (body, gone) = given(100, true);
+        let whole = Pumped::new(body, STALL).collect().await.unwrap().to_bytes();
+        assert_eq!(whole, (0..100).map(|n| n.to_string()).collect::<String>());
+        assert!(gone.await.is_err(), "the body is dropped");
+    }
+
+    #[tokio::test]
+    async fn an_error_comes_through() {
+        let (mut body, _gone) = given(1, true);
+        body.frames.push_back(Err("broken".into()));
+        let mut pumped = Pumped::new(body, STALL);
+        assert!(pumped.frame().await.unwrap().is_ok());
+        assert_eq!(pumped.frame().await.unwrap().unwrap_err().to_string(), "broken");
+        assert!(pumped.frame().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn the_body_is_dropped_when_the_client_leaves_or_does_not_read() {
+        let (body, gone) = given(1, false);
+        let mut pumped = Pumped::new(body, STALL);
+        assert!(pumped.frame().await.unwrap().is_ok());
+        drop(pumped);
+        assert!(gone.await.is_err());
+
+        let (body, gone) = given(100, true);
+        let short = Duration::from_millis(50);
+        let mut pumped = Pumped::new(body, short);
+        let started = tokio::time::Instant::now();
+        assert!(gone.await.is_err());
+        assert!(started.elapsed() >= short);
+        // What was read ahead is still there; then it breaks off, visibly.
+        for _ in 0..AHEAD {
+            assert!(pumped.frame().await.unwrap().is_ok());
+        }
+        assert!(pumped.frame().await.unwrap().is_err());
+    }
+}

@@ -1,0 +1,123 @@
+//! Reading certificates and keys from PEM files: bounded, and keys only if nobody else can read
+//! them; and writing such files.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::RootCertStore;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+
+use super::TlsError;
+
+/// Largest file read: a bundle of several hundred authorities.
+const MAX_BYTES: u64 = 1 << 20;
+/// Permissions that a private key must not have: anything for group and others.
+const EXPOSED: u32 = 0o077;
+
+/// Reads a file of certificates.
+pub fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+    let unreadable =
+        |error: std::io::Error| TlsError::Unreadable { path: path.to_owned(), why: error.to_string() };
+    read_open(path, File::open(path).map_err(unreadable)?)
+}
+
+/// Reads a file with a private key, and refuses one that others can read too.
+pub fn read_secret(path: &Path) -> Result<Vec<u8>, TlsError> {
+    let unreadable =
+        |error: std::io::Error| TlsError::Unreadable { path: path.to_owned(), why: error.to_string() };
+    let file = File::open(path).map_err(unreadable)?;
+    // Of the open file, so that it is the one that is read.
+    let mode = file.metadata().map_err(unreadable)?.permissions().mode() & 0o777;
+    if mode & EXPOSED != 0 {
+        return Err(TlsError::Exposed { path: path.to_owned(), mode });
+    }
+    read_open(path, file)
+}
+
+fn read_open(path: &Path, file: File) -> Result<Vec<u8>, TlsError> {
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| TlsError::Unreadable { path: path.to_owned(), why: error.to_string() })?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(TlsError::content(path, format!("is larger than {MAX_BYTES} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Who may read a file that is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Readers {
+    /// Its owner only (0600).
+    Owner,
+    /// Everybody (0644).
+    Everybody,
+}
+
+/// Writes a file beside the final one, synced, and puts it in its place: whoever reads sees the
+/// old or the new one, and never a key with permissions that come later.
+pub fn write(path: &Path, text: &str, readers: Readers) -> std::io::Result<()> {
+    let mode = match readers {
+        Readers::Owner => 0o600,
+        Readers::Everybody => 0o644,
+    };
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let beside = path.with_file_name(name);
+    // What an interrupted writing left behind may have other permissions.
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
+    file.write_all(text.as_bytes())?;
+    // Not less than asked for because of the umask.
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    file.sync_all()?;
+    fs::rename(&beside, path)
+}
+
+/// The certificates in a PEM text, at least one.
+pub fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    let found = found.map_err(|e| TlsError::content(path, format!("is no PEM file ({e})")))?;
+    if found.is_empty() {
+        return Err(TlsError::content(path, "has no certificate in it (-----BEGIN CERTIFICATE-----)"));
+    }
+    Ok(found)
+}
+
+/// The authorities in a PEM text.
+pub fn roots(path: &Path, pem: &[u8]) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(path, pem)? {
+        roots.add(certificate).map_err(|e| TlsError::content(path, e))?;
+    }
+    Ok(roots)
+}
+
+/// A certificate chain and its private key, which must belong together.
+pub fn certified_key(cert: (&Path, &[u8]), key: (&Path, &[u8])) -> Result<Arc<CertifiedKey>, TlsError> {
+    let chain = certificates(cert.0, cert.1)?;
+    let private = PrivateKeyDer::from_pem_slice(key.1)
+        .map_err(|_| TlsError::content(key.0, "has no private key in it (-----BEGIN PRIVATE KEY-----)"))?;
+    match CertifiedKey::from_der(chain, private, &super::provider()) {
+        Ok(both) => Ok(Arc::new(both)),
+        Err(rustls::Error::InconsistentKeys(_)) => {
+            Err(TlsError::content(key.0, format!("is not the key of {}", cert.0.display())))
+        }
+        Err(other) => Err(TlsError::content(key.0, other)),
+    }
+}
+
+/// When the first certificate of a chain expires, in seconds since 1970.
+pub fn expires(path: &Path, chain: &[CertificateDer<'_>]) -> Result<i64, TlsError> {
+    let first = chain.first().ok_or_else(|| TlsError::content(path, "has no certificate in it"))?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(first).map_err(|e| TlsError::content(path, e))?;
+    Ok(parsed.validity().not_after.timestamp())
+}
