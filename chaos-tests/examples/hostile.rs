@@ -26,6 +26,8 @@ const SLOW: usize = 400;
 /// attackers on the same two cores would otherwise be measured instead of their victim.
 const FAST: usize = 2;
 const BREATH: Duration = Duration::from_millis(20);
+/// The same for HTTP/2 floods, whose megabytes would otherwise be more than a network has.
+const H2_BREATH: Duration = Duration::from_millis(200);
 const PATH: &str = "/v1/completions";
 
 /// Asks until the end; the times of good answers go to the caller, the others are counted.
@@ -120,7 +122,7 @@ async fn h2(front: SocketAddr, continuation: bool, closed: Arc<AtomicU64>) {
         {
             closed.fetch_add(1, Ordering::Relaxed);
         }
-        tokio::time::sleep(BREATH).await;
+        tokio::time::sleep(H2_BREATH).await;
     }
 }
 
