@@ -1,6 +1,7 @@
 //! What the admin listener says and takes, as JSON: shared by the server, the CLI and tests.
 
 use std::collections::BTreeMap;
+use std::net::Ipv6Addr;
 
 use serde::{Deserialize, Serialize};
 
@@ -338,8 +339,32 @@ impl RegisterRequest {
             source,
         };
         spec.validate()?;
+        let (_, authority) = spec.url.split_once("://").unwrap_or_default();
+        if !is_host_and_port(authority) {
+            return Err(format!("url {:?} must be scheme://host:port with nothing behind it", self.url));
+        }
         Ok(spec)
     }
+}
+
+/// Whether it is `host`, `host:port`, `[ipv6]` or `[ipv6]:port`, written so that no two readers
+/// can disagree about the host: plain ASCII, no user, no zone, digits for a port.
+fn is_host_and_port(text: &str) -> bool {
+    let (host_is_good, rest) = match text.strip_prefix('[').map(|inside| inside.split_once(']')) {
+        Some(Some((ipv6, rest))) => (ipv6.parse::<Ipv6Addr>().is_ok(), rest),
+        Some(None) => return false,
+        None => {
+            let end = text.find(':').unwrap_or(text.len());
+            let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+            (end > 0 && text[..end].bytes().all(is_plain), &text[end..])
+        }
+    };
+    let port_is_good = match rest.strip_prefix(':') {
+        None => rest.is_empty(),
+        // `u16::from_str` would take a plus sign.
+        Some(port) => port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|p| p > 0),
+    };
+    host_is_good && port_is_good
 }
 
 #[cfg(test)]

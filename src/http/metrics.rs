@@ -16,7 +16,6 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 pub use self::access::{Access, AccessOptions};
@@ -162,8 +161,11 @@ impl Metrics {
         registry.register("rejected", "Requests and connections refused, by reason", rejected.clone());
         let connections = Gauge::default();
         registry.register("connections", "Open connections", connections.clone());
-        let version = vec![("version", env!("CARGO_PKG_VERSION"))];
-        registry.register("build", "What is running", Info::new(version));
+        // A gauge that is always 1, as most have it: readers that know the older text format only
+        // stumble over the type `info`.
+        let build = Family::<[(&str, &str); 1], Gauge>::default();
+        build.get_or_create(&[("version", env!("CARGO_PKG_VERSION"))]).set(1);
+        registry.register("build_info", "What is running", build);
         let mut process = Registry::default();
         process.register_collector(Box::new(ProcessMetrics));
         Self {

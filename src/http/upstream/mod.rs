@@ -103,6 +103,8 @@ pub(super) struct Slot {
     endpoint: Endpoint,
     /// The worker's id, as a header value.
     id: HeaderValue,
+    // Boxed, because a connection is handed around more often than it is made.
+    #[allow(clippy::vec_box)]
     idle: Mutex<Vec<Box<Conn>>>,
     max_idle: usize,
     /// HTTP/1 connections open, idle or not.
