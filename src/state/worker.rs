@@ -1,6 +1,5 @@
 //! What the registry keeps of a worker.
 
-use core::net::Ipv6Addr;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
