@@ -101,12 +101,13 @@ async fn serve(
     admin: TcpListener,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
-    let mut metrics = Metrics::new(access_options(&config.log)).with_tracing(tracing(&config.replica.name));
     let expiring = certificates.clone();
     let gauges = CertificateGauges::new(move || expiring.expiries());
-    metrics.registry_mut().register_collector(Box::new(gauges));
-    let metrics = Arc::new(metrics);
     tokio::spawn(warn_before_expiry(certificates.clone()));
+    let metrics = Metrics::new(access_options(&config.log))
+        .with_tracing(tracing(&config.replica.name))
+        .with_collector(gauges);
+    let metrics = Arc::new(metrics);
     let front_config = FrontConfig {
         client_tls: certificates.http.clone(),
         admin_tls: certificates.admin.clone(),

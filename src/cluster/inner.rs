@@ -136,16 +136,16 @@ pub(super) struct Inner {
 }
 
 impl Inner {
+    /// How this replica connects to others.
+    pub(super) fn dialer(&self) -> Dialer {
+        Dialer::new(self.config.tls.clone())
+    }
+
     /// What is counted of a group.
     pub(super) fn counters(&self, group: Group) -> &Arc<GroupCounters> {
         match group {
             Group::Control => self.control.counters(),
             Group::Cache => self.cache.counters(),
         }
-    }
-
-    /// How this replica connects to others.
-    pub(super) fn dialer(&self) -> Dialer {
-        Dialer::new(self.config.tls.clone())
     }
 }

@@ -45,6 +45,40 @@ impl Collector for Gauges {
     }
 }
 
+/// When each listener's certificate expires, read at the moment of a scrape.
+pub struct CertificateGauges {
+    expiries: Box<dyn Fn() -> Vec<(&'static str, i64)> + Send + Sync>,
+}
+
+impl CertificateGauges {
+    /// `expiries` gives listeners and seconds since 1970.
+    pub fn new(expiries: impl Fn() -> Vec<(&'static str, i64)> + Send + Sync + 'static) -> Self {
+        Self { expiries: Box::new(expiries) }
+    }
+}
+
+impl std::fmt::Debug for CertificateGauges {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CertificateGauges")
+    }
+}
+
+impl Collector for CertificateGauges {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
+        let expiries = (self.expiries)();
+        if expiries.is_empty() {
+            return Ok(());
+        }
+        let help = "When the certificate in use expires, in seconds since 1970";
+        let mut family =
+            encoder.encode_descriptor("certificate_expiry_seconds", help, None, MetricType::Gauge)?;
+        for (listener, expires) in expiries {
+            ConstGauge::new(expires).encode(family.encode_family(&[("listener", listener)])?)?;
+        }
+        Ok(())
+    }
+}
+
 fn workers(encoder: &mut DescriptorEncoder<'_>, workers: &[Arc<WorkerView>], now_ms: u64) -> fmt::Result {
     let state = |worker: &WorkerView| match breaker(&worker.live, now_ms) {
         BreakerState::Closed => 0,
@@ -201,38 +235,4 @@ fn log(encoder: &mut DescriptorEncoder<'_>, log: &LogStats) -> fmt::Result {
         )?)?;
     }
     Ok(())
-}
-
-/// When each listener's certificate expires, read at the moment of a scrape.
-pub struct CertificateGauges {
-    expiries: Box<dyn Fn() -> Vec<(&'static str, i64)> + Send + Sync>,
-}
-
-impl CertificateGauges {
-    /// `expiries` gives listeners and seconds since 1970.
-    pub fn new(expiries: impl Fn() -> Vec<(&'static str, i64)> + Send + Sync + 'static) -> Self {
-        Self { expiries: Box::new(expiries) }
-    }
-}
-
-impl fmt::Debug for CertificateGauges {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("CertificateGauges")
-    }
-}
-
-impl Collector for CertificateGauges {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let expiries = (self.expiries)();
-        if expiries.is_empty() {
-            return Ok(());
-        }
-        let help = "When the certificate in use expires, in seconds since 1970";
-        let mut family =
-            encoder.encode_descriptor("certificate_expiry_seconds", help, None, MetricType::Gauge)?;
-        for (listener, expires) in expiries {
-            ConstGauge::new(expires).encode(family.encode_family(&[("listener", listener)])?)?;
-        }
-        Ok(())
-    }
 }

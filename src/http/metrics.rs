@@ -185,16 +185,17 @@ impl Metrics {
         self
     }
 
+    /// Exports what else is read at the moment of a scrape.
+    pub fn with_collector(mut self, collector: impl Collector) -> Self {
+        self.registry.register_collector(Box::new(collector));
+        self
+    }
+
     /// Sends the spans that wait, for two seconds at most. Blocks.
     pub fn flush_spans(&self) {
         if let Some(tracing) = &self.tracing {
             tracing.shutdown();
         }
-    }
-
-    /// Lets another part of the program add its families before the metrics are shared.
-    pub fn registry_mut(&mut self) -> &mut Registry {
-        &mut self.registry
     }
 
     /// Everything, as OpenMetrics text, with what `gauges` reads at this moment.

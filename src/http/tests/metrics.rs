@@ -72,9 +72,8 @@ async fn scrape(front: &Running) -> String {
 
 #[tokio::test]
 async fn the_reference_has_every_family_with_its_type_and_labels_and_no_other() {
-    let mut metrics = Metrics::default();
     let certificates = CertificateGauges::new(|| vec![("http", 0)]);
-    metrics.registry_mut().register_collector(Box::new(certificates));
+    let metrics = Metrics::default().with_collector(certificates);
     let front = start_with(FrontConfig::default(), MemoryCluster::new(), metrics);
     front.cluster.add("w", answering(ok("application/json", "{}")).await);
     exchange(front.address, chat()).await;

@@ -219,9 +219,8 @@ async fn the_admin_listener_has_a_certificate_of_its_own() {
     let certs = Certs::new("prod");
     let config = FrontConfig { admin_tls: Some(tls(&certs, HANDSHAKE)), ..FrontConfig::default() };
     let admin_tls = config.admin_tls.clone().unwrap();
-    let mut metrics = Metrics::default();
     let gauges = CertificateGauges::new(move || vec![("admin", admin_tls.expires())]);
-    metrics.registry_mut().register_collector(Box::new(gauges));
+    let metrics = Metrics::default().with_collector(gauges);
     let front = Front::new(config, MemoryCluster::new(), Arc::new(metrics));
     let listener = bind(loopback(), false).unwrap();
     let address = listener.local_addr().unwrap();
