@@ -1,9 +1,10 @@
 //! A TCP balancer for the demo: round robin over the backends that accept connections.
 //!
-//! It copies bytes and knows nothing of HTTP, so that what the demo shows holds behind any
-//! balancer of this kind. A backend is down while connecting to it fails, which a check each
-//! 250 ms and every attempt for a client find out; a client's connection goes to the next
-//! backend at once. A connection that was handed to a backend lives and dies with it.
+//! It copies bytes, so that what the demo shows holds behind any balancer of this kind. A backend
+//! is down while connecting to it fails, which a check each 250 ms and every attempt for a client
+//! find out; a client's connection goes to the next backend at once. The check may ask for a page
+//! as well, the only HTTP there is here: a backend that does not answer 200 gets connections only
+//! when nobody else is left. A connection that was handed to a backend lives and dies with it.
 
 use std::io;
 use std::net::SocketAddr;
@@ -36,6 +37,8 @@ pub struct Settings {
     pub check_interval: Duration,
     /// A backend that has not accepted within this time is down.
     pub connect_timeout: Duration,
+    /// What a check asks for; none: that it accepts is enough.
+    pub check_path: Option<String>,
     /// Most connections at once; further ones wait in the kernel's backlog.
     pub max_connections: usize,
 }
@@ -46,6 +49,7 @@ impl Default for Settings {
             backends: Vec::new(),
             check_interval: Duration::from_millis(250),
             connect_timeout: Duration::from_secs(1),
+            check_path: None,
             max_connections: 4096,
         }
     }
@@ -57,6 +61,8 @@ struct Backend {
     /// Cleared by a failed connect, set by a successful one. Starts set, so that the first
     /// client need not wait for the first check.
     up: AtomicBool,
+    /// What the last check was told; set where nothing is asked.
+    ready: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -65,6 +71,7 @@ struct Shared {
     /// Counts connections; its remainder is whose turn it is.
     turn: AtomicUsize,
     connect_timeout: Duration,
+    check_path: Option<String>,
 }
 
 /// The balancer.
@@ -77,12 +84,16 @@ pub struct Balancer {
 impl Balancer {
     /// A balancer that is not running yet.
     pub fn new(settings: Settings) -> Self {
-        let backends =
-            settings.backends.iter().map(|&address| Backend { address, up: AtomicBool::new(true) });
+        let backends = settings.backends.iter().map(|&address| Backend {
+            address,
+            up: AtomicBool::new(true),
+            ready: AtomicBool::new(true),
+        });
         let shared = Shared {
             backends: backends.collect(),
             turn: AtomicUsize::new(0),
             connect_timeout: settings.connect_timeout,
+            check_path: settings.check_path.clone(),
         };
         Self { shared: Arc::new(shared), settings }
     }
@@ -140,14 +151,15 @@ impl Shared {
         connected
     }
 
-    /// Connects to the next backend that accepts: those that are up first, then, since a check
-    /// may be late, the others.
+    /// Connects to the next backend that accepts: those that are up and ready first, then, since a
+    /// check may be late, the others.
     async fn pick(&self) -> Option<TcpStream> {
         let count = self.backends.len();
         let first = self.turn.fetch_add(1, Ordering::Relaxed);
         let in_turn = || (0..count).map(|step| &self.backends[(first.wrapping_add(step)) % count]);
-        let (up, down): (Vec<_>, Vec<_>) = in_turn().partition(|b| b.up.load(Ordering::Relaxed));
-        for backend in up.into_iter().chain(down) {
+        let is_good = |b: &&Backend| b.up.load(Ordering::Relaxed) && b.ready.load(Ordering::Relaxed);
+        let (good, others): (Vec<_>, Vec<_>) = in_turn().partition(is_good);
+        for backend in good.into_iter().chain(others) {
             if let Ok(stream) = self.connect(backend).await {
                 return Some(stream);
             }
@@ -176,11 +188,26 @@ fn reset(stream: &TcpStream) {
 }
 
 async fn check(shared: Arc<Shared>, at: usize, interval: Duration) {
+    let backend = &shared.backends[at];
     loop {
         sleep(interval).await;
-        // Dropping the connection closes it; what counts is that it was accepted.
-        drop(shared.connect(&shared.backends[at]).await);
+        // Without a path, dropping the connection closes it; what counts is that it was accepted.
+        let (Ok(stream), Some(path)) = (shared.connect(backend).await, &shared.check_path) else { continue };
+        let asked = timeout(shared.connect_timeout, says_200(stream, path)).await;
+        let is_ready = matches!(asked, Ok(Ok(true)));
+        if backend.ready.swap(is_ready, Ordering::Relaxed) != is_ready {
+            tracing::info!(backend = %backend.address, is_ready, path, "backend has changed");
+        }
     }
+}
+
+/// Asks for a page and reads as much of the answer as has its status.
+async fn says_200(mut stream: TcpStream, path: &str) -> io::Result<bool> {
+    let ask = format!("GET {path} HTTP/1.1\r\nhost: balancer\r\nconnection: close\r\n\r\n");
+    stream.write_all(ask.as_bytes()).await?;
+    let mut status = [0; "HTTP/1.1 200".len()];
+    stream.read_exact(&mut status).await?;
+    Ok(status.starts_with(b"HTTP/1.") && status.ends_with(b" 200"))
 }
 
 /// Copies until both directions have ended; the end of one is passed on as the end of that one
@@ -375,5 +402,55 @@ mod tests {
         stop.send(()).unwrap();
         let read = timeout(Duration::from_secs(5), stream.read(&mut [0; 1])).await.unwrap();
         assert!(read.is_err() || read.is_ok_and(|n| n == 0));
+    }
+
+    /// Answers every check with this status, and everything else with its name.
+    async fn page(name: &'static str, status: &'static str) -> (SocketAddr, tokio::task::JoinHandle<()>) {
+        let (listener, address) = listener().await;
+        let task = tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut first = [0; 1];
+                let said = match stream.read_exact(&mut first).await {
+                    Ok(_) if first == *b"G" => format!("HTTP/1.1 {status}\r\n\r\n"),
+                    _ => name.to_owned(),
+                };
+                let _ = stream.write_all(said.as_bytes()).await;
+            }
+        });
+        (address, task)
+    }
+
+    #[tokio::test]
+    async fn who_is_not_ready_gets_connections_only_when_nobody_else_is_left() {
+        let (ready, ready_task) = page("ready", "200 OK").await;
+        let (draining, _task) = page("draining", "503 Service Unavailable").await;
+        let settings = Settings {
+            backends: vec![draining, ready],
+            check_interval: Duration::from_millis(10),
+            check_path: Some("/readyz".to_owned()),
+            ..Settings::default()
+        };
+        let balancer = Balancer::new(settings);
+        let shared = balancer.shared.clone();
+        let (listener, front) = listener().await;
+        tokio::spawn(balancer.run(listener, std::future::pending()));
+        let asked = async || {
+            let mut stream = TcpStream::connect(front).await.unwrap();
+            stream.write_all(b"x").await.unwrap();
+            let mut name = String::new();
+            stream.read_to_string(&mut name).await.unwrap();
+            name
+        };
+        while shared.backends[0].ready.load(Ordering::Relaxed) {
+            sleep(Duration::from_millis(2)).await;
+        }
+        for _ in 0..6 {
+            assert_eq!(asked().await, "ready");
+        }
+        // The ready one is gone: better one that drains than nobody.
+        ready_task.abort();
+        let _ = ready_task.await;
+        assert_eq!(asked().await, "draining");
     }
 }

@@ -12,7 +12,7 @@ use crate::balancer::{Balancer, Settings};
 
 /// Run the TCP balancer that the demo puts in front of its replicas
 ///
-/// Round robin over the backends that accept connections; it knows nothing of HTTP. In
+/// Round robin over the backends that accept connections and answer 200 to the check. In
 /// production use the balancer you have.
 ///
 /// Example:
@@ -29,6 +29,9 @@ pub(crate) struct Args {
     /// Milliseconds between two health checks of a backend
     #[arg(long, value_name = "MS", default_value_t = 250, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     check_interval_ms: u64,
+    /// What a check asks each backend for, by HTTP; empty: that it accepts is enough
+    #[arg(long, value_name = "PATH", default_value = "/readyz")]
+    check_path: String,
 }
 
 impl Args {
@@ -43,6 +46,7 @@ impl Args {
             let settings = Settings {
                 backends: self.backend,
                 check_interval: Duration::from_millis(self.check_interval_ms),
+                check_path: Some(self.check_path).filter(|path| !path.is_empty()),
                 ..Settings::default()
             };
             let stop = async move {

@@ -154,4 +154,61 @@ mod tests {
         assert_eq!(scan("ent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n", 5), None);
         assert_eq!(scan("{\n\"content-length: 4\n\n", 5), None);
     }
+
+    use proptest::prelude::*;
+
+    /// A header line as text, whether it is one of the two lengths, and whether it ends with a
+    /// bare line feed.
+    fn line() -> impl Strategy<Value = (String, [bool; 2], bool)> {
+        let lengths = prop_oneof![
+            Just(("content-length", [true, false])),
+            Just(("Content-Length", [true, false])),
+            Just(("TRANSFER-ENCODING", [false, true])),
+            Just(("transfer-encoding", [false, true])),
+            Just(("x-content-length", [false, false])),
+            Just(("content-length-x", [false, false])),
+            Just(("transfer-encoding2", [false, false])),
+            Just(("content-lengt", [false, false])),
+            Just(("content-length ", [false, false])),
+            Just(("host", [false, false])),
+            Just(("", [false, false])),
+        ];
+        (lengths, "[ -~\r]{0,12}", any::<bool>()).prop_map(|((name, is), value, bare)| {
+            // A value that ends with CR would make an LF behind it an ordinary end of a line.
+            let value = value.trim_end_matches('\r');
+            let end = if bare { "\n" } else { "\r\n" };
+            (format!("{name}:{value}{end}"), is, bare)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn the_scanner_agrees_with_somebody_who_sees_the_whole_head(
+            blank_lines in 0..3_usize,
+            lines in prop::collection::vec(line(), 0..8),
+            bare_first: bool,
+            bare_last: bool,
+            body in "[\\x00-\\x7f]{0,20}",
+            step in 1..40_usize,
+        ) {
+            let end = |bare| if bare { "\n" } else { "\r\n" };
+            let mut head = format!("{}GET /a HTTP/1.1{}", "\r\n".repeat(blank_lines), end(bare_first));
+            head.extend(lines.iter().map(|(text, ..)| text.as_str()));
+            head.push_str(end(bare_last));
+            head.push_str(&body);
+            let has = |which: usize| lines.iter().any(|(_, is, _)| is[which]);
+            let expected = Verdict {
+                two_lengths: has(0) && has(1),
+                bare_line_feed: bare_first || bare_last || lines.iter().any(|(_, _, bare)| *bare),
+            };
+            prop_assert_eq!(scan(&head, step), Some(expected), "{:?}", head);
+        }
+
+        #[test]
+        fn any_bytes_are_scanned_without_harm(bytes: Vec<u8>, step in 1..9_usize) {
+            let mut scanner = HeadScanner::default();
+            let verdicts = bytes.chunks(step).filter_map(|chunk| scanner.feed(chunk)).count();
+            prop_assert!(verdicts <= 1);
+        }
+    }
 }

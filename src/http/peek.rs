@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::error::Category;
 
+use super::depth::{MAX_DEPTH, is_shallow};
 use super::errors::{ApiError, Code};
 
 /// A request as routing sees it.
@@ -26,6 +27,10 @@ pub(super) struct Peek<'a> {
 
 /// Reads a body. Never quotes any part of it in an error.
 pub(super) fn peek(body: &[u8]) -> Result<Peek<'_>, ApiError> {
+    if !is_shallow(body) {
+        let text = format!("the body is nested deeper than {MAX_DEPTH} levels, or is no JSON");
+        return Err(ApiError::new(Code::InvalidJson, text));
+    }
     let raw: Raw<'_> = serde_json::from_slice(body).map_err(|error| invalid(&error))?;
     let model = match raw.model {
         Model::Named(name) if !name.is_empty() => name,

@@ -1,8 +1,8 @@
 //! What the registry keeps of a worker.
 
+use core::net::Ipv6Addr;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv6Addr;
 
 use serde::{Deserialize, Serialize};
 

@@ -6,6 +6,7 @@ mod dead_worker;
 mod demo;
 mod frozen;
 mod h2_attacks;
+mod hijack;
 mod hostile_clients;
 mod hostile_workers;
 mod keys;

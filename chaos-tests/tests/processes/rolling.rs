@@ -64,3 +64,38 @@ async fn a_rolling_restart_fails_no_request_and_no_write() {
     fleet.agree().await;
     println!("rolling restart: {} acknowledged writes, write gaps {gaps}", promises.acknowledged());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_balancer_a_rolling_restart_fails_no_request_and_cuts_no_stream() {
+    let seed = crate::seed();
+    let builder = Fleet::of(3).engines(4).set("http.drain_settle_ms=1500");
+    let mut fleet = builder.set("http.shutdown_grace_ms=10000").start().await;
+    // Half a second for a stream: some run whenever a replica is told to stop.
+    let answers = Answers::of(&format!("http://{}", fleet.engines[0].address), 64).await;
+    let short = Answers::of(&format!("http://{}", fleet.engines[0].address), 2).await;
+    let balancer = [format!("http://{}", fleet.balancer)];
+    // Those that keep their connections, and those whose every request may go elsewhere.
+    let kept = Load::start(&balancer, 4, &answers, seed, true);
+    let fresh = Load::start(&balancer, 4, &short, seed + 100, false);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    for replica in 0..3 {
+        let asked = Instant::now();
+        fleet.replicas[replica].sigterm();
+        let others: Vec<usize> = fleet.others(&[replica]);
+        until("leadership elsewhere", LIMIT, async || {
+            let leader = fleet.leader_among(&others).await?;
+            check(leader != replica, || "it still leads".to_owned())
+        })
+        .await;
+        let status = fleet.replicas[replica].wait(LIMIT).expect("it ran");
+        assert!(status.success(), "{status}");
+        println!("{} stopped after {} ms", fleet.replicas[replica].name, asked.elapsed().as_millis());
+        fleet.replicas[replica].start();
+        ready(&fleet.replicas[replica], LIMIT).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let (kept, fresh) = (kept.stop().await, fresh.stop().await);
+    println!("kept connections: {}; fresh ones: {}", kept.figures(), fresh.figures());
+    kept.assert_all_good(50);
+    fresh.assert_all_good(200);
+}

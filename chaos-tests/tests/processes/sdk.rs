@@ -56,3 +56,13 @@ async fn the_openai_sdk_for_javascript_works_through_the_balancer() {
     let base = format!("http://{}/v1", fleet.balancer);
     run("node", &["--throw-deprecation", &script("node/sdk.mjs"), &base, MODEL]).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn responses_and_messages_work_through_the_balancer() {
+    if !has("python3", &["-c", "import openai, anthropic"], "pip install openai anthropic") {
+        return;
+    }
+    let fleet = Fleet::of(3).engines(2).start().await;
+    let base = format!("http://{}/v1", fleet.balancer);
+    run("python3", &["-W", "error", &script("python/sdk_responses.py"), &base, MODEL]).await;
+}

@@ -108,6 +108,10 @@ pub(super) fn behaviours() -> Vec<Behaviour> {
         ("space in a header name", b"HTTP/1.1 200 OK\r\nx y: a\r\ncontent-length: 0\r\n\r\n"),
         ("a header without a colon", b"HTTP/1.1 200 OK\r\nnonsense\r\ncontent-length: 0\r\n\r\n"),
         ("a folded header", b"HTTP/1.1 200 OK\r\nx: a\r\n b\r\ncontent-length: 0\r\n\r\n"),
+        (
+            "an upgrade nobody asked for",
+            b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\nhello",
+        ),
     ] {
         row(name, vec![Step::Send(bytes.into())], Then::Close, &[GARBAGE], &[GARBAGE]);
     }
