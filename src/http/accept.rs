@@ -72,6 +72,9 @@ impl Default for FrontOptions {
     }
 }
 
+/// Bytes of an answer that wait for a client that does not read, for each of its streams.
+const H2_SEND_BUFFER: usize = 64 * 1024;
+
 /// Pause after a failed accept (mostly: no file descriptors left), so that the loop does not
 /// spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -375,6 +378,7 @@ async fn serve(
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(options.max_h2_streams)
+        .max_send_buf_size(H2_SEND_BUFFER)
         .max_header_list_size(options.max_head_bytes as u32)
         .keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20));
