@@ -19,7 +19,7 @@
 //! without a lock; [`routing::book`] takes note of what was chosen.
 //!
 //! [`telemetry`]: histograms without a lock, the process as the kernel sees it, and spans for a
-//! collector. Names nothing of ours; everybody who measures names it.
+//! collector. Names nothing of ours but [`tls`]; everybody who measures names it.
 //!
 //! **Consensus**:
 //!

@@ -10,10 +10,12 @@ mod keys;
 
 use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
+use http::HeaderValue;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -29,8 +31,8 @@ use crate::config::{
 use crate::http::{
     Access, AccessOptions, Allowed, BodyLimits, CertificateGauges, ConnTimeouts, Front, FrontConfig,
     FrontOptions, HeaderRules, KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions,
-    QueueOptions, RetryOptions, TokenDigests, bind, keep_configured_workers, run_prober, serve_admin,
-    serve_client,
+    QueueOptions, RetryOptions, TokenDigests, WorkerTls, bind, keep_configured_workers, run_prober,
+    serve_admin, serve_client,
 };
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
@@ -77,7 +79,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     };
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .thread_name("http")
+        .thread_name("front")
         .enable_all()
         .build()
         .context("cannot start the HTTP runtime")?;
@@ -108,14 +110,11 @@ async fn serve(
         .with_tracing(tracing(&config.replica.name))
         .with_collector(gauges);
     let metrics = Arc::new(metrics);
-    let front_config = FrontConfig {
-        client_tls: certificates.http.clone(),
-        admin_tls: certificates.admin.clone(),
-        ..front_config(config)
-    };
+    let front_config = FrontConfig { pool: pool_options(config)?, ..front_config(config, certificates) };
     let keys_file = KeysFile::load(config, Arc::clone(&front_config.keys))?;
     let front = Front::new(front_config, plane, Arc::clone(&metrics));
-    for tls in [&certificates.http, &certificates.admin].into_iter().flatten().cloned() {
+    for tls in [&certificates.http, &certificates.admin].into_iter().flatten() {
+        let tls = Arc::clone(tls);
         // Ends with the runtime: nothing is left half done by it.
         tokio::spawn(async move { tls.watch().await });
     }
@@ -323,19 +322,45 @@ fn access_options(config: &LogConfig) -> AccessOptions {
     AccessOptions { access, slow: ms(config.access_slow_ms) }
 }
 
+/// How workers are connected to. Reads the files named for that.
+fn pool_options(config: &Config) -> anyhow::Result<PoolOptions> {
+    let (proxy, workers) = (&config.proxy, &config.workers);
+    let tls = crate::tls::client_config(workers.tls_ca.as_deref()).context("workers.tls_ca")?;
+    let authorization = workers.api_key_file.as_deref().map(worker_authorization).transpose();
+    Ok(PoolOptions {
+        connect_timeout: ms(proxy.connect_timeout_ms),
+        max_idle_per_worker: proxy.pool_idle_per_worker as usize,
+        idle_timeout: ms(proxy.pool_idle_timeout_ms),
+        max_head_bytes: proxy.max_response_header_bytes as usize,
+        tls: Some(WorkerTls::new(tls)),
+        authorization: authorization.context("workers.api_key_file")?,
+        ..PoolOptions::default()
+    })
+}
+
+fn worker_authorization(file: &Path) -> anyhow::Result<HeaderValue> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let key = text.trim();
+    anyhow::ensure!(!key.is_empty(), "{} has no key in it", file.display());
+    let mut value = HeaderValue::from_str(&format!("Bearer {key}"))
+        .map_err(|_| anyhow::anyhow!("the key in {} has characters that cannot be sent", file.display()))?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
 /// Names that the configuration's checks have let pass.
 fn header_names(names: &[String]) -> Vec<http::HeaderName> {
     names.iter().filter_map(|name| name.parse().ok()).collect()
 }
 
-fn front_config(config: &Config) -> FrontConfig {
+fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
     let (http, proxy) = (&config.http, &config.proxy);
     let heartbeat_interval = ms(config.workers.timeout_ms) / HEARTBEATS_PER_TIMEOUT;
     let policy = policy::by_name(proxy.policy.name()).unwrap_or_else(|| FrontConfig::default().policy);
     FrontConfig {
-        client_tls: None,
-        admin_tls: None,
         replica: config.replica.name.clone(),
+        client_tls: certificates.http.clone(),
+        admin_tls: certificates.admin.clone(),
         accept: FrontOptions {
             timeouts: ConnTimeouts {
                 first_byte: ms(http.first_byte_timeout_ms),
@@ -385,13 +410,7 @@ fn front_config(config: &Config) -> FrontConfig {
             total_timeout: ms(proxy.total_timeout_ms),
             ..ProxyOptions::default()
         },
-        pool: PoolOptions {
-            connect_timeout: ms(proxy.connect_timeout_ms),
-            max_idle_per_worker: proxy.pool_idle_per_worker as usize,
-            idle_timeout: ms(proxy.pool_idle_timeout_ms),
-            max_head_bytes: proxy.max_response_header_bytes as usize,
-            ..PoolOptions::default()
-        },
+        pool: PoolOptions::default(),
         allow: Arc::new(Allowed::new(config.workers.allow.clone())),
         nodes: NodeOptions {
             tokens: TokenDigests::new(config.nodes.token_sha256.iter().map(|digest| digest.0).collect()),

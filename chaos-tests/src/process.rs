@@ -23,15 +23,22 @@ pub struct Process {
 impl Process {
     /// Starts `everline ARGS`, its output appended to `log`.
     pub fn start(args: &[String], log: &Path) -> Self {
+        Self::start_with(args, log, &[])
+    }
+
+    /// The same with variables in its environment.
+    pub fn start_with(args: &[String], log: &Path, variables: &[(&str, &str)]) -> Self {
         let out: File = OpenOptions::new().create(true).append(true).open(log).expect("a log can be opened");
         let mut command = Command::new(everline());
         command.args(args).arg("--exit-with-parent");
         // Settings of whoever runs the tests are not for these children.
         for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("EVERLINE_") {
+            let text = name.to_string_lossy();
+            if text.starts_with("EVERLINE_") || text.starts_with("OTEL_") {
                 command.env_remove(name);
             }
         }
+        command.envs(variables.iter().copied());
         let err = out.try_clone().expect("a log can be shared");
         let child = command.stdin(Stdio::piped()).stdout(out).stderr(err).spawn().expect("everline starts");
         Self { child, log: log.to_owned() }

@@ -179,8 +179,7 @@ pub struct Answer {
 
 impl std::fmt::Debug for Answer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut body = self.text();
-        body.truncate(body.floor_char_boundary(400));
+        let body: String = self.text().chars().take(400).collect();
         let framing = if self.complete { "whole" } else { "broken off" };
         write!(f, "{}{body} ({framing}, {} bytes, then {})", self.head, self.body.len(), self.rest.len())
     }
@@ -270,7 +269,7 @@ pub async fn exchange(address: SocketAddr, bytes: &[u8], limit: Duration) -> Res
             std::future::pending::<()>().await;
         };
         let receive = async {
-            let mut chunk = [0; 16 << 10];
+            let mut chunk = vec![0; 16 << 10];
             while let Ok(count @ 1..) = read.read(&mut chunk).await {
                 got.extend_from_slice(&chunk[..count]);
                 if got.len() > MOST {

@@ -84,13 +84,7 @@ impl Client {
     }
 
     fn with_ca(server: &str, ca: Option<&Path>) -> Result<Self, Failure> {
-        let base = server.trim_end_matches('/');
-        let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
-        if !base.starts_with("http://") && !base.starts_with("https://") {
-            return Err(Failure::Usage(format!(
-                "--server {server}: only http:// and https:// URLs are spoken here"
-            )));
-        }
+        let base = base_of(server)?;
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_connect_timeout(Some(TIMEOUT));
@@ -114,9 +108,14 @@ impl Client {
         Ok(self)
     }
 
-    /// A client of another replica of the same cluster, with the same token.
+    /// A client of another replica of the same cluster, with the same token and authority.
     pub(crate) fn of(&self, server: &str) -> Result<Self, Failure> {
-        Ok(Self { authorization: self.authorization.clone(), ..Self::new(server)? })
+        Ok(Self {
+            base: base_of(server)?,
+            timeout: self.timeout,
+            authorization: self.authorization.clone(),
+            inner: self.inner.clone(),
+        })
     }
 
     /// The same with another time limit.
@@ -202,6 +201,18 @@ impl Client {
             }
         }
     }
+}
+
+/// A server's URL as requests need it.
+fn base_of(server: &str) -> Result<String, Failure> {
+    let base = server.trim_end_matches('/');
+    let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
+    if !base.starts_with("http://") && !base.starts_with("https://") {
+        return Err(Failure::Usage(format!(
+            "--server {server}: only http:// and https:// URLs are spoken here"
+        )));
+    }
+    Ok(base)
 }
 
 fn reason(error: &hyper_util::client::legacy::Error) -> String {

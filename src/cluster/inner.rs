@@ -118,6 +118,8 @@ pub(super) struct Member {
 
 pub(super) struct Inner {
     pub(super) config: NodeConfig,
+    /// How this replica connects to others.
+    pub(super) dialer: Dialer,
     pub(super) board: Arc<Board>,
     pub(super) bookings: Bookings,
     pub(super) control: Proposer<ControlState>,
@@ -136,11 +138,6 @@ pub(super) struct Inner {
 }
 
 impl Inner {
-    /// How this replica connects to others.
-    pub(super) fn dialer(&self) -> Dialer {
-        Dialer::new(self.config.tls.clone())
-    }
-
     /// What is counted of a group.
     pub(super) fn counters(&self, group: Group) -> &Arc<GroupCounters> {
         match group {

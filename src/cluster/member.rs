@@ -105,7 +105,7 @@ impl Inner {
             return Err(StartError::Damaged("not two groups".to_owned()));
         };
 
-        let links = Arc::new(Links::new(self.dialer(), cluster, id));
+        let links = Arc::new(Links::new(self.dialer.clone(), cluster, id));
         let mut rafts = Vec::new();
         for group in Group::ALL {
             let raft = Raft::new(

@@ -16,6 +16,7 @@ use super::hooks::Board;
 use super::identity::Identity;
 use super::inner::{Inner, NodeConfig, StartError};
 use super::membership;
+use super::peer::dial::Dialer;
 use super::peer::incoming::incoming;
 use super::peer::server::Service;
 use super::place::LinkHost;
@@ -65,6 +66,7 @@ impl Cluster {
             std::process::exit(70);
         }));
         let inner = Arc::new(Inner {
+            dialer: Dialer::new(config.tls.clone()),
             board,
             bookings: Bookings::new(move || waker.wake()),
             control,

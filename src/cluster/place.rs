@@ -90,11 +90,10 @@ impl Inner {
             self.take_place(cluster, id, false).await.map_err(|e| self.give_up(&e))?;
             return self.become_member(cluster, id).await.map_err(|e| self.give_up(&e));
         }
-        match formation::look_around(&self.dialer(), &config.info.name, &config.peers, &join).await {
+        match formation::look_around(&self.dialer, &config.info.name, &config.peers, &join).await {
             Finding::Cluster(peer) => {
                 let nonce = self.identity.lock().nonce;
-                let (cluster, id) =
-                    formation::ask_to_join(&self.dialer(), &peer, nonce, &self.node()).await?;
+                let (cluster, id) = formation::ask_to_join(&self.dialer, &peer, nonce, &self.node()).await?;
                 self.take_place(cluster, id, true).await.map_err(|e| self.give_up(&e))?;
                 self.become_member(cluster, id).await.map_err(|e| self.give_up(&e))
             }
@@ -132,7 +131,7 @@ impl Inner {
         let nodes: BTreeMap<u64, PeerNode> = members.iter().map(|(id, node)| (id.0, node.clone())).collect();
         for raft in &member.rafts {
             while !raft.is_initialized().await.unwrap_or(true) {
-                let formed = formation::form_all(&self.dialer(), member.id, member.cluster, &members).await;
+                let formed = formation::form_all(&self.dialer, member.id, member.cluster, &members).await;
                 let result = match formed {
                     Ok(()) => raft.initialize(nodes.clone()).await.map_err(|e| e.to_string()),
                     Err(why) => Err(why),
@@ -216,7 +215,7 @@ impl Inner {
         addresses.extend(self.config.peers.iter().map(|(name, peer)| (peer.clone(), Some(name.clone()))));
         addresses.extend(self.config.join.iter().map(|peer| (peer.clone(), None)));
         addresses.extend(self.invited.lock().iter().map(|peer| (peer.clone(), None)));
-        let dialer = self.dialer();
+        let dialer = &self.dialer;
         let mut asked = Vec::new();
         let mut why = format!("nobody leads the {group} group");
         while let Some((address, name)) = addresses.first().cloned() {
@@ -224,7 +223,7 @@ impl Inner {
             if asked.contains(&address) || address == self.config.info.peer {
                 continue;
             }
-            match call_address(&dialer, &address, name.as_deref(), call, ASK_TIMEOUT).await {
+            match call_address(dialer, &address, name.as_deref(), call, ASK_TIMEOUT).await {
                 Ok(Reply::Done) => return Ok(()),
                 Ok(Reply::NotLeader(Some(node))) => addresses.insert(0, (node.peer, Some(node.name))),
                 Ok(Reply::NotLeader(None)) => {}
@@ -265,7 +264,7 @@ impl Inner {
         match op {
             MemberOp::Add { peer } => {
                 let invite = Call::Invite { peer: self.config.info.peer.clone() };
-                match call_address(&self.dialer(), &peer, None, &invite, ASK_TIMEOUT).await {
+                match call_address(&self.dialer, &peer, None, &invite, ASK_TIMEOUT).await {
                     Ok(Reply::Done) => Ok(format!("{peer} is joining; see `everline member list`")),
                     Ok(Reply::Refused(why) | Reply::Later(why)) => Err(refused(why)),
                     Ok(other) => Err(refused(format!("{peer} answered {other:?}"))),

@@ -198,6 +198,10 @@ sections! {
     "workers" => WorkersConfig {
         /// Networks a worker's address must lie in before a prompt is sent there. Link-local addresses and the clouds' metadata services are in no network: they count only where the address itself is listed (`/32`, `/128`). Multicast, broadcast and unspecified addresses never count.
         allow: Vec<IpNet> = loopback_networks(), Kind::List("CIDR network");
+        /// Authorities that certificates of `https://` workers must be of (PEM); without it, Mozilla's list.
+        tls_ca: Option<PathBuf> = None, Kind::Path;
+        /// File with the API key that the engines want (vLLM's `--api-key`), sent to all workers as `Authorization: Bearer`; read at start.
+        api_key_file: Option<PathBuf> = None, Kind::Path;
         /// A worker is offline after this time without a sign of life.
         timeout_ms: u64 = 5_000, Kind::int("ms", 500, HOUR_MS);
         /// Time between two health probes of a worker that sends no heartbeats.

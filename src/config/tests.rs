@@ -149,6 +149,16 @@ fn a_listener_open_to_the_network_needs_tls_and_authentication() {
     let tokens = format!("[nodes]\ntoken_sha256 = [\"{}\"]\n", TokenDigest::of("t"));
     let error = the_error(&format!("[http]\nlisten = \"[2001:db8::1]:80\"\n{listener}\n{tokens}"));
     assert!(error.contains("without authentication") && error.contains("http.insecure = true"), "{error}");
+    // With all of it, no further word is needed.
+    let digest = TokenDigest::of("t");
+    let secured = format!(
+        "[http]\nlisten = \"10.0.0.1:80\"\n{listener}\n{tokens}[[key]]\nid = \"a\"\nsha256 = \"{digest}\"\n\
+         [admin]\nlisten = \"10.0.0.1:81\"\ntoken_sha256 = [\"{digest}\"]\n{listener}\n\
+         [peer]\nlisten = \"10.0.0.1:82\"\n{lines}"
+    );
+    load(&secured, &[], &[]).unwrap();
+    let error = the_error(&secured.replace(&format!("token_sha256 = [\"{digest}\"]\n{listener}"), &listener));
+    assert!(error.contains("admin.token_file"), "{error}");
     // The written word is for all three.
     let all = format!(
         "[http]\nlisten = \"10.0.0.1:80\"\ninsecure = true\n{tokens}[admin]\nlisten = \"10.0.0.1:81\"\n[peer]\nlisten = \"10.0.0.1:82\"\n"

@@ -140,7 +140,8 @@ fn planes(config: &Config) -> [Plane<'_>; 3] {
             listen: config.http.listen,
             advertise: &config.http.advertise,
             encrypts: config.http.tls().is_some(),
-            authenticates: clients_authenticate(config),
+            // Nodes share this listener; their tokens have a rule of their own.
+            authenticates: config.wants_client_keys(),
             remedies: [
                 "set http.tls_cert and http.tls_key",
                 "give clients keys (`everline keys new NAME` shows how)",
@@ -152,7 +153,7 @@ fn planes(config: &Config) -> [Plane<'_>; 3] {
             listen: config.admin.listen,
             advertise: &config.admin.advertise,
             encrypts: config.admin.tls().is_some(),
-            authenticates: operators_authenticate(config),
+            authenticates: config.wants_admin_tokens(),
             remedies: [
                 "set admin.tls_cert and admin.tls_key",
                 "put a token into a file and name it in admin.token_file",
@@ -169,17 +170,6 @@ fn planes(config: &Config) -> [Plane<'_>; 3] {
             danger: "anybody could speak as a replica",
         },
     ]
-}
-
-/// Whether clients must show a key. Nodes share their listener; their tokens have a rule of their
-/// own.
-fn clients_authenticate(config: &Config) -> bool {
-    !config.key.is_empty() || config.http.keys_file.is_some()
-}
-
-/// Whether operators must show a token.
-fn operators_authenticate(config: &Config) -> bool {
-    !config.admin.token_sha256.is_empty()
 }
 
 /// Keys that only make sense together.

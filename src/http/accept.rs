@@ -346,7 +346,7 @@ async fn serve(
     let stream = match secured {
         Ok(stream) => stream,
         Err(error) => {
-            tracing::trace!(%error, "no handshake");
+            tracing::debug!(%error, "no handshake");
             return;
         }
     };

@@ -233,11 +233,17 @@ impl Metrics {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// Begins to measure a request.
+    /// Begins to measure a request that was let in.
     pub fn track(self: &Arc<Self>, route: Route) -> Tracked {
         if route.is_proxied() {
             self.taken.fetch_add(1, Ordering::Relaxed);
         }
+        self.track_refused(route)
+    }
+
+    /// Begins to measure a request that is refused before anything is done for it. It is not
+    /// one taken: what is allowed in proportion to those must not grow with a flood of refusals.
+    pub(super) fn track_refused(self: &Arc<Self>, route: Route) -> Tracked {
         Tracked::new(Arc::clone(self), route)
     }
 }

@@ -67,4 +67,4 @@ pub use retry::RetryOptions;
 pub use routes::{Listener, Route};
 pub use server::{serve_admin, serve_client};
 pub use throttle::Rate;
-pub use upstream::{Pool, PoolOptions};
+pub use upstream::{Pool, PoolOptions, WorkerTls};

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
+use http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use hyper::body::Incoming;
@@ -99,12 +99,11 @@ async fn try_forward(
         return Err(Failed { error, tracked });
     }
     let target = head.uri.path_and_query().map_or(tracked.route().path(), PathAndQuery::as_str);
-    let headers = HeadersToWorker {
-        client: &head.headers,
-        request_id,
-        rules: &options.headers,
-        ours: tracked.span_headers(),
-    };
+    let mut ours = tracked.span_headers();
+    if let Some(authorization) = shard.pool.authorization() {
+        ours.insert(AUTHORIZATION, authorization.clone());
+    }
+    let headers = HeadersToWorker { client: &head.headers, request_id, rules: &options.headers, ours };
     let outgoing = Outgoing::new(&head.method, target, headers, body.clone());
     match Attempts::new(shard, &outgoing, &asked, &mut tracked, deadline).run().await {
         Ok(answered) => Ok(relayed(shard, answered, tracked, deadline)),

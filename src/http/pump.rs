@@ -100,7 +100,7 @@ impl Body for Pumped {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.size.clone()
+        self.size
     }
 }
 

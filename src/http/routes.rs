@@ -119,6 +119,11 @@ macro_rules! routes {
             Unknown,
         }
 
+        impl Route {
+            /// Each of them, in this order.
+            pub const ALL: [Route; 1 + [$($path),*].len()] = [$(Route::$name,)* Route::Unknown];
+        }
+
         /// The table.
         pub static TABLE: &[Entry] = &[$(
             Entry {
@@ -397,6 +402,7 @@ mod tests {
             let any = entry.operations.is_empty();
             assert_eq!(any, entry.served == Served::ByAnyWorker, "{}", entry.path);
         }
+        assert!(Route::ALL.iter().enumerate().all(|(at, route)| *route as usize == at));
         assert_eq!(Route::Unknown as usize, TABLE.len());
         assert_eq!(Route::Unknown.path(), "unknown");
     }

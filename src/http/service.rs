@@ -90,7 +90,7 @@ impl FrontService {
     /// Answers a request that gets no further.
     async fn refuse(&self, route: Route, error: ApiError, request: Request<Incoming>) -> Response<FrontBody> {
         let front = &self.shard.front;
-        let mut tracked = front.metrics.track(route);
+        let mut tracked = front.metrics.track_refused(route);
         let request_id = headers::request_id(request.headers());
         front.metrics.reject(error.code.as_str());
         tracked.set_request_id(request_id.clone());

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,8 +16,15 @@ use super::TlsError;
 
 /// Largest file read: a bundle of several hundred authorities.
 const MAX_BYTES: u64 = 1 << 20;
-/// Permissions that a private key must not have: anything for group and others.
-const EXPOSED: u32 = 0o077;
+/// Whether a private key of this mode and owner could be read by others than whoever runs this
+/// process, or be changed by them.
+///
+/// A group may read what belongs to root and is read by somebody else: that is how service
+/// managers and containers hand a secret to a user who does not own it.
+fn is_exposed(mode: u32, owner: u32, me: u32) -> bool {
+    let allowed = if owner == 0 && me != 0 { 0o740 } else { 0o700 };
+    mode & 0o777 & !allowed != 0
+}
 
 /// Reads a file of certificates.
 pub fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
@@ -32,8 +39,9 @@ pub fn read_secret(path: &Path) -> Result<Vec<u8>, TlsError> {
         |error: std::io::Error| TlsError::Unreadable { path: path.to_owned(), why: error.to_string() };
     let file = File::open(path).map_err(unreadable)?;
     // Of the open file, so that it is the one that is read.
-    let mode = file.metadata().map_err(unreadable)?.permissions().mode() & 0o777;
-    if mode & EXPOSED != 0 {
+    let metadata = file.metadata().map_err(unreadable)?;
+    let mode = metadata.permissions().mode() & 0o777;
+    if is_exposed(mode, metadata.uid(), rustix::process::geteuid().as_raw()) {
         return Err(TlsError::Exposed { path: path.to_owned(), mode });
     }
     read_open(path, file)
@@ -120,4 +128,43 @@ pub fn expires(path: &Path, chain: &[CertificateDer<'_>]) -> Result<i64, TlsErro
     let first = chain.first().ok_or_else(|| TlsError::content(path, "has no certificate in it"))?;
     let (_, parsed) = x509_parser::parse_x509_certificate(first).map_err(|e| TlsError::content(path, e))?;
     Ok(parsed.validity().not_after.timestamp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_for_its_owner_or_handed_over_by_root() {
+        let (root, me, other) = (0, 1000, 1001);
+        for (mode, owner, reader, exposed) in [
+            (0o600, me, me, false),
+            (0o400, me, me, false),
+            (0o640, me, me, true),
+            (0o604, me, me, true),
+            (0o620, me, me, true),
+            (0o600, root, root, false),
+            (0o440, root, root, true),
+            (0o440, root, me, false),
+            (0o640, root, me, false),
+            (0o660, root, me, true),
+            (0o444, root, me, true),
+            (0o440, other, me, true),
+        ] {
+            assert_eq!(is_exposed(mode, owner, reader), exposed, "{mode:o} of {owner} read by {reader}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_has_its_permissions_from_the_beginning_and_replaces_the_old() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("k");
+        std::fs::write(folder.path().join("k.new"), "left behind, readable by all").unwrap();
+        for text in ["first", "second"] {
+            write(&path, text, Readers::Owner).unwrap();
+            assert_eq!(read_secret(&path).unwrap(), text.as_bytes());
+            assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
 }

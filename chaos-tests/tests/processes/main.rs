@@ -16,6 +16,7 @@ mod loads;
 mod quorum;
 mod rolling;
 mod sdk;
+mod seen;
 mod smuggling;
 mod total_kill;
 mod wiped;

@@ -12,6 +12,7 @@ use tokio_rustls::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
+use super::seldom::Seldom;
 use crate::tls::peer::{PeerTls, explain};
 
 /// For the connection, with the handshake where there is one.
@@ -24,12 +25,13 @@ const PING_TIMEOUT: Duration = Duration::from_millis(1000);
 #[derive(Clone, Debug, Default)]
 pub struct Dialer {
     tls: Option<Arc<PeerTls>>,
+    refused: Arc<Seldom>,
 }
 
 impl Dialer {
     /// With certificates, or in plain text.
     pub fn new(tls: Option<Arc<PeerTls>>) -> Self {
-        Self { tls }
+        Self { tls, refused: Arc::default() }
     }
 
     /// A channel that opens its connection when it is first used, and again when it breaks. With
@@ -42,23 +44,33 @@ impl Dialer {
             .http2_keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT);
         let Some(tls) = &self.tls else { return Ok(endpoint.connect_lazy()) };
-        let (tls, member) = (Arc::clone(tls), member.map(str::to_owned));
+        let (tls, member, refused) = (Arc::clone(tls), member.map(str::to_owned), Arc::clone(&self.refused));
         // Certificates are read anew for each connection, so a channel outlives them.
         let connect = move |uri: Uri| {
-            let (tls, member) = (Arc::clone(&tls), member.clone());
-            async move { Ok::<_, io::Error>(TokioIo::new(connect(&tls, &uri, member.as_deref()).await?)) }
+            let (tls, member, refused) = (Arc::clone(&tls), member.clone(), Arc::clone(&refused));
+            async move {
+                let stream = connect(&tls, &uri, member.as_deref(), &refused).await?;
+                Ok::<_, io::Error>(TokioIo::new(stream))
+            }
         };
         Ok(endpoint.connect_with_connector_lazy(service_fn(connect)))
     }
 }
 
-async fn connect(tls: &PeerTls, uri: &Uri, member: Option<&str>) -> io::Result<TlsStream<TcpStream>> {
+async fn connect(
+    tls: &PeerTls,
+    uri: &Uri,
+    member: Option<&str>,
+    refused: &Seldom,
+) -> io::Result<TlsStream<TcpStream>> {
     let authority = uri.authority().map_or("", |authority| authority.as_str());
     let stream = TcpStream::connect(authority).await?;
     stream.set_nodelay(true)?;
     let address: SocketAddr = stream.peer_addr()?;
     tls.connect(stream, address, member).await.inspect_err(|error| {
-        // Reached, but not who we mean: retried for ever, and to be seen by somebody.
-        tracing::warn!(peer = authority, member, why = explain(error), "peer refused");
+        // Reached, but not who we mean. It is tried again for ever.
+        if refused.is_time(authority) {
+            tracing::warn!(peer = authority, member, why = explain(error), "peer refused");
+        }
     })
 }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt as _};
 use parking_lot::Mutex;
@@ -18,6 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, TcpIncoming};
 
+use super::seldom::Seldom;
 use crate::tls::peer::{PeerTls, explain};
 
 /// How long a handshake may take; a peer gives up after half a second.
@@ -30,8 +31,6 @@ const HANDSHAKES_PER_IP: usize = 32;
 const READY: usize = 32;
 /// Pause after a failed accept (mostly: no file descriptors left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// Refusals are logged at most this often: strangers must not fill the disk.
-const SAY_EVERY: Duration = Duration::from_secs(5);
 
 /// The member that a connection's certificate names; `None` without TLS.
 #[derive(Clone, Debug)]
@@ -115,7 +114,7 @@ async fn accept(listener: TcpListener, tls: Arc<PeerTls>, ready: mpsc::Sender<Pe
 #[derive(Default)]
 struct GoingOn {
     by_ip: Mutex<HashMap<IpAddr, usize>>,
-    said: Mutex<Option<Instant>>,
+    refused: Seldom,
 }
 
 /// A place among them; given back when dropped.
@@ -138,9 +137,8 @@ impl GoingOn {
     }
 
     fn say(&self, peer: IpAddr, why: &str) {
-        let mut said = self.said.lock();
-        if said.is_none_or(|at| at.elapsed() >= SAY_EVERY) {
-            *said = Some(Instant::now());
+        // One for all: strangers may have many addresses.
+        if self.refused.is_time("") {
             tracing::warn!(%peer, why, "a connection to the peer listener was refused");
         }
     }

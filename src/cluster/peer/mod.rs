@@ -5,6 +5,7 @@ pub mod dial;
 pub mod incoming;
 pub mod lane;
 pub mod link;
+mod seldom;
 pub mod server;
 pub mod wire;
 

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use parking_lot::Mutex;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -38,23 +37,6 @@ fn chat_as(id: &str) -> String {
     as_key(id, "POST", "/v1/chat/completions", CHAT)
 }
 
-/// A worker that keeps the heads and bodies of its requests.
-async fn remembering() -> (std::net::SocketAddr, Arc<Mutex<Vec<String>>>) {
-    let seen = Arc::new(Mutex::new(Vec::new()));
-    let kept = seen.clone();
-    let address = worker(move |mut stream| {
-        let kept = kept.clone();
-        async move {
-            while let Some((head, body)) = read_message(&mut stream).await {
-                kept.lock().push(format!("{head}{}", String::from_utf8_lossy(&body)));
-                let _ = stream.write_all(ok("application/json", "{}").as_bytes()).await;
-            }
-        }
-    })
-    .await;
-    (address, seen)
-}
-
 #[tokio::test]
 async fn secrets_do_not_reach_workers_logs_of_keys_or_metrics() {
     let cluster = MemoryCluster::new();
@@ -67,6 +49,7 @@ async fn secrets_do_not_reach_workers_logs_of_keys_or_metrics() {
     let other = request("POST", "/v1/messages", "x-api-key: secret-b\r\n", CHAT);
     assert_eq!(status(&exchange(front.address, other).await), 200);
     assert_eq!(status(&exchange(front.address, chat_as("nobody")).await), 401);
+    assert_eq!(front.front.metrics.requests_taken(), 2, "who is refused does not count as taken");
     let seen = seen.lock().join("\n");
     assert!(seen.contains(CHAT) && !seen.contains("secret"), "{seen}");
     let text = exchange(front.address, request("GET", "/metrics", "", "")).await;
@@ -204,6 +187,13 @@ async fn a_key_for_some_models_cannot_send_what_names_none() {
     let form = "authorization: Bearer secret-a\r\ncontent-type: application/x-www-form-urlencoded\r\n";
     let body = r#"{"model":"m","x":"&model=m-lora&"}"#;
     let response = exchange(front.address, request("POST", "/v1/audio/speech", form, body)).await;
+    assert_eq!(status(&response), 403, "{response}");
+    // Nor is a form good that names two.
+    let form = "authorization: Bearer secret-a\r\ncontent-type: multipart/form-data; boundary=x\r\n";
+    let model =
+        |name: &str| format!("--x\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n{name}\r\n");
+    let body = format!("{}{}--x--\r\n", model("m"), model("m-lora"));
+    let response = exchange(front.address, request("POST", "/v1/audio/transcriptions", form, &body)).await;
     assert_eq!(status(&response), 403, "{response}");
     assert!(seen.lock().is_empty(), "nothing reached the worker");
     let response = exchange(front.address, as_key("a", "POST", "/v1/audio/speech", CHAT)).await;

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use super::support::*;
-use crate::http::FrontConfig;
+use crate::http::{Access, AccessOptions, CertificateGauges, FrontConfig, Metrics};
 
 /// Type and label names of a family.
 type Family = (String, BTreeSet<String>);
@@ -72,7 +72,9 @@ async fn scrape(front: &Running) -> String {
 
 #[tokio::test]
 async fn the_reference_has_every_family_with_its_type_and_labels_and_no_other() {
-    let front = start(FrontConfig::default());
+    let certificates = CertificateGauges::new(|| vec![("http", 0)]);
+    let metrics = Metrics::default().with_collector(certificates);
+    let front = start_with(FrontConfig::default(), MemoryCluster::new(), metrics);
     front.cluster.add("w", answering(ok("application/json", "{}")).await);
     exchange(front.address, chat()).await;
     exchange(front.address, post("/v1/completions", "{")).await;
@@ -178,4 +180,72 @@ async fn a_model_that_nobody_serves_gets_no_label() {
     let text = scrape(&front).await;
     assert!(!text.contains("made-up"), "{text}");
     assert_eq!(value(&text, "everline_rejected_total{reason=\"model_not_found\"}"), 1.0);
+}
+
+/// What is logged by this thread while it is held.
+struct Logged {
+    text: Arc<parking_lot::Mutex<Vec<u8>>>,
+    _guard: tracing::subscriber::DefaultGuard,
+}
+
+impl Logged {
+    fn begin() -> Self {
+        let text = Arc::<parking_lot::Mutex<Vec<u8>>>::default();
+        let sink = Arc::clone(&text);
+        let writer = move || Sink(Arc::clone(&sink));
+        let subscriber = tracing_subscriber::fmt().json().with_writer(writer).finish();
+        Self { text, _guard: tracing::subscriber::set_default(subscriber) }
+    }
+
+    fn access_lines(&self) -> Vec<String> {
+        let text = String::from_utf8(self.text.lock().clone()).unwrap();
+        text.lines().filter(|line| line.contains("everline::access")).map(str::to_owned).collect()
+    }
+}
+
+struct Sink(Arc<parking_lot::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_log_line_has_what_finds_the_request_and_nothing_of_its_content() {
+    let private = "x-request-id: mine\r\nauthorization: Bearer very-secret\r\n";
+    let body = r#"{"model":"m","prompt":"very-secret"}"#;
+    let answer = ok("application/json", r#"{"text":"very-secret"}"#);
+    for (access, of_ok, of_error) in [(Access::All, 1, 1), (Access::Errors, 0, 1), (Access::Off, 0, 0)] {
+        let logged = Logged::begin();
+        let metrics = Metrics::new(AccessOptions { access, ..AccessOptions::default() });
+        let front = start_with(FrontConfig::default(), MemoryCluster::new(), metrics);
+        front.cluster.add("w", answering(answer.clone()).await);
+        assert_eq!(
+            status(&exchange(front.address, request("POST", "/v1/completions", private, body)).await),
+            200
+        );
+        let lines = logged.access_lines();
+        assert_eq!(lines.len(), of_ok, "{access:?}: {lines:?}");
+        for part in [
+            "\"request_id\":\"mine\"",
+            "\"worker\":\"w\"",
+            "\"status\":200",
+            "\"outcome\":\"ok\"",
+            "\"model\":\"m\"",
+        ] {
+            assert!(lines.iter().all(|line| line.contains(part)), "{part} in {lines:?}");
+        }
+        let wrong = request("POST", "/v1/completions", private, r#"{"model":"m","prompt":very-secret"#);
+        assert_eq!(status(&exchange(front.address, wrong).await), 400);
+        let lines = logged.access_lines();
+        assert_eq!(lines.len(), of_ok + of_error, "{access:?}: {lines:?}");
+        assert!(lines.iter().skip(of_ok).all(|line| line.contains("client_error")), "{lines:?}");
+        assert!(!String::from_utf8_lossy(&logged.text.lock()).contains("very-secret"));
+    }
 }

@@ -10,3 +10,4 @@ mod registration;
 mod support;
 mod tls;
 mod traces;
+mod upstream;

@@ -234,6 +234,23 @@ pub(super) fn loopback() -> SocketAddr {
     ([127, 0, 0, 1], 0).into()
 }
 
+/// A worker that keeps the heads and bodies of its requests.
+pub(super) async fn remembering() -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let kept = seen.clone();
+    let address = worker(move |mut stream| {
+        let kept = kept.clone();
+        async move {
+            while let Some((head, body)) = read_message(&mut stream).await {
+                kept.lock().push(format!("{head}{}", String::from_utf8_lossy(&body)));
+                let _ = stream.write_all(ok("application/json", "{}").as_bytes()).await;
+            }
+        }
+    })
+    .await;
+    (address, seen)
+}
+
 /// Starts a client listener on a free port.
 pub(super) fn start(config: FrontConfig) -> Running {
     start_with(config, MemoryCluster::new(), Metrics::default())

@@ -14,6 +14,8 @@ use tokio::sync::mpsc;
 use super::support::*;
 use crate::http::{FrontConfig, Metrics};
 use crate::telemetry::trace::{TraceOptions, Tracing};
+use crate::tls::listener::ListenerTls;
+use crate::tls::testing::Certs;
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "b7ad6b7169203331";
@@ -238,5 +240,24 @@ async fn a_collector_that_is_dead_or_silent_harms_no_request_and_delays_the_end_
         assert!(stopping.elapsed() < Duration::from_secs(4), "{:?}", stopping.elapsed());
         // Spans after the end are nobody's, and no harm.
         assert_eq!(status(&exchange(front.address, chat()).await), 200);
+    }
+}
+
+#[tokio::test]
+async fn a_collector_behind_tls_is_believed_by_its_authority_only() {
+    let certs = Certs::new("prod");
+    let (endpoint, mut collected) = collector().await;
+    // A front of our own with TLS stands before the collector and passes its route through.
+    let tls = ListenerTls::open("http", &certs.server("r1"), Duration::from_secs(5)).unwrap();
+    let before = start(FrontConfig { client_tls: Some(Arc::new(tls)), ..FrontConfig::default() });
+    before.cluster.add("collector", endpoint.trim_start_matches("http://").parse().unwrap());
+    let endpoint = format!("https://{}", before.address);
+    let (trusted, ca) = (certs.ca_file(), "OTEL_EXPORTER_OTLP_CERTIFICATE");
+    for (name, trusts) in [(ca, true), ("OTEL_UNUSED", false)] {
+        let front = traced(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint), (name, trusted.to_str().unwrap())]);
+        front.cluster.add("w", answering(ok("application/json", "{}")).await);
+        assert_eq!(status(&exchange(front.address, chat()).await), 200);
+        flush(&front).await;
+        assert_eq!(collected.try_recv().is_ok(), trusts, "{name}");
     }
 }

@@ -30,6 +30,7 @@ use super::headers::HeaderRules;
 use crate::ids::WorkerIx;
 use crate::routing::view::WorkerView;
 
+pub use self::connect::WorkerTls;
 pub(super) use self::endpoint::{Endpoint, EndpointError};
 pub(super) use self::request::{HeadersToWorker, Outgoing};
 
@@ -47,6 +48,10 @@ pub struct PoolOptions {
     pub idle_timeout: Duration,
     /// Longest response head: 64 KiB.
     pub max_head_bytes: usize,
+    /// For `https://` workers; without it they cannot be connected to.
+    pub tls: Option<WorkerTls>,
+    /// Sent to every worker as `Authorization`, in place of what clients send.
+    pub authorization: Option<HeaderValue>,
 }
 
 impl Default for PoolOptions {
@@ -57,6 +62,8 @@ impl Default for PoolOptions {
             max_per_worker: 4096,
             idle_timeout: Duration::from_secs(4),
             max_head_bytes: 64 * 1024,
+            tls: None,
+            authorization: None,
         }
     }
 }
@@ -208,6 +215,11 @@ impl Pool {
         Instant::now().checked_sub(self.options.idle_timeout)
     }
 
+    /// What every worker is shown as `Authorization`.
+    pub(super) fn authorization(&self) -> Option<&HeaderValue> {
+        self.options.authorization.as_ref()
+    }
+
     /// Sends a request and waits for the response head; over a new connection if `fresh`.
     /// Dropping the future aborts the request: it closes the connection, or resets the stream.
     pub(super) async fn send(
@@ -231,6 +243,11 @@ impl Pool {
         Ok(response)
     }
 
+    async fn connect(&self, slot: &Slot) -> Result<connect::Stream, SendError> {
+        let options = &self.options;
+        connect::connect(&self.allowed, options.tls.as_ref(), &slot.endpoint, options.connect_timeout).await
+    }
+
     // Boxed: seldom needed, and large.
     fn open_h1<'a>(
         &'a self,
@@ -238,8 +255,7 @@ impl Pool {
     ) -> Pin<Box<dyn Future<Output = Result<Box<Conn>, SendError>> + Send + 'a>> {
         Box::pin(async move {
             let ticket = Ticket::take(slot, self.options.max_per_worker).ok_or(SendError::Full)?;
-            let stream =
-                connect::connect(&self.allowed, &slot.endpoint, self.options.connect_timeout).await?;
+            let stream = self.connect(slot).await?;
             Ok(Conn::new(stream, self.options.max_head_bytes, ticket))
         })
     }
@@ -256,8 +272,7 @@ impl Pool {
                 match shared.as_ref().filter(|sender| !fresh && !sender.is_closed()) {
                     Some(sender) => (sender.clone(), true),
                     None => {
-                        let limit = self.options.connect_timeout;
-                        let stream = connect::connect(&self.allowed, &slot.endpoint, limit).await?;
+                        let stream = self.connect(slot).await?;
                         let made = h2::handshake(stream, self.options.max_head_bytes).await?;
                         (shared.insert(made).clone(), false)
                     }
@@ -281,6 +296,9 @@ impl Pool {
         let mut headers = HeadersToWorker::own(&request_id, &none, &rules);
         if !endpoint.http2 {
             headers.ours.insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        if let Some(authorization) = &self.options.authorization {
+            headers.ours.insert(http::header::AUTHORIZATION, authorization.clone());
         }
         let method = http::Method::GET;
         let request = Outgoing::new(&method, path, headers, Bytes::new());

@@ -1,18 +1,22 @@
 //! Carries spans to the collector: one HTTP request after the other, on the thread that the
 //! OpenTelemetry kit keeps for that, so that no thread that serves clients ever waits for it.
 
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use opentelemetry_http::{HttpClient, HttpError, Request, Response};
 use parking_lot::Mutex;
 use tokio::runtime::Runtime;
+
+use crate::tls::{TlsError, client_config};
 
 /// Most bytes read of an answer, which says no more than whether spans were taken.
 const MOST_ANSWER: usize = 64 << 10;
@@ -23,7 +27,7 @@ pub(super) struct Courier {
     /// Made by the thread that sends, and only driven while a request is under way: one that is
     /// made elsewhere might be dropped where that is forbidden.
     runtime: Mutex<Option<Runtime>>,
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     timeout: Duration,
     failing: AtomicBool,
 }
@@ -31,12 +35,19 @@ pub(super) struct Courier {
 type Answer<'a> = Pin<Box<dyn Future<Output = Result<Response<Bytes>, HttpError>> + Send + 'a>>;
 
 impl Courier {
-    pub(super) fn new(timeout: Duration) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_connect_timeout(Some(timeout));
+    /// `ca` is the authority of a collector behind TLS, where that is not of Mozilla's list.
+    pub(super) fn new(timeout: Duration, ca: Option<&Path>) -> Result<Self, TlsError> {
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_connect_timeout(Some(timeout));
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(client_config(ca)?)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(tcp);
         // Between two exports nobody would notice that a connection was closed.
         let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
-        Self { runtime: Mutex::default(), client, timeout, failing: AtomicBool::new(false) }
+        Ok(Self { runtime: Mutex::default(), client, timeout, failing: AtomicBool::new(false) })
     }
 
     fn send(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {

@@ -40,9 +40,11 @@ pub struct Tracing {
 impl Tracing {
     /// Starts the thread that sends spans. `replica` is the instance of the service.
     pub fn start(options: TraceOptions, replica: &str) -> Result<Self, String> {
+        let courier = Courier::new(options.timeout, options.ca.as_deref())
+            .map_err(|error| format!("traces are not sent: OTEL_EXPORTER_OTLP_CERTIFICATE: {error}"))?;
         let exporter = SpanExporter::builder()
             .with_http()
-            .with_http_client(Courier::new(options.timeout))
+            .with_http_client(courier)
             .with_endpoint(options.endpoint)
             .with_timeout(options.timeout)
             .build()

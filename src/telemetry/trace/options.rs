@@ -2,6 +2,7 @@
 //! environment.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use opentelemetry_sdk::trace::Sampler;
@@ -11,6 +12,8 @@ use opentelemetry_sdk::trace::Sampler;
 pub struct TraceOptions {
     /// Full URL that spans are posted to.
     pub endpoint: String,
+    /// File with the authority of a collector behind TLS; Mozilla's list without one.
+    pub ca: Option<PathBuf>,
     /// Longest time for one export.
     pub timeout: Duration,
     /// `OTEL_TRACES_SAMPLER` with its argument.
@@ -43,10 +46,10 @@ impl TraceOptions {
         if disabled || get("OTEL_TRACES_EXPORTER") == Some("none") {
             return Ok(None);
         }
-        if !endpoint.starts_with("http://") {
+        if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
             return Err(format!(
-                "traces are not sent: {} is not an http:// URL; name a collector on this host or in this \
-                 network, such as OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318, and let that speak TLS",
+                "traces are not sent: {} is no http:// or https:// URL; set it as in \
+                 OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318",
                 public(&endpoint)
             ));
         }
@@ -66,6 +69,7 @@ impl TraceOptions {
         };
         Ok(Some(Self {
             endpoint,
+            ca: of_traces("CERTIFICATE").map(PathBuf::from),
             timeout: Duration::from_millis(timeout),
             sampler: sampler(get("OTEL_TRACES_SAMPLER"), get("OTEL_TRACES_SAMPLER_ARG"))?,
             resource: resource(get("OTEL_RESOURCE_ATTRIBUTES"), get("OTEL_SERVICE_NAME")),
@@ -172,7 +176,7 @@ mod tests {
     #[test]
     fn what_does_not_exist_here_is_said_with_a_remedy() {
         for (wrong, remedy) in [
-            (("OTEL_EXPORTER_OTLP_ENDPOINT", "https://c:4318"), "http://127.0.0.1:4318"),
+            (("OTEL_EXPORTER_OTLP_ENDPOINT", "c:4317"), "http://127.0.0.1:4318"),
             (("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), "http/protobuf"),
             (("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"), "http/protobuf"),
             (("OTEL_TRACES_SAMPLER", "xray"), "always_on"),
@@ -200,8 +204,8 @@ mod tests {
     fn credentials_in_an_endpoint_are_not_told() {
         let options = read(&[("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://u:p@ss@c:4318/own?key=k")]);
         assert_eq!(options.unwrap().unwrap().collector(), "http://c:4318/own");
-        let error = read(&[("OTEL_EXPORTER_OTLP_ENDPOINT", "https://u:secret@c")]).unwrap_err();
-        assert!(error.contains("https://c/v1/traces") && !error.contains("secret"), "{error}");
+        let error = read(&[("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://u:secret@c")]).unwrap_err();
+        assert!(error.contains("ftp://c/v1/traces") && !error.contains("secret"), "{error}");
         assert_eq!(public("c:4318"), "c:4318");
     }
 
