@@ -17,8 +17,7 @@ async fn with_one_of_two_workers_dead_the_next_100_requests_succeed_and_it_is_le
     let mut fleet = Fleet::of(3).engines(2).engine_arg("--instant").start().await;
     let url = format!("http://{}/v1/completions", fleet.balancer);
     let ask = async |n: usize| {
-        let body =
-            json!({"model": MODEL, "prompt": format!("number {n}"), "max_tokens": 4, "stream": n % 2 == 0});
+        let body = json!({"model": MODEL, "prompt": format!("number {n}"), "max_tokens": 4, "stream": n.is_multiple_of(2)});
         let reply = Http::fresh().post(&url, &body, LIMIT).await;
         let reply = reply.unwrap_or_else(|why| panic!("request {n}: {why}"));
         assert_eq!(reply.status, 200, "request {n}: {}", reply.text());
