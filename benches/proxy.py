@@ -90,7 +90,7 @@ class Target:
         elif name == "haproxy":
             servers = "".join(f"  server w{p} 127.0.0.1:{p}\n" for p in WORKERS)
             (folder / "haproxy.cfg").write_text(
-                "global\n  maxconn 20000\n  nbthread 2\ndefaults\n  mode http\n  timeout connect 5s\n"
+                "global\n  maxconn 8000\n  nbthread 2\ndefaults\n  mode http\n  timeout connect 5s\n"
                 "  timeout client 300s\n  timeout server 300s\n  http-reuse always\n  option http-no-delay\n"
                 f"frontend f\n  bind 127.0.0.1:{PORT}\n  default_backend b\nbackend b\n  balance roundrobin\n{servers}")
             self.start("haproxy", "-f", folder / "haproxy.cfg", "-db")
