@@ -293,6 +293,8 @@ impl H1Body {
     /// The next bytes; `None` at the end.
     pub(super) fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         self.send_on(cx);
+        // What the connection said when it was last asked for more.
+        let mut said: Option<Poll<io::Error>> = None;
         loop {
             let Some(conn) = &mut self.conn else { return Poll::Ready(None) };
             let (data, ended) = match &mut self.left {
@@ -301,7 +303,8 @@ impl H1Body {
                     *left -= taken as u64;
                     (conn.unread.split_to(taken).freeze(), *left == 0)
                 }
-                Left::Chunked(decoder) => match decoder.take(&mut conn.unread) {
+                // The beginning of a chunk must do when there is no more to be had.
+                Left::Chunked(decoder) => match decoder.take(&mut conn.unread, said.is_none()) {
                     Ok(data) => (data, decoder.is_done()),
                     Err(error) => {
                         self.conn = None;
@@ -317,17 +320,20 @@ impl H1Body {
                 return Poll::Ready(Some(Ok(data)));
             }
             let Some(conn) = &mut self.conn else { return Poll::Ready(None) };
-            match std::task::ready!(conn.poll_read(cx)) {
-                Ok(1..) => {}
-                Ok(0) if matches!(self.left, Left::Close) => self.conn = None,
-                Ok(0) => {
-                    self.conn = None;
-                    return Poll::Ready(Some(Err(io::ErrorKind::UnexpectedEof.into())));
-                }
-                Err(error) => {
+            match said {
+                None => {}
+                Some(Poll::Pending) => return Poll::Pending,
+                Some(Poll::Ready(error)) => {
                     self.conn = None;
                     return Poll::Ready(Some(Err(error)));
                 }
+            }
+            match conn.poll_read(cx) {
+                Poll::Ready(Ok(1..)) => {}
+                Poll::Ready(Ok(0)) if matches!(self.left, Left::Close) => self.conn = None,
+                Poll::Ready(Ok(0)) => said = Some(Poll::Ready(io::ErrorKind::UnexpectedEof.into())),
+                Poll::Ready(Err(error)) => said = Some(Poll::Ready(error)),
+                Poll::Pending => said = Some(Poll::Pending),
             }
         }
     }
