@@ -336,6 +336,7 @@ impl RegisterRequest {
             weight: self.weight.unwrap_or(100),
             http2: self.http2.unwrap_or(false),
             max_requests: self.max_requests,
+            owner: None,
             source,
         };
         spec.validate()?;

@@ -51,6 +51,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let config = loaded.config;
     start_logging(&config.log);
     let certificates = Certificates::open(&config).map_err(ConfigErrors)?;
+    raise_file_limit(config.http.max_connections);
     // All listeners first: a port that is taken must not cost a life of the log.
     let http = listen("http", config.http.listen)?;
     let admin = listen("admin", config.admin.listen)?;
@@ -86,6 +87,27 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let result = runtime.block_on(serve(&config, &certificates, cluster, plane, http, admin));
     runtime.shutdown_background();
     result
+}
+
+/// Takes as many open files as the system allows: a request needs two, one on either side.
+fn raise_file_limit(max_connections: u32) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) =
+            setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+    {
+        tracing::debug!(%error, "cannot raise the limit of open files");
+    }
+    let wanted = 2 * u64::from(max_connections);
+    if let Some(allowed) = getrlimit(Resource::Nofile).current.filter(|allowed| *allowed < wanted) {
+        tracing::warn!(
+            allowed,
+            wanted,
+            "fewer open files are allowed than http.max_connections may need; raise the limit (LimitNOFILE, \
+             ulimit -n), or lower the setting"
+        );
+    }
 }
 
 fn listen(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {

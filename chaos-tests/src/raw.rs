@@ -179,12 +179,7 @@ pub struct Answer {
 
 impl std::fmt::Debug for Answer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut body = self.text();
-        let mut end = body.len().min(400);
-        while !body.is_char_boundary(end) {
-            end -= 1;
-        }
-        body.truncate(end);
+        let body: String = self.text().chars().take(400).collect();
         let framing = if self.complete { "whole" } else { "broken off" };
         write!(f, "{}{body} ({framing}, {} bytes, then {})", self.head, self.body.len(), self.rest.len())
     }

@@ -140,6 +140,7 @@ pub(super) fn spec(id: &str) -> WorkerSpec {
         weight: 100,
         http2: false,
         max_requests: None,
+        owner: None,
         source: WorkerSource::Node,
     }
 }

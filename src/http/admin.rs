@@ -40,7 +40,7 @@ pub(super) async fn answer(call: Call) -> Result<Response, ApiError> {
         (Route::AdminWorker, &Method::GET) => {
             Ok(Json(worker_status(&*find(&shard, call.worker_id()?)?, shard.front.now_ms())).into_response())
         }
-        (Route::AdminWorker, &Method::DELETE) => remove(&shard, call.worker_id()?, None).await,
+        (Route::AdminWorker, &Method::DELETE) => remove(&shard, call.worker_id()?, None, None).await,
         (Route::AdminDrain, &Method::POST) => drain_worker(&shard, call).await,
         (Route::AdminMembers, &Method::GET) => {
             Ok(Json(MembersReply { members: shard.front.control.status().members }).into_response())
@@ -73,7 +73,7 @@ async fn settle(shard: &Shard, query: Option<&str>) -> Result<(), ApiError> {
 
 async fn add_worker(shard: &Shard, call: Call) -> Result<Response, ApiError> {
     let wanted: RegisterRequest = call.json().await?;
-    let reply = register(shard, wanted, WorkerSource::Admin).await?;
+    let reply = register(shard, wanted, WorkerSource::Admin, None).await?;
     let status = if reply.replaced { StatusCode::OK } else { StatusCode::CREATED };
     Ok((status, Json(reply)).into_response())
 }

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
 use super::errors::{ApiError, Code};
-use crate::state::worker::WorkerRole;
+use crate::state::worker::{WorkerRecord, WorkerRole};
 
 /// Where Anthropic's clients put their key.
 pub(super) static API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -138,12 +138,26 @@ pub struct NodeToken {
 
 /// What a request on the node plane may do.
 #[derive(Clone, Debug, Default)]
-pub(super) struct NodeGrant(Option<Arc<NodeToken>>);
+pub(super) struct NodeGrant {
+    token: Option<Arc<NodeToken>>,
+    /// What the token is called; `None` where none is needed.
+    pub(super) owner: Option<String>,
+}
 
 impl NodeGrant {
+    /// Whether it may speak for a worker. Once the worker is offline anybody with a good token
+    /// may have its name.
+    pub(super) fn check_owner(&self, worker: &WorkerRecord) -> Result<(), ApiError> {
+        if !worker.online || worker.spec.is_owned_by(self.owner.as_deref()) {
+            return Ok(());
+        }
+        let text = format!("worker {} is online and was registered with another node token", worker.spec.id);
+        Err(ApiError::new(Code::TokenNotForThis, text).param("id"))
+    }
+
     /// Whether it may register, take back or speak for a worker of this role.
     pub(super) fn check_role(&self, role: WorkerRole) -> Result<(), ApiError> {
-        let Some(token) = &self.0 else { return Ok(()) };
+        let Some(token) = &self.token else { return Ok(()) };
         if token.roles.is_empty() || token.roles.contains(&role) {
             return Ok(());
         }
@@ -180,15 +194,20 @@ impl NodeTokens {
             }
         }
         let Some(token) = found else {
-            let known = self.unbound.has(&digest);
-            return if known { Ok(NodeGrant::default()) } else { Err(unknown_token("node")) };
+            if !self.unbound.has(&digest) {
+                return Err(unknown_token("node"));
+            }
+            // Such a token has no name; the beginning of its digest tells it from others.
+            let [a, b, c, d, ..] = digest;
+            let owner = Some(format!("sha256:{a:02x}{b:02x}{c:02x}{d:02x}"));
+            return Ok(NodeGrant { token: None, owner });
         };
         let peer = peer.to_canonical();
         if !token.networks.is_empty() && !token.networks.iter().any(|network| network.contains(&peer)) {
             let text = format!("the node token {} may not be used from {peer}", token.id);
             return Err(ApiError::new(Code::TokenNotForThis, text));
         }
-        Ok(NodeGrant(Some(Arc::clone(token))))
+        Ok(NodeGrant { token: Some(Arc::clone(token)), owner: Some(token.id.clone()) })
     }
 }
 

@@ -35,8 +35,8 @@ pub(super) async fn answer(call: Call) -> Result<Response, ApiError> {
         }
         (Route::Node, &Method::DELETE) => {
             let id = call.worker_id()?;
-            check_role_of(&shard, &call, &id)?;
-            remove(&shard, id, Some(WorkerSource::Node)).await
+            check_grant(&shard, &call, &id)?;
+            remove(&shard, id, Some(WorkerSource::Node), call.node.owner).await
         }
         (Route::Heartbeat, &Method::POST) => heartbeat(&shard, call).await,
         (route, _) => Err(misrouted(route)),
@@ -47,7 +47,7 @@ async fn join(shard: &Shard, call: Call) -> Result<Response, ApiError> {
     let node = call.node.clone();
     let wanted: RegisterRequest = call.json().await?;
     node.check_role(wanted.role.unwrap_or_default())?;
-    let reply = register(shard, wanted, WorkerSource::Node).await?;
+    let reply = register(shard, wanted, WorkerSource::Node, node.owner).await?;
     let status = if reply.replaced { StatusCode::OK } else { StatusCode::CREATED };
     Ok((status, Json(reply)).into_response())
 }
@@ -55,12 +55,12 @@ async fn join(shard: &Shard, call: Call) -> Result<Response, ApiError> {
 async fn heartbeat(shard: &Shard, call: Call) -> Result<Response, ApiError> {
     let id = call.worker_id()?;
     let control = &shard.front.control;
-    check_role_of(shard, &call, &id)?;
+    check_grant(shard, &call, &id)?;
     let mut known = control.heartbeat(&id);
     if !known {
         // It may have registered at another replica a moment ago.
         control.read_barrier(Group::Control).await?;
-        check_role_of(shard, &call, &id)?;
+        check_grant(shard, &call, &id)?;
         known = control.heartbeat(&id);
     }
     let view = control.registry();
@@ -74,10 +74,13 @@ async fn heartbeat(shard: &Shard, call: Call) -> Result<Response, ApiError> {
     Ok(Json(body).into_response())
 }
 
-/// A token for some roles has no say about workers of others.
-fn check_role_of(shard: &Shard, call: &Call, id: &WorkerId) -> Result<(), ApiError> {
+/// A token has no say about workers of other roles, nor about those of other tokens.
+fn check_grant(shard: &Shard, call: &Call, id: &WorkerId) -> Result<(), ApiError> {
     match shard.front.control.registry().worker(id) {
-        Some(worker) => call.node.check_role(worker.record.spec.role),
+        Some(worker) => {
+            call.node.check_role(worker.record.spec.role)?;
+            call.node.check_owner(&worker.record)
+        }
         None => Ok(()),
     }
 }
@@ -87,8 +90,9 @@ pub(super) async fn remove(
     shard: &Shard,
     id: WorkerId,
     only_source: Option<WorkerSource>,
+    owner: Option<String>,
 ) -> Result<Response, ApiError> {
-    let command = ControlCommand::RemoveWorker { id: id.clone(), only_source };
+    let command = ControlCommand::RemoveWorker { id: id.clone(), only_source, owner };
     match shard.front.control.propose(command).await? {
         ControlOutcome::UnknownWorker => Err(not_found(&id)),
         ControlOutcome::Refused(why) => Err(ApiError::new(Code::Refused, why)),

@@ -43,11 +43,13 @@ pub(super) async fn register(
     shard: &Shard,
     request: RegisterRequest,
     source: WorkerSource,
+    owner: Option<String>,
 ) -> Result<RegisteredReply, ApiError> {
     let heartbeats = request.wants_heartbeats(source);
     let probe = request.wants_probe();
     let engine_given = request.engine.is_some();
     let mut spec = request.to_spec(source).map_err(|why| ApiError::new(Code::InvalidValue, why))?;
+    spec.owner = owner;
     if source == WorkerSource::Node {
         // Another replica may have registered the id a moment ago.
         shard.front.control.read_barrier(Group::Control).await?;
@@ -84,12 +86,14 @@ pub(super) async fn register(
 /// A live worker's identity stays where it is; an operator may move it.
 fn refuse_takeover(standing: Option<&Arc<WorkerView>>, spec: &WorkerSpec) -> Result<(), ApiError> {
     let Some(standing) = standing else { return Ok(()) };
-    if !standing.record.online || standing.record.spec.url == spec.url {
+    let owned = standing.record.spec.is_owned_by(spec.owner.as_deref());
+    if !standing.record.online || (owned && standing.record.spec.url == spec.url) {
         return Ok(());
     }
+    let how = if owned { "at another address" } else { "and was registered with another node token" };
     let text = format!(
-        "worker {} is online at another address; register under another id, wait until it is offline, \
-         or have an operator remove it",
+        "worker {} is online {how}; register under another id, wait until it is offline, or have an \
+         operator remove it",
         spec.id
     );
     Err(ApiError::new(Code::WorkerExists, text).param("id"))
@@ -174,12 +178,12 @@ const CONFIGURED_AT_ONCE: usize = 16;
 async fn register_configured(shard: &Shard, request: RegisterRequest) {
     let mut said = String::new();
     loop {
-        let mut result = register(shard, request.clone(), WorkerSource::Config).await;
+        let mut result = register(shard, request.clone(), WorkerSource::Config, None).await;
         let is_away = matches!(&result, Err(error) if error.code == Code::ProbeFailed);
         if is_away && !request.models.is_empty() {
             // What it serves is known; that it is away shows in its health.
             let unasked = RegisterRequest { probe: Some(false), ..request.clone() };
-            result = register(shard, unasked, WorkerSource::Config).await;
+            result = register(shard, unasked, WorkerSource::Config, None).await;
         }
         match result {
             Ok(_) => return,

@@ -31,6 +31,7 @@ fn record(id: &str, weight: u32) -> WorkerRecord {
             weight,
             http2: false,
             max_requests: None,
+            owner: None,
             source: WorkerSource::Admin,
         },
         drain: false,

@@ -27,6 +27,9 @@ pub enum ControlCommand {
         id: WorkerId,
         /// Only if this source put it there; `None` removes whatever the source.
         only_source: Option<WorkerSource>,
+        /// With `only_source`: the node token that asks. An online worker goes only by the one it
+        /// came with.
+        owner: Option<String>,
     },
     /// Sets or clears the drain flag.
     DrainWorker {

@@ -124,6 +124,12 @@ impl ControlState {
                         old.spec.url
                     ));
                 }
+                if old.online && !old.spec.is_owned_by(spec.owner.as_deref()) {
+                    return ControlOutcome::Refused(format!(
+                        "worker {id} is online and was registered with another node token; with this one it can \
+                         be when it has gone offline or was removed"
+                    ));
+                }
             } else if spec.source == WorkerSource::Node {
                 return ControlOutcome::Refused(format!(
                     "worker {id} was registered by an operator; remove it first or choose another id"
@@ -168,11 +174,21 @@ impl ControlState {
         ControlOutcome::Registered { replaced: false, generation: 1 }
     }
 
-    fn remove(&mut self, id: &WorkerId, only_source: Option<WorkerSource>) -> ControlOutcome {
+    fn remove(
+        &mut self,
+        id: &WorkerId,
+        only_source: Option<WorkerSource>,
+        owner: Option<&str>,
+    ) -> ControlOutcome {
         match self.workers.get(id) {
             None => ControlOutcome::UnknownWorker,
             Some(record) if only_source.is_some_and(|source| source != record.spec.source) => {
                 ControlOutcome::Refused(format!("worker {id} was registered by an operator and stays"))
+            }
+            Some(record) if only_source.is_some() && record.online && !record.spec.is_owned_by(owner) => {
+                ControlOutcome::Refused(format!(
+                    "worker {id} is online and was registered with another node token"
+                ))
             }
             Some(record) => {
                 self.digest.remove(WORKER, record);
@@ -317,7 +333,9 @@ impl State for ControlState {
     fn apply(&mut self, origin: ReplicaId, command: ControlCommand) -> ControlOutcome {
         match command {
             ControlCommand::RegisterWorker { spec, heartbeats } => return self.register(spec, heartbeats),
-            ControlCommand::RemoveWorker { id, only_source } => return self.remove(&id, only_source),
+            ControlCommand::RemoveWorker { id, only_source, owner } => {
+                return self.remove(&id, only_source, owner.as_deref());
+            }
             ControlCommand::DrainWorker { id, drain } => {
                 if self.with_worker(&id, |record| record.drain = drain).is_none() {
                     return ControlOutcome::UnknownWorker;

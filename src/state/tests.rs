@@ -27,6 +27,7 @@ fn spec(id: &str, source: WorkerSource) -> WorkerSpec {
         weight: 100,
         http2: false,
         max_requests: None,
+        owner: None,
         source,
     }
 }
@@ -127,8 +128,35 @@ fn a_live_identity_cannot_be_taken_over_and_an_operators_worker_not_by_a_node() 
     let gone = ControlCommand::RemoveWorker {
         id: WorkerId::parse("op").unwrap(),
         only_source: Some(WorkerSource::Node),
+        owner: None,
     };
     assert!(matches!(state.apply(R1, gone), ControlOutcome::Refused(_)));
+}
+
+#[test]
+fn an_online_worker_is_spoken_for_by_the_node_token_it_came_with() {
+    let mut state = ControlState::default();
+    let by = |owner: Option<&str>| ControlCommand::RegisterWorker {
+        spec: WorkerSpec { owner: owner.map(str::to_owned), ..spec("w", WorkerSource::Node) },
+        heartbeats: true,
+    };
+    let gone = |owner: Option<&str>| ControlCommand::RemoveWorker {
+        id: WorkerId::parse("w").unwrap(),
+        only_source: Some(WorkerSource::Node),
+        owner: owner.map(str::to_owned),
+    };
+    state.apply(R1, by(Some("a")));
+    for other in [Some("b"), None] {
+        assert!(matches!(state.apply(R1, by(other)), ControlOutcome::Refused(_)));
+        assert!(matches!(state.apply(R1, gone(other)), ControlOutcome::Refused(_)));
+    }
+    assert!(matches!(state.apply(R1, by(Some("a"))), ControlOutcome::Registered { replaced: true, .. }));
+    for _ in 0..12 {
+        tick(&mut state, 500, &[R1]);
+    }
+    assert!(!worker(&state, "w").online);
+    assert!(matches!(state.apply(R1, by(Some("b"))), ControlOutcome::Registered { replaced: true, .. }));
+    assert_eq!(state.apply(R1, gone(Some("b"))), ControlOutcome::Done);
 }
 
 #[test]
@@ -249,7 +277,7 @@ fn any_control_command() -> impl Strategy<Value = (ReplicaId, ControlCommand)> {
             spec.block_size = heartbeats.then_some(16);
             ControlCommand::RegisterWorker { spec, heartbeats }
         }),
-        1 => id.clone().prop_map(|id| ControlCommand::RemoveWorker { id: WorkerId::parse(&id).unwrap(), only_source: None }),
+        1 => id.clone().prop_map(|id| ControlCommand::RemoveWorker { id: WorkerId::parse(&id).unwrap(), only_source: None, owner: None }),
         1 => (id, any::<bool>()).prop_map(|(id, drain)| ControlCommand::DrainWorker { id: WorkerId::parse(&id).unwrap(), drain }),
         3 => (signs.clone(), signs, ids).prop_map(|(heartbeats, probed, failed)| ControlCommand::Heard { heartbeats, probed, failed }),
         3 => (0..3000u32, prop::collection::vec(1..4u64, 0..3)).prop_map(|(elapsed_ms, ids)| ControlCommand::Tick {

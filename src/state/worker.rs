@@ -138,6 +138,10 @@ pub struct WorkerSpec {
     /// what each replica is configured with.
     #[serde(default)]
     pub max_requests: Option<u32>,
+    /// Name of the node token it was registered with, which alone may speak for it on the node
+    /// plane while it is online.
+    #[serde(default)]
+    pub owner: Option<String>,
     /// Who registered it.
     pub source: WorkerSource,
 }
@@ -194,6 +198,11 @@ impl WorkerSpec {
             );
         }
         Ok(())
+    }
+
+    /// Whether a node with this token may speak for the worker.
+    pub fn is_owned_by(&self, token: Option<&str>) -> bool {
+        self.owner.is_none() || self.owner.as_deref() == token
     }
 
     /// Whether the worker serves `model` (a model or an adapter).

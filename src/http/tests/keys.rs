@@ -329,6 +329,29 @@ async fn bound_node_tokens_stay_in_their_networks_and_roles() {
 }
 
 #[tokio::test]
+async fn a_live_worker_belongs_to_the_node_token_it_came_with() {
+    let mut config = FrontConfig::default();
+    config.nodes.tokens = TokenDigests::of_tokens(["one", "two"]);
+    let front = start(config);
+    let send = |token: &str, method: &'static str, path: &'static str, body: &str| {
+        let headers = format!("authorization: Bearer {token}\r\n");
+        exchange(front.address, request(method, path, &headers, body))
+    };
+    let node = r#"{"url": "http://127.0.0.1:1", "id": "w", "models": ["m"], "probe": false}"#;
+    assert_eq!(status(&send("one", "POST", "/v1/nodes", node).await), 201);
+    // Not even at its own address: who may register it may also change what it serves.
+    let refused = send("two", "POST", "/v1/nodes", node).await;
+    assert_eq!((status(&refused), code(&refused).as_str()), (409, "worker_exists"));
+    assert_eq!(status(&send("two", "POST", "/v1/nodes/w/heartbeat", "").await), 403);
+    assert_eq!(status(&send("two", "DELETE", "/v1/nodes/w", "").await), 403);
+    assert_eq!(status(&send("one", "POST", "/v1/nodes/w/heartbeat", "").await), 200);
+    assert_eq!(status(&send("one", "POST", "/v1/nodes", node).await), 200);
+    // Offline, its name is free.
+    front.cluster.change("w", |record| record.online = false);
+    assert_eq!(status(&send("two", "POST", "/v1/nodes", node).await), 200);
+}
+
+#[tokio::test]
 async fn metrics_of_the_admin_listener_can_be_left_open() {
     let config = FrontConfig {
         admin_tokens: TokenDigests::of_tokens(["root"]),

@@ -264,8 +264,8 @@ async fn the_configuration_cannot_name_a_forbidden_address_either() {
     eventually("the good one is in", || front.cluster.worker("good").is_some()).await;
     stop.cancel();
     kept.await.unwrap();
-    for (n, form) in evil.iter().enumerate() {
-        assert!(front.cluster.worker(&format!("e{n}")).is_none(), "{form}");
+    for (n, url) in evil.iter().enumerate() {
+        assert!(front.cluster.worker(&format!("e{n}")).is_none(), "{url}");
     }
 }
 

@@ -81,7 +81,7 @@ impl MemoryCluster {
                 let replaced = records.insert(id, (record, Arc::default())).is_some();
                 ControlOutcome::Registered { replaced, generation }
             }
-            ControlCommand::RemoveWorker { id, only_source } => match records.get(&id) {
+            ControlCommand::RemoveWorker { id, only_source, .. } => match records.get(&id) {
                 None => ControlOutcome::UnknownWorker,
                 Some((record, _)) if only_source.is_some_and(|source| source != record.spec.source) => {
                     ControlOutcome::Refused(format!("worker {id} was registered by another source"))
@@ -121,6 +121,7 @@ impl MemoryCluster {
             weight: 100,
             http2: false,
             max_requests: None,
+            owner: None,
             source: WorkerSource::Admin,
         };
         self.apply(ControlCommand::RegisterWorker { spec, heartbeats: false });
@@ -135,7 +136,7 @@ impl MemoryCluster {
 
     /// Takes a worker out of the registry.
     pub(super) fn forget(&self, id: &str) {
-        self.apply(ControlCommand::RemoveWorker { id: WorkerId(id.into()), only_source: None });
+        self.apply(ControlCommand::RemoveWorker { id: WorkerId(id.into()), only_source: None, owner: None });
     }
 
     pub(super) fn worker(&self, id: &str) -> Option<Arc<WorkerView>> {
