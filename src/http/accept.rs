@@ -219,12 +219,9 @@ pub(super) async fn run(
             turn_away(stream, front.tls(plane).is_some());
             continue;
         };
-        // The lane with the fewest connections; where several have as few, in turn.
         turn = (turn + 1) % lanes.len();
-        let (before, after) = lanes.split_at(turn);
-        let Some(lane) = after.iter().chain(before).min_by_key(|lane| lane.open.load(Ordering::Relaxed))
-        else {
-            break;
+        let Some(lane) = quietest(&lanes, turn) else {
+            return Err(io::Error::other("every thread that serves connections has ended"));
         };
         lane.open.fetch_add(1, Ordering::AcqRel);
         let accepted = Accepted { stream, peer, place, on_lane: OnLane(Arc::clone(&lane.open)) };
@@ -236,11 +233,20 @@ pub(super) async fn run(
         }
     }
     drop(listener);
-    for lane in lanes {
-        drop(lane.connections);
-        let _ = lane.ended.await;
+    // All are told before any is waited for: the grace time is one for all.
+    let ends: Vec<_> = lanes.into_iter().map(|lane| lane.ended).collect();
+    for ended in ends {
+        let _ = ended.await;
     }
     Ok(())
+}
+
+/// The lane with the fewest connections, of several the next from `turn` on. One whose thread has
+/// ended has the fewest of all, and serves nobody.
+fn quietest(lanes: &[Lane], turn: usize) -> Option<&Lane> {
+    let (before, after) = lanes.split_at(turn);
+    let alive = after.iter().chain(before).filter(|lane| !lane.connections.is_closed());
+    alive.min_by_key(|lane| lane.open.load(Ordering::Relaxed))
 }
 
 fn start_lane(
@@ -391,5 +397,32 @@ async fn serve(
     };
     if let Err(error) = ended {
         tracing::trace!(%error, "connection ended");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_go_to_the_quietest_lane_that_lives() {
+        let (mut lanes, mut ends) = (Vec::new(), Vec::new());
+        for open in [3, 2, 2] {
+            let (connections, incoming) = mpsc::channel(1);
+            let (_, ended) = oneshot::channel();
+            lanes.push(Lane { connections, open: Arc::new(AtomicUsize::new(open)), ended });
+            ends.push(incoming);
+        }
+        let found =
+            |turn| quietest(&lanes, turn).map(|lane| lanes.iter().position(|l| std::ptr::eq(l, lane)));
+        assert_eq!([0, 1, 2].map(found), [1, 1, 2].map(|at| Some(Some(at))));
+        // The thread of one has panicked: its connections are gone, and so is its end of the channel.
+        ends.remove(1);
+        lanes[1].open.store(0, Ordering::Relaxed);
+        let found =
+            |turn| quietest(&lanes, turn).map(|lane| lanes.iter().position(|l| std::ptr::eq(l, lane)));
+        assert_eq!([0, 1, 2].map(found), [Some(Some(2)); 3]);
+        drop(ends);
+        assert!(quietest(&lanes, 0).is_none());
     }
 }

@@ -203,10 +203,15 @@ impl<'a> Attempts<'a> {
         };
         let until = self.deadline.min(Instant::now() + options.patience);
         loop {
-            place.wait().await;
+            place.wait(until).await;
             match self.select() {
                 Ok(worker) => return Ok(worker),
-                Err(NoWorker::Saturated { .. }) if Instant::now() < until => {}
+                Err(NoWorker::Saturated { .. }) if Instant::now() < until => {
+                    // Somebody who may go where this one has been must not wait for it.
+                    if !self.tried.is_empty() {
+                        place.pass_on();
+                    }
+                }
                 Err(NoWorker::Saturated { .. }) => {
                     return Err(saturated(format!(
                         "all workers were saturated for {} s; try again, or add workers",

@@ -8,8 +8,8 @@ pub(super) const MAX_DEPTH: usize = 64;
 pub(super) fn is_shallow(body: &[u8]) -> bool {
     // Few brackets cannot nest deeply, wherever they are. Counting is many times faster than
     // following, and enough for most bodies.
-    let is_opening = |byte: &&u8| matches!(byte, b'[' | b'{');
-    body.iter().filter(is_opening).count() <= MAX_DEPTH || depth(body) <= MAX_DEPTH
+    let opened = memchr::memchr2_iter(b'[', b'{', body).take(MAX_DEPTH + 1).count();
+    opened <= MAX_DEPTH || depth(body) <= MAX_DEPTH
 }
 
 /// The deepest nesting.

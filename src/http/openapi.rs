@@ -117,7 +117,7 @@ fn path_item(entry: &Entry, listener: Listener) -> Value {
         item.insert(method, described);
     }
     if entry.operations.is_empty() {
-        let summary = "Passed on to a worker as it stands, with any method.";
+        let summary = "Passed on to a worker as it stands, with any method but TRACE and CONNECT.";
         for method in ANY {
             item.insert(method.to_owned(), describe(entry, method, summary, listener));
         }

@@ -75,7 +75,7 @@ async fn try_forward(
     let options = &shard.front.config.proxy;
     let deadline = Instant::now() + options.total_timeout;
     let (head, mut body) = request.into_parts();
-    if head.headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+    if head.headers.get_all(CONTENT_ENCODING).iter().any(|encoding| encoding != "identity") {
         let text = "compressed request bodies are not accepted; send the body without Content-Encoding";
         let error = ApiError::new(Code::UnsupportedEncoding, text).close();
         return Err(Failed { error, tracked });

@@ -1,15 +1,17 @@
 //! Requests that wait because all workers that might serve them are saturated.
 //!
-//! First come, first served for each model. A place is handed on when a request of this replica
-//! ends; what other replicas' requests free is noticed within [`LOOK_AGAIN`].
+//! First come, first served for each model: only who is first in line looks for room, and whoever
+//! leaves the line wakes the next. A place is handed on when a request of this replica ends; what
+//! other replicas' requests free is noticed within [`LOOK_AGAIN`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
 
 use crate::routing::book::Booking;
 use crate::state::worker::ServedModel;
@@ -29,22 +31,20 @@ impl Default for QueueOptions {
     }
 }
 
-/// How often a waiting request looks by itself whether there is room.
+/// How often the first in line looks by itself whether there is room.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
-/// Those who wait for one model.
-#[derive(Debug, Default)]
-struct Line {
-    notify: Notify,
-    length: AtomicUsize,
-}
+/// Those who wait for one model, in the order they came, and how to wake each.
+type Line = BTreeMap<u64, Arc<Notify>>;
 
 /// All who wait at this replica.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     waiting: AtomicUsize,
-    /// `None` is the line of requests that name no model.
-    lines: Mutex<HashMap<Option<String>, Arc<Line>>>,
+    /// Numbers those who come.
+    came: AtomicU64,
+    /// `None` is the line of requests that name no model. No line is empty.
+    lines: Mutex<HashMap<Option<String>, Line>>,
 }
 
 impl Queue {
@@ -55,12 +55,7 @@ impl Queue {
 
     /// Whether somebody waits for this model already.
     pub(super) fn has_line(&self, model: Option<&str>) -> bool {
-        self.waiting() > 0
-            && self
-                .lines
-                .lock()
-                .get(&model.map(str::to_owned))
-                .is_some_and(|line| line.length.load(Ordering::Relaxed) > 0)
+        self.waiting() > 0 && self.lines.lock().contains_key(&model.map(str::to_owned))
     }
 
     /// Stands in line; `None` when there are too many already.
@@ -70,21 +65,21 @@ impl Queue {
             return None;
         }
         let model = model.map(str::to_owned);
-        let line = Arc::clone(self.lines.lock().entry(model.clone()).or_default());
-        line.length.fetch_add(1, Ordering::AcqRel);
-        Some(Place { queue: Arc::clone(self), model, line })
+        let turn = Arc::<Notify>::default();
+        let mut lines = self.lines.lock();
+        // Numbered under the lock: the order of numbers is that of coming.
+        let number = self.came.fetch_add(1, Ordering::Relaxed);
+        lines.entry(model.clone()).or_default().insert(number, Arc::clone(&turn));
+        drop(lines);
+        Some(Place { queue: Arc::clone(self), model, number, turn })
     }
 
     /// A request on a worker that serves these has ended.
     fn freed(&self, models: &[ServedModel]) {
         let lines = self.lines.lock();
-        for model in models {
-            if let Some(line) = lines.get(&Some(model.name.clone())) {
-                line.notify.notify_one();
-            }
-        }
-        if let Some(line) = lines.get(&None) {
-            line.notify.notify_one();
+        let names = models.iter().map(|model| Some(model.name.clone())).chain([None]);
+        for (_, first) in names.filter_map(|name| lines.get(&name)?.first_key_value()) {
+            first.notify_one();
         }
     }
 }
@@ -94,26 +89,47 @@ impl Queue {
 pub(super) struct Place {
     queue: Arc<Queue>,
     model: Option<String>,
-    line: Arc<Line>,
+    number: u64,
+    turn: Arc<Notify>,
 }
 
 impl Place {
-    /// Waits until there may be room.
-    pub(super) async fn wait(&self) {
-        // An early look does no harm.
-        let _ = tokio::time::timeout(LOOK_AGAIN, self.line.notify.notified()).await;
+    /// Waits until there may be room, or it is `until`.
+    pub(super) async fn wait(&self, until: Instant) {
+        let until = if self.is_first() { until.min(Instant::now() + LOOK_AGAIN) } else { until };
+        // An early look does no harm. Who becomes first meanwhile is woken by who leaves.
+        let _ = timeout_at(until, self.turn.notified()).await;
+    }
+
+    fn is_first(&self) -> bool {
+        let lines = self.queue.lines.lock();
+        let first = lines.get(&self.model).and_then(Line::first_key_value);
+        first.is_none_or(|(number, _)| *number == self.number)
+    }
+
+    /// Lets the next one look: there is no room for this request, but there may be for one that
+    /// was not tried anywhere yet.
+    pub(super) fn pass_on(&self) {
+        wake_after(self.queue.lines.lock().get(&self.model), self.number);
+    }
+}
+
+fn wake_after(line: Option<&Line>, number: u64) {
+    if let Some((_, next)) = line.and_then(|line| line.range(number + 1..).next()) {
+        next.notify_one();
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.queue.waiting.fetch_sub(1, Ordering::AcqRel);
-        if self.line.length.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let mut lines = self.queue.lines.lock();
-            // Somebody may have come since; then the line stays.
-            if lines.get(&self.model).is_some_and(|line| line.length.load(Ordering::Acquire) == 0) {
-                lines.remove(&self.model);
-            }
+        let mut lines = self.queue.lines.lock();
+        let Some(line) = lines.get_mut(&self.model) else { return };
+        line.remove(&self.number);
+        // There may be room for more than one, or a wake-up that this one did not live to use.
+        wake_after(Some(line), self.number);
+        if line.is_empty() {
+            lines.remove(&self.model);
         }
     }
 }
@@ -175,19 +191,52 @@ mod tests {
         assert!(queue.lines.lock().is_empty() && queue.waiting() == 0);
     }
 
-    #[tokio::test]
-    async fn the_first_in_line_is_woken_first() {
-        let queue = Arc::<Queue>::default();
-        let options = QueueOptions::default();
-        let (first, second) = (queue.enter(Some("m"), &options), queue.enter(Some("m"), &options));
-        let (first, second) = (first.unwrap(), second.unwrap());
-        let mut one = std::pin::pin!(first.line.notify.notified());
-        let mut two = std::pin::pin!(second.line.notify.notified());
-        assert!(futures_util::poll!(one.as_mut()).is_pending());
-        assert!(futures_util::poll!(two.as_mut()).is_pending());
+    fn freed(queue: &Arc<Queue>) {
         let model = ServedModel { name: "m".into(), lora_of: None, max_model_len: None };
         queue.freed(&[model]);
-        assert!(futures_util::poll!(one.as_mut()).is_ready());
-        assert!(futures_util::poll!(two.as_mut()).is_pending());
+    }
+
+    /// Whether somebody is woken at once.
+    async fn is_woken(place: &Place) -> bool {
+        let waited = place.turn.notified();
+        tokio::time::timeout(Duration::from_millis(1), waited).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn places_go_to_the_first_in_line_and_whoever_leaves_wakes_the_next() {
+        let queue = Arc::<Queue>::default();
+        let options = QueueOptions::default();
+        let [first, second, third] = [(); 3].map(|()| queue.enter(Some("m"), &options).unwrap());
+        freed(&queue);
+        freed(&queue);
+        assert!(is_woken(&first).await && !is_woken(&second).await);
+        // It found room and goes; that there was room for two is for the next to see.
+        drop(first);
+        assert!(is_woken(&second).await && !is_woken(&third).await);
+        // It found none where it may go, but was tried elsewhere before.
+        second.pass_on();
+        assert!(is_woken(&third).await && !is_woken(&second).await);
+        // Woken and gone before it could look.
+        freed(&queue);
+        drop(second);
+        assert!(is_woken(&third).await);
+        third.pass_on();
+        assert!(!is_woken(&third).await);
+    }
+
+    #[tokio::test]
+    async fn only_the_first_in_line_looks_by_itself() {
+        let queue = Arc::<Queue>::default();
+        let options = QueueOptions::default();
+        let [first, second] = [(); 2].map(|()| queue.enter(Some("m"), &options).unwrap());
+        let began = Instant::now();
+        let until = began + LOOK_AGAIN * 4;
+        second.wait(until).await;
+        assert!(began.elapsed() >= LOOK_AGAIN * 4, "others would only push in");
+        // Far enough that a machine under load is no reason to reach it.
+        let began = Instant::now();
+        first.wait(began + Duration::from_secs(60)).await;
+        assert!(began.elapsed() < Duration::from_secs(30));
+        first.wait(began).await;
     }
 }

@@ -131,6 +131,16 @@ impl Relay {
         Poll::Ready(Some(Ok(Frame::data(ended.into()))))
     }
 
+    fn time_out(
+        &mut self,
+        cx: &mut Context<'_>,
+        error: ApiError,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let in_event = self.limits.ending.is_some();
+        let error = if in_event { ApiError { code: Code::UpstreamFailed, ..error } } else { error };
+        self.fail(cx, error, Outcome::Timeout)
+    }
+
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<ApiError> {
         loop {
             let deadline = self.limits.deadline.min(self.last_frame + self.limits.idle);
@@ -144,11 +154,10 @@ impl Relay {
                 timer.as_mut().reset(deadline);
                 continue;
             }
-            let text = if now >= self.limits.deadline {
-                "the request took longer than the total time allowed".to_owned()
-            } else {
-                format!("the worker sent nothing for {} ms", self.limits.idle.as_millis())
-            };
+            if now >= self.limits.deadline {
+                return Poll::Ready(out_of_time());
+            }
+            let text = format!("the worker sent nothing for {} ms", self.limits.idle.as_millis());
             return Poll::Ready(ApiError::new(Code::UpstreamTimeout, text));
         }
     }
@@ -170,6 +179,10 @@ impl Body for Relay {
         match Pin::new(upstream).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 this.last_frame = Instant::now();
+                if this.last_frame >= this.limits.deadline {
+                    // A worker that never pauses does not get to the timer below.
+                    return this.time_out(cx, out_of_time());
+                }
                 if let Some(data) = frame.data_ref() {
                     if !this.seen_data && !data.is_empty() {
                         this.seen_data = true;
@@ -198,14 +211,7 @@ impl Body for Relay {
                 this.fail(cx, ApiError::new(Code::UpstreamFailed, text), Outcome::UpstreamError)
             }
             Poll::Pending => match this.poll_silence(cx) {
-                Poll::Ready(error) => {
-                    let error = if this.limits.ending.is_some() {
-                        ApiError { code: Code::UpstreamFailed, ..error }
-                    } else {
-                        error
-                    };
-                    this.fail(cx, error, Outcome::Timeout)
-                }
+                Poll::Ready(error) => this.time_out(cx, error),
                 Poll::Pending => Poll::Pending,
             },
         }
@@ -225,6 +231,10 @@ impl Body for Relay {
             None => SizeHint::with_exact(0),
         }
     }
+}
+
+fn out_of_time() -> ApiError {
+    ApiError::new(Code::UpstreamTimeout, "the request took longer than the total time allowed")
 }
 
 /// The last bytes of an event stream, enough to see how it ends.

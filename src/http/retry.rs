@@ -60,8 +60,9 @@ impl RetryBudget {
             / 100.0
             + now.saturating_duration_since(saved.at).as_secs_f64();
         saved.retries = (saved.retries + earned).min(SAVED);
-        saved.requests = requests;
-        saved.at = now;
+        // Both were read before the lock was had, and may be older than what is here.
+        saved.requests = saved.requests.max(requests);
+        saved.at = saved.at.max(now);
         if saved.retries < 1.0 {
             return false;
         }
@@ -85,6 +86,17 @@ mod tests {
         assert_eq!(taken(50, start), 10);
         assert_eq!(taken(50, at(7)), 7);
         assert_eq!(taken(1_000_000, at(8)), 100);
+    }
+
+    #[test]
+    fn what_was_counted_earlier_than_the_last_look_is_not_earned_twice() {
+        let start = Instant::now();
+        let options = RetryOptions::default();
+        let budget = RetryBudget::new(start);
+        let later = start + Duration::from_secs(5);
+        assert_eq!((0..1000).take_while(|_| budget.take(&options, 100, later)).count(), 100);
+        assert!(!budget.take(&options, 0, start), "a latecomer");
+        assert!(!budget.take(&options, 100, later), "nothing has happened since");
     }
 
     #[test]

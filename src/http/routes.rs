@@ -96,7 +96,7 @@ pub struct Entry {
     pub served: Served,
     /// Largest body.
     pub max_body: MaxBody,
-    /// Its methods. Empty: any.
+    /// Its methods. Empty: any that a worker may be asked with (see [`Entry::allow`]).
     pub operations: &'static [Operation],
 }
 
@@ -250,11 +250,20 @@ impl Entry {
     /// Whether it serves `method`. Who serves GET serves HEAD.
     fn serves(&self, method: &Method) -> bool {
         let asked = if method == Method::HEAD { &Method::GET } else { method };
-        self.operations.is_empty() || self.operations.iter().any(|operation| operation.method == *asked)
+        if self.operations.is_empty() {
+            // A worker that mirrors a request (TRACE) shows the client what was added to it, its own
+            // credentials among that; what a tunnel (CONNECT) carries is nobody's request.
+            return !matches!(*method, Method::TRACE | Method::CONNECT);
+        }
+        self.operations.iter().any(|operation| operation.method == *asked)
     }
 
     /// The value of `Allow`.
     pub fn allow(&self) -> String {
+        if self.operations.is_empty() {
+            // The registered ones; others pass, too.
+            return "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS".to_owned();
+        }
         let names = self.operations.iter().map(|operation| operation.method.as_str());
         let head = self.operations.iter().any(|operation| operation.method == Method::GET).then_some("HEAD");
         names.chain(head).collect::<Vec<_>>().join(", ")

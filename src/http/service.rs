@@ -139,8 +139,7 @@ impl hyper::service::Service<Request<Incoming>> for FrontService {
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let in_flight = self.state.begin();
         let is_http1 = request.version() <= http::Version::HTTP_11;
-        let service = self.clone();
-        let is_draining = self.shard.front.draining.is_cancelled();
+        let (service, shard) = (self.clone(), Arc::clone(&self.shard));
         let stall = self.shard.front.config.accept.timeouts.write_stall;
         Box::pin(async move {
             let mut response = service.answer(request).await.map(|body| body.holding(in_flight));
@@ -149,8 +148,9 @@ impl hyper::service::Service<Request<Incoming>> for FrontService {
                 // A stalled HTTP/1 client stalls its socket, which `conn` watches; a stream
                 // without window stalls nothing that could be seen there.
                 response = response.map(|body| body.pumped(stall));
-            } else if is_draining {
-                // Its connection goes elsewhere before this listener closes.
+            } else if shard.front.draining.is_cancelled() {
+                // Its connection goes elsewhere before this listener closes. Asked only now: the
+                // answer may have taken longer than the drain.
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Ok(response)

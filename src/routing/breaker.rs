@@ -5,14 +5,15 @@
 //! same (see [`super::select`]). Time is given from outside, in milliseconds that never go
 //! back.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 /// When a breaker opens and for how long.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BreakerOptions {
     /// Failures in a row that open it; 0 means never. 5.
     pub failures: u32,
-    /// First time open, in ms; doubles with each failed trial. 1,000.
+    /// First time open, in ms; doubles with each failed trial, however many requests fail at
+    /// once. 1,000.
     pub open_ms: u64,
     /// Longest time open, in ms: 30,000.
     pub max_open_ms: u64,
@@ -50,6 +51,10 @@ impl BreakerState {
 #[derive(Debug, Default)]
 pub struct Breaker {
     failures: AtomicU32,
+    /// Trials that failed since it opened.
+    trials: AtomicU32,
+    /// A trial was let in, and nothing was heard of it yet.
+    on_trial: AtomicBool,
     /// 0 while closed, else when the next trial may begin.
     open_until: AtomicU64,
 }
@@ -75,7 +80,11 @@ impl Breaker {
             return false;
         }
         let next = now_ms + self.pause(options);
-        self.open_until.compare_exchange(until, next, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        let mine = self.open_until.compare_exchange(until, next, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if mine {
+            self.on_trial.store(true, Ordering::Release);
+        }
+        mine
     }
 
     /// A request was answered.
@@ -85,6 +94,8 @@ impl Breaker {
             self.failures.store(0, Ordering::Relaxed);
         }
         if self.open_until.load(Ordering::Relaxed) != 0 {
+            self.trials.store(0, Ordering::Relaxed);
+            self.on_trial.store(false, Ordering::Relaxed);
             self.open_until.store(0, Ordering::Release);
         }
     }
@@ -95,14 +106,23 @@ impl Breaker {
         if before == u32::MAX {
             self.failures.store(u32::MAX, Ordering::Relaxed);
         }
-        if options.failures != 0 && before.saturating_add(1) >= options.failures {
-            self.open_until.store((now_ms + self.pause(options)).max(1), Ordering::Release);
+        if options.failures == 0 || before.saturating_add(1) < options.failures {
+            return;
         }
+        if self.open_until.load(Ordering::Acquire) != 0 {
+            // Open already. Of many requests that a dying worker takes with it, only the trial
+            // says anything new.
+            if !self.on_trial.swap(false, Ordering::AcqRel) {
+                return;
+            }
+            self.trials.fetch_add(1, Ordering::AcqRel);
+        }
+        self.open_until.store((now_ms + self.pause(options)).max(1), Ordering::Release);
     }
 
     fn pause(&self, options: &BreakerOptions) -> u64 {
-        let beyond = self.failures.load(Ordering::Relaxed).saturating_sub(options.failures);
-        let doubled = options.open_ms.saturating_mul(1 << beyond.min(20));
+        let trials = self.trials.load(Ordering::Relaxed);
+        let doubled = options.open_ms.saturating_mul(1 << trials.min(20));
         doubled.min(options.max_open_ms)
     }
 }
@@ -148,6 +168,20 @@ mod tests {
         breaker.succeeded();
         assert_eq!(breaker.state(700), BreakerState::Closed);
         assert!(breaker.enter(700, &OPTIONS) && breaker.enter(700, &OPTIONS));
+    }
+
+    #[test]
+    fn many_failures_at_once_open_it_no_longer_than_a_few() {
+        let breaker = Breaker::default();
+        for _ in 0..100 {
+            breaker.failed(0, &OPTIONS);
+        }
+        assert_eq!((breaker.state(99), breaker.state(100)), (BreakerState::Open, BreakerState::HalfOpen));
+        assert!(breaker.enter(100, &OPTIONS));
+        for _ in 0..100 {
+            breaker.failed(100, &OPTIONS);
+        }
+        assert_eq!((breaker.state(299), breaker.state(300)), (BreakerState::Open, BreakerState::HalfOpen));
     }
 
     #[test]

@@ -44,9 +44,12 @@ impl Decoder {
         self.state == State::Done
     }
 
-    /// Takes what data there is from `buffer`, the data of neighbouring chunks joined; empty
-    /// when more must be read first or the body is over. What follows the body stays.
-    pub(super) fn take(&mut self, buffer: &mut BytesMut) -> Result<Bytes, BadChunk> {
+    /// Takes data from the front of `buffer`, that of neighbouring chunks joined; empty when more
+    /// must be read first or the body is over. What follows the body stays.
+    ///
+    /// With `whole` the beginning of a chunk waits for its end (up to a bound), so that events
+    /// stay in one piece where the engine sent them so.
+    pub(super) fn take(&mut self, buffer: &mut BytesMut, whole: bool) -> Result<Bytes, BadChunk> {
         // Data found so far lies at `from..to`; bytes before `read` are used up.
         let (mut from, mut to, mut read) = (0, 0, 0);
         loop {
@@ -65,7 +68,8 @@ impl Decoder {
                 },
                 State::Data(left) => {
                     let taken = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
-                    if taken == 0 || to - from >= JOIN {
+                    let is_part = (taken as u64) < left;
+                    if taken == 0 || to - from >= JOIN || (is_part && whole && taken < JOIN) {
                         break;
                     }
                     if to == from {
@@ -162,7 +166,7 @@ mod tests {
         for piece in wire.chunks(step) {
             buffer.extend_from_slice(piece);
             loop {
-                let taken = decoder.take(&mut buffer)?;
+                let taken = decoder.take(&mut buffer, false)?;
                 if taken.is_empty() {
                     break;
                 }
@@ -185,10 +189,12 @@ mod tests {
     fn chunks_that_lie_in_the_buffer_together_come_out_as_one() {
         let mut buffer = BytesMut::from(&b"1\r\na\r\n1\r\nb\r\n2\r\nc"[..]);
         let mut decoder = Decoder::new();
-        assert_eq!(decoder.take(&mut buffer).unwrap(), "abc");
+        assert_eq!(decoder.take(&mut buffer, true).unwrap(), "ab");
+        assert_eq!(decoder.take(&mut buffer, true).unwrap(), "", "half a chunk waits");
+        assert_eq!(decoder.take(&mut buffer, false).unwrap(), "c", "unless there is no more to be had");
         assert!(buffer.is_empty() && !decoder.is_done());
         buffer.extend_from_slice(b"d\r\n0\r\n\r\n");
-        assert_eq!(decoder.take(&mut buffer).unwrap(), "d");
+        assert_eq!(decoder.take(&mut buffer, true).unwrap(), "d");
         assert!(decoder.is_done());
     }
 

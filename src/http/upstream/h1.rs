@@ -9,7 +9,7 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use http_body::SizeHint;
@@ -24,6 +24,11 @@ use super::{SendError, Slot, Ticket};
 
 /// Interim responses (1xx) read before one answer; more are a flood.
 const MOST_INTERIM: u32 = 16;
+/// A kept connection that breaks within this time was closed while nobody used it. If it takes
+/// longer, the worker had the request and may have died of it.
+const STALE_WITHIN: Duration = Duration::from_secs(1);
+/// Most memory a connection keeps for its next head.
+const KEPT_HEAD: usize = 8 * 1024;
 /// Size of a read: first, and once reads come back full.
 const READ: (usize, usize) = (4 * 1024, 64 * 1024);
 
@@ -65,7 +70,23 @@ impl Conn {
         let mut buffer = ReadBuf::new(&mut byte);
         // Nobody is to be woken: the next request registers itself.
         let mut cx = Context::from_waker(Waker::noop());
-        Pin::new(&mut self.stream).poll_read(&mut cx, &mut buffer).is_pending()
+        let stream = &mut self.stream;
+        // Whatever the task's budget: without any, everything would look quiet.
+        let read = tokio::task::unconstrained(std::future::poll_fn(|cx| {
+            Pin::new(&mut *stream).poll_read(cx, &mut buffer)
+        }));
+        std::pin::pin!(read).poll(&mut cx).is_pending()
+    }
+
+    /// Gives back the memory that a large exchange took: there may be many idle connections.
+    fn shrink(&mut self) {
+        if self.read_size > READ.0 {
+            self.read_size = READ.0;
+            self.unread = BytesMut::new();
+        }
+        if self.head.capacity() > KEPT_HEAD {
+            self.head = Vec::new();
+        }
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
@@ -83,17 +104,51 @@ impl Conn {
     }
 }
 
+/// What a connection's `head` and this body are written with.
+#[derive(Debug)]
+struct Sending {
+    body: Bytes,
+    /// Of head and body together.
+    written: usize,
+    /// The worker stopped reading; its answer may still say why.
+    failed: bool,
+}
+
+impl Sending {
+    /// Writes on; ready when all is written or nothing more can be.
+    fn poll(&mut self, conn: &mut Conn, cx: &mut Context<'_>) -> Poll<()> {
+        let head = conn.head.len();
+        while !self.failed && self.written < head + self.body.len() {
+            let rest_of_head = &conn.head[self.written.min(head)..];
+            let rest_of_body = &self.body[self.written.saturating_sub(head)..];
+            let slices = [IoSlice::new(rest_of_head), IoSlice::new(rest_of_body)];
+            let from = usize::from(rest_of_head.is_empty());
+            match Pin::new(&mut conn.stream).poll_write_vectored(cx, &slices[from..]) {
+                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => self.failed = true,
+                Poll::Ready(Ok(count)) => self.written += count,
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        match Pin::new(&mut conn.stream).poll_flush(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Ok(())) => Poll::Ready(()),
+            Poll::Ready(Err(_)) => {
+                self.failed = true;
+                Poll::Ready(())
+            }
+        }
+    }
+}
+
 /// A request being sent and its answer's head being awaited.
 #[derive(Debug)]
 pub(super) struct Exchange {
     /// Taken when the answer is there.
     conn: Option<Box<Conn>>,
     slot: Arc<Slot>,
-    body: Bytes,
-    /// Of head and body together.
-    written: usize,
-    /// The worker stopped reading; its answer may still say why.
-    write_failed: bool,
+    /// Taken when the answer is there.
+    sending: Option<Sending>,
+    began: Instant,
     is_head: bool,
     interim: u32,
 }
@@ -104,36 +159,10 @@ impl Exchange {
         Self {
             conn: Some(conn),
             slot: Arc::clone(slot),
-            body: request.body().clone(),
-            written: 0,
-            write_failed: false,
+            sending: Some(Sending { body: request.body().clone(), written: 0, failed: false }),
+            began: Instant::now(),
             is_head: request.is_head(),
             interim: 0,
-        }
-    }
-
-    /// Writes on; ready when all is written or nothing more can be.
-    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(conn) = &mut self.conn else { return Poll::Ready(()) };
-        let head = conn.head.len();
-        while !self.write_failed && self.written < head + self.body.len() {
-            let rest_of_head = &conn.head[self.written.min(head)..];
-            let rest_of_body = &self.body[self.written.saturating_sub(head)..];
-            let slices = [IoSlice::new(rest_of_head), IoSlice::new(rest_of_body)];
-            let from = usize::from(rest_of_head.is_empty());
-            match Pin::new(&mut conn.stream).poll_write_vectored(cx, &slices[from..]) {
-                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => self.write_failed = true,
-                Poll::Ready(Ok(count)) => self.written += count,
-                Poll::Pending => return Poll::Pending,
-            }
-        }
-        match Pin::new(&mut conn.stream).poll_flush(cx) {
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(Ok(())) => Poll::Ready(()),
-            Poll::Ready(Err(_)) => {
-                self.write_failed = true;
-                Poll::Ready(())
-            }
         }
     }
 
@@ -162,7 +191,9 @@ impl Exchange {
             match conn.poll_read(cx) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(1..)) => {}
-                Poll::Ready(Ok(0) | Err(_)) if nothing_yet && conn.served > 0 => {
+                Poll::Ready(Ok(0) | Err(_))
+                    if nothing_yet && conn.served > 0 && self.began.elapsed() < STALE_WITHIN =>
+                {
                     return Poll::Ready(Err(SendError::Stale));
                 }
                 Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(SendError::Closed)),
@@ -176,8 +207,10 @@ impl Future for Exchange {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        let sent = this.poll_write(cx).is_ready() && !this.write_failed;
-        // Looked for before all is sent too: a worker may refuse a large body early.
+        let (Some(conn), Some(sending)) = (&mut this.conn, &mut this.sending) else { return Poll::Pending };
+        let all_written = sending.poll(conn, cx).is_ready();
+        let failed = sending.failed;
+        // Looked for before all is sent too: a worker may answer, or refuse, a large body early.
         let head = std::task::ready!(this.poll_head(cx))?;
         let Some(mut conn) = this.conn.take() else { return Poll::Pending };
         conn.served = conn.served.saturating_add(1);
@@ -186,8 +219,9 @@ impl Future for Exchange {
             Framing::Chunked => Left::Chunked(Decoder::new()),
             Framing::Close => Left::Close,
         };
-        let home = (sent && head.keep_alive).then(|| Arc::clone(&this.slot));
-        let mut body = H1Body { conn: Some(conn), left, home };
+        let home = (head.keep_alive && !failed).then(|| Arc::clone(&this.slot));
+        let unsent = this.sending.take().filter(|_| !all_written);
+        let mut body = H1Body { conn: Some(conn), left, home, unsent };
         if matches!(body.left, Left::Length(0)) {
             body.end();
         }
@@ -211,6 +245,9 @@ pub(in crate::http) struct H1Body {
     left: Left,
     /// Where the connection goes afterwards, if it may be kept.
     home: Option<Arc<Slot>>,
+    /// The rest of the request, where the answer began before it was sent; goes on beside the
+    /// reading, and is given up when the answer ends first.
+    unsent: Option<Sending>,
 }
 
 impl H1Body {
@@ -220,7 +257,9 @@ impl H1Body {
         self.left = Left::Length(0);
         if let Some(slot) = self.home.take()
             && conn.unread.is_empty()
+            && self.unsent.is_none()
         {
+            conn.shrink();
             conn.idle_since = Instant::now();
             slot.put(conn);
         }
@@ -238,8 +277,24 @@ impl H1Body {
         }
     }
 
+    /// Writes what of the request is still to be sent. A worker that stops reading is no failure:
+    /// its answer counts.
+    fn send_on(&mut self, cx: &mut Context<'_>) {
+        if let (Some(conn), Some(unsent)) = (&mut self.conn, &mut self.unsent)
+            && unsent.poll(conn, cx).is_ready()
+        {
+            if unsent.failed {
+                self.home = None;
+            }
+            self.unsent = None;
+        }
+    }
+
     /// The next bytes; `None` at the end.
     pub(super) fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        self.send_on(cx);
+        // What the connection said when it was last asked for more.
+        let mut said: Option<Poll<io::Error>> = None;
         loop {
             let Some(conn) = &mut self.conn else { return Poll::Ready(None) };
             let (data, ended) = match &mut self.left {
@@ -248,7 +303,8 @@ impl H1Body {
                     *left -= taken as u64;
                     (conn.unread.split_to(taken).freeze(), *left == 0)
                 }
-                Left::Chunked(decoder) => match decoder.take(&mut conn.unread) {
+                // The beginning of a chunk must do when there is no more to be had.
+                Left::Chunked(decoder) => match decoder.take(&mut conn.unread, said.is_none()) {
                     Ok(data) => (data, decoder.is_done()),
                     Err(error) => {
                         self.conn = None;
@@ -264,18 +320,55 @@ impl H1Body {
                 return Poll::Ready(Some(Ok(data)));
             }
             let Some(conn) = &mut self.conn else { return Poll::Ready(None) };
-            match std::task::ready!(conn.poll_read(cx)) {
-                Ok(1..) => {}
-                Ok(0) if matches!(self.left, Left::Close) => self.conn = None,
-                Ok(0) => {
-                    self.conn = None;
-                    return Poll::Ready(Some(Err(io::ErrorKind::UnexpectedEof.into())));
-                }
-                Err(error) => {
+            match said {
+                None => {}
+                Some(Poll::Pending) => return Poll::Pending,
+                Some(Poll::Ready(error)) => {
                     self.conn = None;
                     return Poll::Ready(Some(Err(error)));
                 }
             }
+            match conn.poll_read(cx) {
+                Poll::Ready(Ok(1..)) => {}
+                Poll::Ready(Ok(0)) if matches!(self.left, Left::Close) => self.conn = None,
+                Poll::Ready(Ok(0)) => said = Some(Poll::Ready(io::ErrorKind::UnexpectedEof.into())),
+                Poll::Ready(Err(error)) => said = Some(Poll::Ready(error)),
+                Poll::Pending => said = Some(Poll::Pending),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// A connection and its other end.
+    async fn pair() -> (Box<Conn>, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (far, _) = listener.accept().await.unwrap();
+        let ticket = Ticket(Arc::new(AtomicUsize::new(1)));
+        (Conn::new(Stream::Tcp(near), 1024, ticket), far)
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_spoke_or_closed_is_not_quiet_however_busy_the_task_was() {
+        for says in [&b"HTTP/1.1 200 OK\r\n\r\n"[..], b""] {
+            let (mut conn, mut far) = pair().await;
+            assert!(conn.is_quiet());
+            far.write_all(says).await.unwrap();
+            drop(far);
+            let Stream::Tcp(stream) = &conn.stream else { panic!("not plain") };
+            stream.readable().await.unwrap();
+            // All that the task may do before it must yield is done.
+            while futures_util::poll!(std::pin::pin!(tokio::task::consume_budget())).is_ready() {}
+            assert!(!conn.is_quiet());
         }
     }
 }

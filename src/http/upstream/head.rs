@@ -114,6 +114,7 @@ pub(super) fn parse(buffer: &mut BytesMut, to_head_request: bool) -> Result<Pars
         }
     }
     let bodiless = to_head_request || matches!(status.as_u16(), 204 | 304);
+    let announced_chunks = transfer.is_some();
     let framing = match (transfer, length) {
         (Some(_), Some(_)) => return Err("a content length beside a transfer encoding".to_owned()),
         (Some(encoding), None) => {
@@ -129,7 +130,13 @@ pub(super) fn parse(buffer: &mut BytesMut, to_head_request: bool) -> Result<Pars
         (None, Some(length)) => Framing::Length(length),
         (None, None) => Framing::Close,
     };
-    let keep_alive = !close && (is_http11 || keep) && framing != Framing::Close;
+    // A worker that wrongly sends the body it announces would have it read as the next answer.
+    let may_have_sent_one = bodiless && (announced_chunks || length.is_some_and(|length| length > 0));
+    let keep_alive = !close && (is_http11 || keep) && framing != Framing::Close && !may_have_sent_one;
+    if status == StatusCode::NO_CONTENT {
+        // Must not be there, and clients that hold to that break the connection off.
+        passing.remove(http::header::CONTENT_LENGTH);
+    }
     Ok(Parsed::Final(Head { status, headers: passing, framing, keep_alive }))
 }
 
@@ -187,7 +194,9 @@ mod tests {
     fn answers_without_a_body_have_none_whatever_they_announce() {
         for code in [204, 304] {
             let text = format!("HTTP/1.1 {code} x\r\nContent-Length: 7\r\n\r\n");
-            assert_eq!(head(&text).unwrap().framing, Framing::Length(0));
+            let head = head(&text).unwrap();
+            assert_eq!(head.framing, Framing::Length(0));
+            assert_eq!(head.headers.contains_key("content-length"), code == 304);
         }
         let mut buffer = BytesMut::from("HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n");
         let Ok(Parsed::Final(head)) = parse(&mut buffer, true) else { panic!("no head") };
@@ -205,6 +214,20 @@ mod tests {
         assert!(!keeps("HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n"));
         assert!(keeps("HTTP/1.0 200 OK\r\nContent-Length: 0\r\nConnection: keep-alive\r\n\r\n"));
         assert!(!keeps("HTTP/1.1 200 OK\r\n\r\n"));
+    }
+
+    #[test]
+    fn a_body_that_is_announced_where_none_may_be_is_not_waited_for_on_a_kept_connection() {
+        let keeps = |text: &str, to_head| match parse(&mut BytesMut::from(text), to_head) {
+            Ok(Parsed::Final(head)) => head.keep_alive,
+            other => panic!("{other:?}"),
+        };
+        assert!(!keeps("HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n", true));
+        assert!(!keeps("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", true));
+        assert!(!keeps("HTTP/1.1 204 No Content\r\nContent-Length: 7\r\n\r\n", false));
+        assert!(keeps("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", true));
+        assert!(keeps("HTTP/1.1 200 OK\r\n\r\n", true));
+        assert!(keeps("HTTP/1.1 204 No Content\r\n\r\n", false));
     }
 
     #[test]

@@ -46,6 +46,9 @@ pub struct PoolOptions {
     /// How long an idle connection is kept: 4 s, less than the 5 s of uvicorn, which vLLM and
     /// SGLang run on, so that a request seldom meets a connection just being closed.
     pub idle_timeout: Duration,
+    /// How long an HTTP/2 connection is kept on which no request is begun; those under way on it
+    /// end first: 60 s.
+    pub h2_idle_timeout: Duration,
     /// Longest response head: 64 KiB.
     pub max_head_bytes: usize,
     /// For `https://` workers; without it they cannot be connected to.
@@ -61,6 +64,7 @@ impl Default for PoolOptions {
             max_idle_per_worker: 256,
             max_per_worker: 4096,
             idle_timeout: Duration::from_secs(4),
+            h2_idle_timeout: Duration::from_secs(60),
             max_head_bytes: 64 * 1024,
             tls: None,
             authorization: None,
@@ -109,7 +113,7 @@ pub(super) struct Slot {
     max_idle: usize,
     /// HTTP/1 connections open, idle or not.
     open: Arc<AtomicUsize>,
-    h2: tokio::sync::Mutex<Option<h2::Sender>>,
+    h2: tokio::sync::Mutex<h2::Shared>,
 }
 
 impl Slot {
@@ -204,11 +208,11 @@ impl Pool {
         let not_before = self.not_before();
         slots.by_worker.retain(|_, slot| {
             slot.sweep(not_before);
+            let in_use = Arc::strong_count(slot) > 1;
             // Without a connection it costs nothing to make anew; a worker that is gone leaves
             // nothing behind.
-            Arc::strong_count(slot) > 1
-                || !slot.idle.lock().is_empty()
-                || slot.h2.try_lock().is_ok_and(|h2| h2.as_ref().is_some_and(|h2| !h2.is_closed()))
+            let has_h2 = slot.h2.try_lock().is_ok_and(|mut h2| h2.sweep(self.options.h2_idle_timeout));
+            in_use || has_h2 || !slot.idle.lock().is_empty()
         });
     }
 
@@ -231,7 +235,8 @@ impl Pool {
         fresh: bool,
     ) -> Result<Response<UpstreamBody>, SendError> {
         if slot.endpoint.http2 {
-            return self.send_h2(slot, request, fresh).await;
+            // A connection that turned out stale was forgotten: the next one is fresh anyway.
+            return self.send_h2(slot, request).await;
         }
         let kept = if fresh { None } else { slot.take(self.not_before()) };
         let conn = match kept {
@@ -262,25 +267,39 @@ impl Pool {
         })
     }
 
+    async fn open_h2(&self, slot: &Slot) -> Result<h2::Sender, SendError> {
+        let stream = self.connect(slot).await?;
+        h2::handshake(stream, self.options.max_head_bytes).await
+    }
+
     fn send_h2<'a>(
         &'a self,
         slot: &'a Arc<Slot>,
         request: &'a Outgoing<'_>,
-        fresh: bool,
     ) -> Pin<Box<dyn Future<Output = Result<Response<UpstreamBody>, SendError>> + Send + 'a>> {
         Box::pin(async move {
-            let (mut sender, reused) = {
+            let began = Instant::now();
+            let (mut sender, number, reused) = {
                 let mut shared = slot.h2.lock().await;
-                match shared.as_ref().filter(|sender| !fresh && !sender.is_closed()) {
-                    Some(sender) => (sender.clone(), true),
-                    None => {
-                        let stream = self.connect(slot).await?;
-                        let made = h2::handshake(stream, self.options.max_head_bytes).await?;
-                        (shared.insert(made).clone(), false)
-                    }
+                if let Some((sender, number)) = shared.open() {
+                    (sender, number, true)
+                } else if let Some(why) = shared.failed_since(began) {
+                    return Err(why);
+                } else {
+                    let made = self.open_h2(slot).await;
+                    let (sender, number) = shared.made(made)?;
+                    (sender, number, false)
                 }
             };
-            let response = h2::send(&mut sender, request, slot, reused).await?;
+            let response = match h2::send(&mut sender, request, slot, reused).await {
+                Ok(response) => response,
+                Err(why) => {
+                    if why == SendError::Stale {
+                        slot.h2.lock().await.forget(number);
+                    }
+                    return Err(why);
+                }
+            };
             Ok(response.map(UpstreamBody::H2))
         })
     }
@@ -345,7 +364,13 @@ impl Body for UpstreamBody {
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         match self.get_mut() {
             UpstreamBody::H1(body) => body.poll_data(cx).map_ok(Frame::data),
-            UpstreamBody::H2(body) => Pin::new(body).poll_frame(cx).map_err(io::Error::other),
+            UpstreamBody::H2(body) => loop {
+                match std::task::ready!(Pin::new(&mut *body).poll_frame(cx)) {
+                    // Trailers are dropped, as over HTTP/1.
+                    Some(Ok(frame)) if !frame.is_data() => {}
+                    other => return Poll::Ready(other.map(|frame| frame.map_err(io::Error::other))),
+                }
+            },
         }
     }
 
