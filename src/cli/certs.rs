@@ -259,9 +259,14 @@ impl Folder {
         if there.is_empty() || self.force {
             return Ok(());
         }
+        let authority =
+            [CA_CERT, CA_KEY].iter().any(|file| there.contains(&self.dir.join(file).display().to_string()));
+        let warning =
+            if authority { " (all certificates of the old authority are worth nothing then)" } else { "" };
         Err(Failure::Failed(format!(
-            "{} already there; overwrite with --force (certificates of an authority that is overwritten are worth nothing), or choose another folder with --dir",
-            there.join(", ")
+            "{} {} there already; overwrite with --force{warning}, or choose another folder with --dir",
+            there.join(", "),
+            if there.len() == 1 { "is" } else { "are" }
         )))
     }
 

@@ -191,11 +191,22 @@ impl Client {
 
     fn refusal(&self, method: &Method, path: &str, status: StatusCode, body: &[u8]) -> String {
         match serde_json::from_slice::<ErrorReply>(body) {
-            Ok(reply) if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => format!(
-                "{}; give the admin token with --token-file or EVERLINE_ADMIN_TOKEN",
-                reply.error.message
-            ),
-            Ok(reply) => reply.error.message,
+            Ok(reply) => {
+                let message = reply.error.message;
+                // By the code, because a worker's address may be forbidden, too.
+                match reply.error.code.as_deref() {
+                    Some("unauthorized") => {
+                        format!("{message}; give the admin token with --token-file or EVERLINE_ADMIN_TOKEN")
+                    }
+                    Some("forbidden") => format!(
+                        "{message}; is what --token-file or EVERLINE_ADMIN_TOKEN gives one of the replica's admin.token_file?"
+                    ),
+                    Some("unknown_route") => {
+                        format!("{message}; name the admin address (port 8081 by default) with --server")
+                    }
+                    _ => message,
+                }
+            }
             Err(_) => {
                 format!("{method} {}{path} answered {status}; is it an Everline admin address?", self.base)
             }

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::output::{Failure, Out};
 use super::serve::Sources;
-use crate::config::{default_toml, to_toml_with_origins};
+use crate::config::{Config, default_toml, to_toml_with_origins};
 
 /// Print, check and explain the configuration
 ///
@@ -56,15 +56,28 @@ impl Args {
                 let loaded = sources.load()?;
                 let config = &loaded.config;
                 out.line(&format!(
-                    "ok: replica {}, clients at {}, admin at {}, {} founding members, {} workers",
+                    "ok: replica {}, clients at {}, admin at {}, {}, {}",
                     config.replica.name,
                     config.http_url(),
                     config.admin_url(),
-                    config.cluster.peers.len().max(1),
-                    config.worker.len()
+                    membership(config),
+                    counted(config.worker.len(), "configured worker")
                 ))
             }
             Command::Default => out.write(&default_toml()),
         }
     }
+}
+
+/// How the replica comes to its cluster, in a few words.
+fn membership(config: &Config) -> String {
+    match (config.cluster.peers.len(), config.cluster.join.as_slice()) {
+        (0, []) => "a cluster of one".to_owned(),
+        (0, addresses) => format!("joins the cluster at {}", addresses.join(", ")),
+        (n, _) => counted(n, "founding member"),
+    }
+}
+
+fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }

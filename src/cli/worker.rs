@@ -66,7 +66,7 @@ struct Listing {
 
 #[derive(clap::Args, Debug)]
 struct Add {
-    /// Base URL of the engine, http://HOST:PORT
+    /// Base URL of the engine, http://HOST:PORT or https://HOST:PORT
     url: String,
     /// Unique id [default: host:port of the URL]
     #[arg(long)]
@@ -101,7 +101,7 @@ struct Add {
     /// Requests it should have at once; more wait [default: proxy.max_requests_per_worker]
     #[arg(long, value_name = "N")]
     max_requests: Option<u32>,
-    /// Register it without asking the engine for its health and models
+    /// Register it without asking the engine for its health and models; name those with --model
     #[arg(long)]
     no_probe: bool,
     #[command(flatten)]
@@ -142,6 +142,10 @@ impl Command {
                 let request = add.request();
                 // The same bounds as the server's, found without a round trip.
                 request.to_spec(WorkerSource::Admin).map_err(Failure::Usage)?;
+                if add.no_probe && add.models.is_empty() {
+                    let text = "--no-probe needs --model NAME: the engine is not asked what it serves";
+                    return Err(Failure::Usage(text.to_owned()));
+                }
                 let reply: MessageReply =
                     add.server.client()?.call(Method::POST, WORKERS, Some(&request)).await?;
                 out.line(&reply.message)

@@ -173,6 +173,11 @@ fn view_age(member: &Member, id: ReplicaId) -> Option<u64> {
 /// as follower, since an append of the leader was taken.
 fn quorum_age(member: &Member, group: Group) -> Option<u64> {
     let raft = &member.rafts[group.index()];
+    if raft.is_leader() && Members::of(raft).voters.iter().eq([&member.id]) {
+        // The only voter is a quorum by itself. Nobody acknowledges anything to it, so that
+        // openraft's time of the last acknowledgement stands still.
+        return Some(0);
+    }
     let metrics = raft.metrics();
     let metrics = metrics.borrow_watched();
     let age = match metrics.state {

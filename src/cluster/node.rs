@@ -168,10 +168,12 @@ fn lock_folder(dir: &std::path::Path) -> Result<std::fs::File, StartError> {
     let lock = std::fs::File::create(dir.join("LOCK"))?;
     match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(lock),
-        Err(_) => Err(StartError::Damaged(format!(
-            "{} is in use by another process; give each replica its own data folder",
-            dir.display()
-        ))),
+        // Nothing is wrong with the folder, so it must not be called damaged: it would be set aside.
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let text = "it is in use by another process; give each replica a data folder of its own";
+            Err(StartError::Io(std::io::Error::new(std::io::ErrorKind::WouldBlock, text)))
+        }
+        Err(error) => Err(StartError::Io(error.into())),
     }
 }
 

@@ -292,13 +292,13 @@ impl Inner {
                 }
                 Ok(format!("{text} (member {id}) votes"))
             }
-            MemberOp::TransferLeader { member: to } => {
-                let to = to.as_deref().map(find).transpose()?;
+            MemberOp::TransferLeader { member: named } => {
+                let to = named.as_deref().map(find).transpose()?;
                 for group in Group::ALL {
                     self.change(group, Call::Transfer { group, to }).await?;
                 }
-                Ok(match to {
-                    Some(id) => format!("member {id} leads both groups"),
+                Ok(match named.zip(to) {
+                    Some((text, id)) => format!("{text} (member {id}) leads both groups"),
                     None => "leadership of both groups was handed over".to_owned(),
                 })
             }

@@ -273,6 +273,19 @@ fn a_cluster_of_one_survives_its_restarts() {
 }
 
 #[test]
+fn a_cluster_of_one_is_a_quorum_for_as_long_as_it_runs() {
+    let r = Replicas::new(1);
+    r.until("a leader", || r.leader() == Some(0));
+    // Idle, and longer than what is heard of others counts as fresh.
+    let end = Instant::now() + Duration::from_millis(2500);
+    r.until("the time to pass", || {
+        let status = r.plane(0).status();
+        assert!(status.quorum, "{:?}", status.groups);
+        Instant::now() > end
+    });
+}
+
+#[test]
 fn a_replica_that_was_away_too_long_gets_a_snapshot_and_all_restart_from_checkpoints() {
     away_too_long(Replicas::new(3));
 }

@@ -51,6 +51,7 @@ impl KeysFile {
         let given = config.key.clone();
         let keys = read_keys_file(&path, &given)?;
         // Seen as nothing yet: the first look takes the text, and replaces keys with the same.
+        // It is also what says so in the log.
         let file = Self { path, given, ring, seen: Seen::Unreadable(io::ErrorKind::WouldBlock) };
         file.put_into_force(&keys);
         Ok(Some(file))
@@ -84,7 +85,11 @@ impl KeysFile {
                 tracing::error!(path = %self.path.display(), %why, "the file of keys cannot be read; the old keys stay in force");
             }
             Seen::Text(text) => match parse_keys(&self.path, text, &self.given) {
-                Ok(keys) => self.put_into_force(&keys),
+                Ok(keys) => {
+                    self.put_into_force(&keys);
+                    let keys = self.given.len() + keys.len();
+                    tracing::info!(path = %self.path.display(), keys, "API keys are in force");
+                }
                 Err(errors) => {
                     tracing::error!(path = %self.path.display(), why = %errors, "the file of keys is broken; the old keys stay in force");
                 }
@@ -95,7 +100,6 @@ impl KeysFile {
 
     fn put_into_force(&self, keys: &[KeyEntry]) {
         self.ring.replace(self.given.iter().chain(keys).map(client_key).collect());
-        tracing::info!(path = %self.path.display(), keys = self.given.len() + keys.len(), "API keys are in force");
     }
 }
 

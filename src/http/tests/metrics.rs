@@ -193,6 +193,10 @@ impl Logged {
         let text = Arc::<parking_lot::Mutex<Vec<u8>>>::default();
         let sink = Arc::clone(&text);
         let writer = move || Sink(Arc::clone(&sink));
+        // With a single subscriber in the process, tracing lets whichever thread first comes by
+        // decide for all whether a line is wanted, even one that has no subscriber.
+        static SECOND: std::sync::OnceLock<tracing::Dispatch> = std::sync::OnceLock::new();
+        SECOND.get_or_init(|| tracing::Dispatch::new(tracing_subscriber::registry()));
         let subscriber = tracing_subscriber::fmt().json().with_writer(writer).finish();
         Self { text, _guard: tracing::subscriber::set_default(subscriber) }
     }
