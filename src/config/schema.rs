@@ -98,9 +98,10 @@ sections! {
         max_headers: u32 = 64, Kind::int("fields", 8, 1024);
         /// Largest request head.
         max_header_bytes: u32 = 65_536, Kind::int("bytes", 8 * KIB, 16 * MIB);
-        /// Most connections at once; further ones wait in the kernel's backlog.
+        /// Most connections at once; further ones are answered 503 and closed.
         max_connections: u32 = 10_000, Kind::int("connections", 1, 1_000_000);
-        /// Most connections at once from one address; 0 means no limit.
+        /// Most connections at once from one address, or from one IPv6 network of 64 bits; 0 means
+        /// no limit.
         max_connections_per_ip: u32 = 0, Kind::int("connections", 0, 1_000_000);
         /// File of `[[key]]` entries, read again within a second when it changes: to give and revoke keys without a restart. Replace it in one step (write another, `mv` it over). While it is broken or away the last good keys stay in force. With this set a key is needed even while the file names none.
         keys_file: Option<PathBuf> = None, Kind::Path;

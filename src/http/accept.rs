@@ -37,7 +37,7 @@ pub struct FrontOptions {
     pub max_head_bytes: usize,
     /// Most open connections: 10,000.
     pub max_connections: usize,
-    /// Most open connections from one address: 256.
+    /// Most open connections from one address, or from one IPv6 network of 64 bits: 256.
     pub max_connections_per_ip: usize,
     /// Networks to which the per-address limit does not apply, such as that of a load balancer
     /// that works on layer 4: loopback.
@@ -71,6 +71,9 @@ impl Default for FrontOptions {
         }
     }
 }
+
+/// Bytes of an answer that wait for a client that does not read, for each of its streams.
+const H2_SEND_BUFFER: usize = 64 * 1024;
 
 /// Pause after a failed accept (mostly: no file descriptors left), so that the loop does not
 /// spin.
@@ -121,6 +124,7 @@ impl Census {
         gauge.inc();
         let mut place = Place { census: Arc::clone(self), counted_ip: None, gauge: gauge.clone() };
         if !options.per_ip_exempt.iter().any(|net| net.contains(&ip)) {
+            let ip = household(ip);
             let mut by_ip = self.by_ip.lock();
             let open = by_ip.entry(ip).or_default();
             if *open >= options.max_connections_per_ip {
@@ -131,6 +135,15 @@ impl Census {
             place.counted_ip = Some(ip);
         }
         Some(place)
+    }
+}
+
+/// What the limit by address counts as one: an IPv6 network of 64 bits, all of whose addresses
+/// anybody has who has one of them.
+fn household(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(_) => ip,
+        IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() >> 64 << 64).into()),
     }
 }
 
@@ -375,6 +388,7 @@ async fn serve(
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(options.max_h2_streams)
+        .max_send_buf_size(H2_SEND_BUFFER)
         .max_header_list_size(options.max_head_bytes as u32)
         .keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20));
@@ -403,6 +417,23 @@ async fn serve(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_ipv6_network_counts_as_one_address() {
+        let options =
+            FrontOptions { max_connections_per_ip: 2, per_ip_exempt: Vec::new(), ..FrontOptions::default() };
+        let (census, gauge) = (Arc::<Census>::default(), Default::default());
+        let enter = |ip: &str| census.enter(ip.parse().unwrap(), &options, &gauge);
+        let places = [enter("2001:db8::1"), enter("2001:db8::2")];
+        assert!(places.iter().all(Option::is_some));
+        assert!(enter("2001:db8::3").is_none() && enter("2001:db8::ffff:0:0:1").is_none());
+        assert!(enter("2001:db8:0:1::1").is_some() && enter("192.0.2.1").is_some());
+        // IPv4 in IPv6 clothing is IPv4.
+        let _one = [enter("::ffff:192.0.2.1"), enter("::ffff:192.0.2.1")];
+        assert!(enter("::ffff:192.0.2.1").is_none() && enter("::ffff:192.0.2.2").is_some());
+        drop(places);
+        assert!(enter("2001:db8::3").is_some());
+    }
 
     #[test]
     fn connections_go_to_the_quietest_lane_that_lives() {

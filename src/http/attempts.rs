@@ -136,7 +136,11 @@ impl<'a> Attempts<'a> {
                     self.breaker_failed(&worker);
                     return Err(error);
                 }
-                Err(Failure::Failed(why)) => self.note_failure(&worker, &why),
+                Err(Failure::Failed(why)) => {
+                    // Before the pause: nothing runs at the worker any more.
+                    drop(booking);
+                    self.note_failure(&worker, &why);
+                }
             }
             if !Box::pin(self.may_go_on()).await {
                 return held.ok_or_else(|| self.give_up());

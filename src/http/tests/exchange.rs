@@ -1,17 +1,21 @@
 //! Exchanges with workers that are early, late, silent or endless, and what becomes of the
 //! connection afterwards.
 
+use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Response};
+use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::Frame;
 use http_body_util::StreamBody;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use super::support::*;
@@ -48,7 +52,7 @@ async fn a_compressed_body_is_refused_wherever_its_encoding_is_named() {
 }
 
 /// Reads a head, begins to answer, reads the body, ends the answer; counts its connections.
-async fn early(connections: Arc<AtomicUsize>) -> std::net::SocketAddr {
+async fn early(connections: Arc<AtomicUsize>) -> SocketAddr {
     worker(move |mut stream| {
         connections.fetch_add(1, Ordering::Relaxed);
         async move {
@@ -180,27 +184,84 @@ async fn requests_for_an_h2_worker_that_cannot_be_reached_fail_together_not_one_
     assert!(since.elapsed() < Duration::from_millis(400 * 8), "{:?}", since.elapsed());
 }
 
+type Frames = Response<StreamBody<futures_util::stream::Iter<std::vec::IntoIter<io::Result<Frame<Bytes>>>>>>;
+
+fn frames(frames: Vec<Frame<Bytes>>) -> Frames {
+    let frames: Vec<_> = frames.into_iter().map(Ok).collect();
+    Response::new(StreamBody::new(futures_util::stream::iter(frames)))
+}
+
+/// A worker that speaks HTTP/2 only and does not wait for bodies.
+async fn h2_worker(answer: fn(Request<Incoming>) -> Frames) -> SocketAddr {
+    worker(move |stream| async move {
+        let service = service_fn(move |request| async move { Ok::<_, io::Error>(answer(request)) });
+        let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        let _ = builder.serve_connection(TokioIo::new(stream), service).await;
+    })
+    .await
+}
+
+#[tokio::test]
+async fn clients_that_do_not_read_do_not_hold_up_others_on_the_same_h2_connection() {
+    let address = h2_worker(|request| {
+        if request.uri().path() == "/v1/audio/x" {
+            let chunk = Bytes::from(vec![b'x'; 64 * 1024]);
+            return frames(vec![(); 512].into_iter().map(|()| Frame::data(chunk.clone())).collect());
+        }
+        frames(vec![Frame::data("{}".into())])
+    });
+    let front = start(FrontConfig::default());
+    front.cluster.add("w", address.await);
+    front.cluster.change("w", |record| record.spec.http2 = true);
+    let mut stalled = Vec::new();
+    for _ in 0..8 {
+        let mut stream = TcpStream::connect(front.address).await.unwrap();
+        stream.write_all(request("GET", "/v1/audio/x", "", "").as_bytes()).await.unwrap();
+        stream.read_u8().await.unwrap();
+        stalled.push(stream);
+    }
+    let live = Arc::clone(&front.cluster.worker("w").unwrap().live);
+    assert_eq!(live.load().requests, 8);
+    // They fill what there is of buffers; then nothing moves on those streams.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    for _ in 0..3 {
+        let response = exchange(front.address, chat()).await;
+        assert_eq!(status(&response), 200, "{response}");
+    }
+    drop(stalled);
+}
+
+#[tokio::test]
+async fn a_stream_outlives_the_time_after_which_its_h2_connection_counts_as_idle() {
+    let pool = PoolOptions { h2_idle_timeout: Duration::from_millis(50), ..PoolOptions::default() };
+    let front = start(FrontConfig { pool, ..FrontConfig::default() });
+    let engine = start(FrontConfig::default());
+    let slow = worker(|mut stream| async move {
+        read_message(&mut stream).await;
+        let begin = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: {}\n\n";
+        stream.write_all(begin.as_bytes()).await.unwrap();
+        // Two looks at idle connections.
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        let _ = stream.write_all(b"data: [DONE]\n\n").await;
+    });
+    engine.cluster.add("e", slow.await);
+    front.cluster.add("w", engine.address);
+    front.cluster.change("w", |record| record.spec.http2 = true);
+    let response = exchange(front.address, chat()).await;
+    assert!(response.contains("[DONE]") && !response.contains("error"), "{response}");
+}
+
 #[tokio::test]
 async fn of_an_h2_answer_neither_headers_for_one_hop_nor_trailers_pass() {
-    let listener = TcpListener::bind(loopback()).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            let service = hyper::service::service_fn(|_| async {
-                let mut trailers = HeaderMap::new();
-                trailers.insert("x-trailer", HeaderValue::from_static("1"));
-                let frames =
-                    [Frame::data(Bytes::from_static(b"data: [DONE]\n\n")), Frame::trailers(trailers)];
-                let body = StreamBody::new(futures_util::stream::iter(frames.map(Ok::<_, std::io::Error>)));
-                let mut response = Response::new(body);
-                response.headers_mut().insert("trailer", HeaderValue::from_static("x-trailer"));
-                response.headers_mut().insert("content-type", HeaderValue::from_static("text/event-stream"));
-                Ok::<_, std::io::Error>(response)
-            });
-            let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-            tokio::spawn(builder.serve_connection(TokioIo::new(stream), service));
-        }
-    });
+    let address = h2_worker(|_| {
+        let mut trailers = HeaderMap::new();
+        trailers.insert("x-trailer", HeaderValue::from_static("1"));
+        let mut response = frames(vec![Frame::data("data: [DONE]\n\n".into()), Frame::trailers(trailers)]);
+        response.headers_mut().insert("trailer", HeaderValue::from_static("x-trailer"));
+        response.headers_mut().insert("content-type", HeaderValue::from_static("text/event-stream"));
+        response
+    })
+    .await;
     let front = start(FrontConfig::default());
     front.cluster.add("w", address);
     front.cluster.change("w", |record| record.spec.http2 = true);

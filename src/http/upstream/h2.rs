@@ -20,6 +20,13 @@ use crate::http::headers::is_hop_by_hop;
 /// none for as long again.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 
+/// Bytes of an answer that may wait here unread: as much of memory, at most, as each request under
+/// way may take.
+const STREAM_WINDOW: u32 = 128 * 1024;
+/// The same for all answers of a connection: so much that the streams' own windows are the bound.
+/// Were it less, some clients that do not read would hold up everybody's answers.
+const CONNECTION_WINDOW: u32 = 1 << 30;
+
 /// A handle to a connection.
 pub(super) type Sender = SendRequest<Full<Bytes>>;
 
@@ -86,6 +93,8 @@ impl Shared {
 pub(super) async fn handshake(stream: Stream, max_head: usize) -> Result<Sender, SendError> {
     let (sender, connection) = Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .max_header_list_size(u32::try_from(max_head).unwrap_or(u32::MAX))
