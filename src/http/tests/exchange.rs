@@ -144,6 +144,29 @@ async fn a_kept_connection_that_breaks_late_has_reached_the_worker() {
 }
 
 #[tokio::test]
+async fn a_worker_that_tired_of_an_idle_connection_is_asked_again_on_another() {
+    let front = start(FrontConfig::default());
+    let connections = Arc::<AtomicUsize>::default();
+    let count = Arc::clone(&connections);
+    let tired = worker(move |mut stream| {
+        count.fetch_add(1, Ordering::Relaxed);
+        async move {
+            read_message(&mut stream).await;
+            let _ = stream.write_all(ok("application/json", "{}").as_bytes()).await;
+            // What a server says that closes an idle connection crosses with the next request.
+            read_message(&mut stream).await;
+            let late = "HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+            let _ = stream.write_all(late.as_bytes()).await;
+        }
+    });
+    front.cluster.add("w", tired.await);
+    for _ in 0..2 {
+        assert_eq!(status(&exchange(front.address, chat()).await), 200);
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test]
 async fn an_h2_connection_that_nobody_uses_is_closed_and_nothing_stays_of_a_worker_that_is_gone() {
     let pool = PoolOptions { h2_idle_timeout: Duration::from_millis(50), ..PoolOptions::default() };
     let front = start(FrontConfig { pool, ..FrontConfig::default() });

@@ -12,6 +12,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use http::StatusCode;
 use http_body::SizeHint;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
@@ -213,6 +214,11 @@ impl Future for Exchange {
         // Looked for before all is sent too: a worker may answer, or refuse, a large body early.
         let head = std::task::ready!(this.poll_head(cx))?;
         let Some(mut conn) = this.conn.take() else { return Poll::Pending };
+        let is_kept_and_soon = conn.served > 0 && this.began.elapsed() < STALE_WITHIN;
+        if head.status == StatusCode::REQUEST_TIMEOUT && !head.keep_alive && is_kept_and_soon {
+            // No answer to this request: with it a server takes leave of an idle connection.
+            return Poll::Ready(Err(SendError::Stale));
+        }
         conn.served = conn.served.saturating_add(1);
         let left = match head.framing {
             Framing::Length(length) => Left::Length(length),
