@@ -86,6 +86,12 @@ pub struct WorkerStatus {
     pub generation: u64,
     /// Relative share of traffic; 100 is ordinary.
     pub weight: u32,
+    /// Spoken to in HTTP/2.
+    #[serde(default)]
+    pub http2: bool,
+    /// Requests it should have at once, where its registration says.
+    #[serde(default)]
+    pub max_requests: Option<u32>,
     /// Tokens in a KV block, where known.
     pub block_size: Option<u32>,
     /// KV blocks the engine can hold, where known.

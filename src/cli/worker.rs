@@ -201,6 +201,8 @@ fn page(worker: &WorkerStatus) -> String {
         ("KV blocks", format!("{} of {}", worker.decode_blocks, known(worker.capacity_blocks))),
         ("block size", known(worker.block_size.map(u64::from))),
         ("weight", worker.weight.to_string()),
+        ("http2", worker.http2.to_string()),
+        ("max requests", worker.max_requests.map_or("as configured".to_owned(), |most| most.to_string())),
         ("source", format!("{:?}", worker.source).to_lowercase()),
         ("liveness", format!("{:?}", worker.liveness).to_lowercase()),
         ("generation", worker.generation.to_string()),

@@ -56,8 +56,8 @@ pub(super) struct Attempts<'a> {
     tried: Vec<WorkerId>,
     /// What went wrong so far, for the error text; bounded by the number of attempts.
     failures: Vec<String>,
-    /// Workers that have seen the request.
-    reached: u32,
+    /// Workers that may have read the request.
+    reached: Vec<WorkerId>,
     /// A kept-alive connection has failed already.
     stale: bool,
     retries: u32,
@@ -88,14 +88,13 @@ impl<'a> Attempts<'a> {
             trouble: Retry::Connect,
             tried: Vec::new(),
             failures: Vec::new(),
-            reached: 0,
+            reached: Vec::new(),
             stale: false,
             retries: 0,
         }
     }
 
     pub(super) async fn run(mut self) -> Result<Answered, ApiError> {
-        let options = &self.shard.front.config.proxy;
         // A 502, 503 or 504 of a worker, kept in case nobody else does better.
         let mut held: Option<Answered> = None;
         loop {
@@ -124,7 +123,7 @@ impl<'a> Attempts<'a> {
                 Ok((response, slot)) => {
                     self.note_answer(&worker, response.status());
                     let answered = Answered { response, booking, worker, slot };
-                    let last = held.is_some() || self.reached >= options.max_workers_reached;
+                    let last = held.is_some() || self.reached_enough();
                     if last || !is_gateway_trouble(answered.response.status()) {
                         return Ok(answered);
                     }
@@ -153,11 +152,11 @@ impl<'a> Attempts<'a> {
     async fn may_go_on(&mut self) -> bool {
         let front = &self.shard.front;
         let proxy = &front.config.proxy;
-        if self.retries >= proxy.retry.attempts || self.reached >= proxy.max_workers_reached {
+        if self.retries >= proxy.retry.attempts || self.reached_enough() {
             return false;
         }
         self.retries += 1;
-        if self.reached > 0 {
+        if matches!(self.trouble, Retry::Closed | Retry::Garbage | Retry::Status) {
             let now = std::time::Instant::now();
             if !front.retry_budget.take(&proxy.retry, front.metrics.requests_taken(), now) {
                 self.failures
@@ -251,7 +250,7 @@ impl<'a> Attempts<'a> {
     }
 
     fn note_answer(&mut self, worker: &WorkerView, status: StatusCode) {
-        self.reached += 1;
+        self.note_reached(worker);
         if worker.live.unreachable.load(Ordering::Relaxed) {
             worker.live.unreachable.store(false, Ordering::Relaxed);
         }
@@ -277,15 +276,29 @@ impl<'a> Attempts<'a> {
             }
             SendError::Forbidden(_) | SendError::Full => self.tried.push(worker.id().clone()),
             // The worker itself may be well: it closed an idle connection just then. The next
-            // attempt has a fresh connection.
-            SendError::Stale if !self.stale => self.stale = true,
+            // attempt has a fresh connection. But it may also have died of the request.
+            SendError::Stale if !self.stale => {
+                self.stale = true;
+                self.note_reached(worker);
+            }
             SendError::Stale | SendError::Closed | SendError::Garbage(_) => {
-                self.reached += 1;
+                self.note_reached(worker);
                 self.breaker_failed(worker);
                 self.tried.push(worker.id().clone());
             }
         }
         self.failures.push(format!("{}: {why}", worker.id()));
+    }
+
+    fn note_reached(&mut self, worker: &WorkerView) {
+        if !self.reached.contains(worker.id()) {
+            self.reached.push(worker.id().clone());
+        }
+    }
+
+    /// Whether no further worker may see the request.
+    fn reached_enough(&self) -> bool {
+        self.reached.len() >= self.shard.front.config.proxy.max_workers_reached as usize
     }
 
     fn breaker_failed(&self, worker: &WorkerView) {
@@ -321,7 +334,7 @@ impl<'a> Attempts<'a> {
 
     fn give_up(&self) -> ApiError {
         let text = format!("every worker tried has failed ({})", self.failures.join("; "));
-        let code = if self.reached > 0 { Code::UpstreamFailed } else { Code::UpstreamConnectFailed };
+        let code = if !self.reached.is_empty() { Code::UpstreamFailed } else { Code::UpstreamConnectFailed };
         ApiError::new(code, text).retry_after(1)
     }
 }

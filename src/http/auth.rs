@@ -78,7 +78,7 @@ fn shown_digest(headers: &HeaderMap, what: &str) -> Result<[u8; 32], ApiError> {
 }
 
 fn unknown_token(what: &str) -> ApiError {
-    ApiError::new(Code::Forbidden, format!("this is not a {what} token known here"))
+    ApiError::new(Code::Forbidden, format!("no {what} token known here is like this one"))
 }
 
 /// SHA-256 digests of accepted tokens.

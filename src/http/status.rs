@@ -39,6 +39,8 @@ pub(super) fn worker_status(worker: &WorkerView, now_ms: u64) -> WorkerStatus {
         reachable: !worker.live.unreachable.load(Ordering::Relaxed),
         generation: record.generation,
         weight: record.spec.weight,
+        http2: record.spec.http2,
+        max_requests: record.spec.max_requests,
         block_size: record.spec.block_size,
         capacity_blocks: record.spec.capacity_blocks,
     }

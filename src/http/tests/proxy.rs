@@ -318,6 +318,39 @@ async fn a_request_that_kills_workers_reaches_at_most_two() {
 }
 
 #[tokio::test]
+async fn a_request_that_kills_workers_over_kept_connections_reaches_no_more() {
+    let front = start(FrontConfig::default());
+    let died = Arc::new(parking_lot::Mutex::new(std::collections::BTreeSet::new()));
+    for id in ["a", "b", "c", "d"] {
+        let died = died.clone();
+        let address = worker(move |mut stream| {
+            let died = died.clone();
+            async move {
+                while let Some((_, body)) = read_message(&mut stream).await {
+                    if body.windows(6).any(|window| window == b"poison") {
+                        died.lock().insert(id);
+                        return;
+                    }
+                    let _ = stream.write_all(ok("text/plain", "well").as_bytes()).await;
+                }
+            }
+        })
+        .await;
+        front.cluster.add(id, address);
+    }
+    for _ in 0..10 {
+        // Each gets a connection that is kept.
+        for _ in 0..20 {
+            assert_eq!(status(&exchange(front.address, chat()).await), 200);
+        }
+        let poison = post("/v1/completions", r#"{"model":"m","prompt":"poison"}"#);
+        assert_eq!(status(&exchange(front.address, poison).await), 502);
+        let died = std::mem::take(&mut *died.lock());
+        assert!((1..=2).contains(&died.len()), "{died:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_kept_alive_connection_that_was_closed_is_no_error() {
     // The worker answers once on each connection and closes when the second request arrives.
     let address = worker(|mut stream| async move {
