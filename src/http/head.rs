@@ -51,33 +51,42 @@ pub(super) struct HeadScanner {
 
 impl HeadScanner {
     /// Takes more bytes; a verdict once the head is complete, and only then.
-    pub(super) fn feed(&mut self, bytes: &[u8]) -> Option<Verdict> {
-        for &byte in bytes {
-            if self.done {
+    pub(super) fn feed(&mut self, mut bytes: &[u8]) -> Option<Verdict> {
+        while !self.done && !bytes.is_empty() {
+            let Some(end) = memchr::memchr(b'\n', bytes) else {
+                self.read(bytes);
                 return None;
+            };
+            self.read(&bytes[..end]);
+            bytes = &bytes[end + 1..];
+            if self.end_line() {
+                self.done = true;
+                self.verdict.two_lengths = self.content_length && self.transfer_encoding;
+                return Some(self.verdict);
             }
-            if byte == b'\n' {
-                if self.end_line() {
-                    self.done = true;
-                    self.verdict.two_lengths = self.content_length && self.transfer_encoding;
-                    return Some(self.verdict);
-                }
-                continue;
-            }
-            if self.in_name {
-                if byte == b':' {
-                    self.in_name = false;
-                    self.note_name();
-                } else if self.name_length < NAME_ROOM {
-                    self.name[self.name_length] = byte.to_ascii_lowercase();
-                    self.name_length += 1;
-                }
-            }
-            self.line_length += 1;
-            self.tail.rotate_left(1);
-            self.tail[9] = byte;
         }
         None
+    }
+
+    /// Takes a part of a line.
+    fn read(&mut self, part: &[u8]) {
+        if self.in_name {
+            let colon = memchr::memchr(b':', part);
+            let name = &part[..colon.unwrap_or(part.len())];
+            for byte in name.iter().take(NAME_ROOM - self.name_length) {
+                self.name[self.name_length] = byte.to_ascii_lowercase();
+                self.name_length += 1;
+            }
+            if colon.is_some() {
+                self.in_name = false;
+                self.note_name();
+            }
+        }
+        self.line_length += part.len();
+        let kept = &part[part.len().saturating_sub(self.tail.len())..];
+        self.tail.rotate_left(kept.len());
+        let from = self.tail.len() - kept.len();
+        self.tail[from..].copy_from_slice(kept);
     }
 
     fn note_name(&mut self) {

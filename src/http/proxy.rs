@@ -85,7 +85,7 @@ async fn try_forward(
         Err(error) => {
             // Who expects a 100 has not sent the body yet, and reading would ask for it.
             if error.code == Code::BodyTooLarge && !head.headers.contains_key(EXPECT) {
-                discard(&mut body, &options.body).await;
+                Box::pin(discard(&mut body, &options.body)).await;
             }
             return Err(Failed { error, tracked });
         }

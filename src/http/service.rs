@@ -64,11 +64,11 @@ impl FrontService {
         let found = routes::find(self.listener, front.config.metrics_on_client, request.method(), path);
         let route = match found {
             Ok(route) => route,
-            Err(Miss { route, error }) => return self.refuse(route, error, request).await,
+            Err(Miss { route, error }) => return Box::pin(self.refuse(route, error, request)).await,
         };
         let grant = match check(front, self.listener, route, request.headers(), self.peer.ip()) {
             Ok(grant) => grant,
-            Err(error) => return self.refuse(route, error, request).await,
+            Err(error) => return Box::pin(self.refuse(route, error, request)).await,
         };
         if route.is_proxied() {
             request.extensions_mut().insert(grant.pass.caller());
@@ -80,7 +80,9 @@ impl FrontService {
         let (head, body) = request.into_parts();
         let (shard, caller) = (Arc::clone(&self.shard), grant.pass.caller());
         let call = Call { shard, listener: self.listener, route, head, body, caller, node: grant.node };
-        let response = call.answer().await;
+        // Boxed like the refusals: the proxy path's future is made for each request and had better
+        // be small.
+        let response = Box::pin(call.answer()).await;
         tracked.set_status(response.status());
         tracked.finish(Outcome::of(response.status()));
         let body = |body| if is_head { FrontBody::full("") } else { FrontBody::axum(body) };
