@@ -12,6 +12,8 @@
 //! [`codec`]: bytes for the log, the disk and the peers, each with a version. The only module
 //! that names bincode.
 //!
+//! [`kv`]: blocks of the KV cache: their hashes, and what engines say of them.
+//!
 //! [`state`]: the replicated state machines. Commands in, state and outcomes out, the same on
 //! every replica: [`state::control`] is the registry, [`state::cache`] the loads and leases.
 //!
@@ -61,6 +63,7 @@ pub mod config;
 pub mod engines;
 pub mod http;
 pub mod ids;
+pub mod kv;
 pub mod routing;
 pub mod serve;
 pub mod state;

@@ -1,0 +1,8 @@
+//! KV-cache blocks: how they are hashed, and what is said about them.
+//!
+//! Pure: bytes in, values out. A block goes by its [`hash::LocalHash`] (its tokens alone) and its
+//! [`hash::SequenceHash`] (its tokens and all before it), both reckoned by us from token ids, so
+//! that the events of any engine and the prompts of any client meet on the same keys.
+
+pub mod hash;
+pub mod types;
