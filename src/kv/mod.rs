@@ -5,4 +5,8 @@
 //! that the events of any engine and the prompts of any client meet on the same keys.
 
 pub mod hash;
+pub mod index;
+#[cfg(test)]
+mod reference;
 pub mod types;
+pub mod wire;
