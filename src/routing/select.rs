@@ -31,6 +31,17 @@ pub struct Selection {
     pub last_resort: bool,
 }
 
+impl Selection {
+    /// What to book for a prompt: tokens whose prefill is outstanding, those that the accelerator
+    /// holds left out, and the blocks that it will hold. One token at least is computed always.
+    pub fn to_book(&self, prompt_tokens: u32) -> (u32, u32) {
+        let block = self.worker.block_size();
+        let cached = self.overlap.gpu.saturating_mul(block);
+        let prefill = prompt_tokens.saturating_sub(cached).max(prompt_tokens.min(1));
+        (prefill, prompt_tokens.div_ceil(block))
+    }
+}
+
 /// Why a worker could not be chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Filtered {
