@@ -65,10 +65,9 @@ pub struct CostOptions {
     pub overlap_weight: f64,
     /// Weight of the blocks whose prefill stands before it.
     pub queue_weight: f64,
-    /// Weight of a block that a running request holds.
+    /// Weight of a block that a running request holds. A request in flight counts as one more, so
+    /// that one of unknown length counts too.
     pub decode_weight: f64,
-    /// Weight of a request in flight, in blocks.
-    pub request_weight: f64,
     /// Credits of the tiers.
     pub credits: TierCredits,
     /// 0 chooses the least cost. Above that, candidates are drawn with a probability of
@@ -79,10 +78,9 @@ pub struct CostOptions {
 impl Default for CostOptions {
     fn default() -> Self {
         Self {
-            overlap_weight: 5.0,
-            queue_weight: 4.0,
-            decode_weight: 1.0,
-            request_weight: 0.0,
+            overlap_weight: 2.5,
+            queue_weight: 1.0,
+            decode_weight: 0.05,
             credits: TierCredits::default(),
             temperature: 0.0,
         }
@@ -98,16 +96,14 @@ pub struct Terms {
     pub prompt: f64,
     /// What is cached of it; at most `prompt`, and subtracted.
     pub credit: f64,
-    /// What running requests hold.
+    /// What running requests hold, and how many they are.
     pub decode: f64,
-    /// Requests in flight.
-    pub requests: f64,
 }
 
 impl Terms {
     /// The cost.
     pub fn total(&self) -> f64 {
-        self.queued + (self.prompt - self.credit) + self.decode + self.requests
+        self.queued + (self.prompt - self.credit) + self.decode
     }
 }
 
@@ -139,7 +135,6 @@ impl CostOptions {
             ("weight", self.overlap_weight),
             ("queue", self.queue_weight),
             ("decode", self.decode_weight),
-            ("request", self.request_weight),
         ] {
             if !(0.0..=Self::MAX_WEIGHT).contains(&weight) {
                 return Err(format!("{name} must lie in 0 to {}, not {weight}", Self::MAX_WEIGHT));
@@ -164,8 +159,7 @@ impl CostOptions {
             queued: self.queue_weight * (input.active_prefill_tokens as f64 / block) / speed,
             prompt: self.overlap_weight * prompt / speed,
             credit: self.overlap_weight * credit / speed,
-            decode: self.decode_weight * input.active_decode_blocks as f64 / speed,
-            requests: self.request_weight * input.requests as f64 / speed,
+            decode: self.decode_weight * (input.active_decode_blocks + input.requests) as f64 / speed,
         }
     }
 }

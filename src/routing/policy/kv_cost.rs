@@ -20,7 +20,6 @@ impl KvCost {
             ("weight", &mut options.overlap_weight),
             ("queue", &mut options.queue_weight),
             ("decode", &mut options.decode_weight),
-            ("request", &mut options.request_weight),
             ("temperature", &mut options.temperature),
             ("host", &mut options.credits.host),
             ("disk", &mut options.credits.disk),
