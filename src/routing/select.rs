@@ -205,11 +205,12 @@ fn ranks<'a>(
 ) -> impl Iterator<Item = Candidate<'a>> + use<'a> {
     let (pinned, overlaps) = (request.pinned.and_then(|pin| pin.rank), request.overlaps);
     let all = 0..worker.dp_ranks();
+    let names = worker.live.ranks();
     all.filter(move |rank| pinned.is_none_or(|pinned| pinned == *rank)).map(move |rank| Candidate {
         worker,
         rank,
         load: worker.rank_load(rank, peers_count),
-        overlap: worker.ranks.get(rank as usize).map(|ix| overlap_of(overlaps, *ix)).unwrap_or_default(),
+        overlap: names.get(rank as usize).map(|ix| overlap_of(overlaps, *ix)).unwrap_or_default(),
     })
 }
 
