@@ -131,7 +131,7 @@ pub(super) struct Tree {
 }
 
 /// One rank's and tier's share of the digest.
-fn term(rank: u32, tier: usize, (count, sum): (u64, u64)) -> u64 {
+pub(super) fn term(rank: u32, tier: usize, (count, sum): (u64, u64)) -> u64 {
     if count == 0 {
         return 0;
     }
