@@ -7,6 +7,7 @@
 //!
 //!     prefixbench [--reps 5] [--configs 16x128,64x512] [--peers all]   figures and ratios
 //!     prefixbench --dump                                               dump and load
+//!     prefixbench --bound                                              stores beyond the bound
 //!     cargo run --release --features mem                               live heap bytes
 
 #[allow(dead_code, reason = "the benchmark calls part of it")]
@@ -107,16 +108,13 @@ fn main() {
         [(64, 128, 1_000_000), (64, 1024, 1_000_000), (256, 1024, 2_000_000), (16, 128, 1_000_000)]
     {
         let load = Workload::new(workers, depth, budget);
+        // What was prepared is live before and freed after.
         let measured = |subject: &mut dyn Subject| {
             subject.prepare(&load);
-            let before = LIVE_NOW(Relaxed);
+            let before = live::LIVE.load(Relaxed);
             subject.apply_all();
-            (LIVE_NOW(Relaxed) - before + subject.prepared()) as f64 / load.blocks as f64
+            (live::LIVE.load(Relaxed) - before + subject.prepared()) as f64 / load.blocks as f64
         };
-        #[allow(non_snake_case)]
-        fn LIVE_NOW(order: std::sync::atomic::Ordering) -> i64 {
-            live::LIVE.load(order)
-        }
         let mut everline = Everline::new(true);
         let ours = measured(&mut everline);
         let counted = everline.counted() as f64 / load.blocks as f64;
@@ -135,6 +133,9 @@ fn main() {
     let value = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned();
     if args.iter().any(|a| a == "--dump") {
         return measure::dump();
+    }
+    if args.iter().any(|a| a == "--bound") {
+        return measure::bound();
     }
     let reps = value("--reps").and_then(|n| n.parse().ok()).unwrap_or(3);
     let configs = value("--configs").unwrap_or("16x128,64x512,64x2048,256x128,256x2048".into());

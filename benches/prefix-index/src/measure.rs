@@ -123,6 +123,37 @@ impl Fresh for crate::subjects::Radix {
     }
 }
 
+/// What a store takes when the bound is passed all the time.
+#[cfg_attr(feature = "mem", allow(dead_code, reason = "the other kind of measurement"))]
+pub fn bound() {
+    for mib in [64, 256, 512] {
+        let load = Workload::new(64, 512, mib * 45_000);
+        let index = Index::new(Options { bytes: (mib as u64) << 20 });
+        let (mut worst, mut total, mut batches) = (0.0f64, 0.0f64, 0);
+        for event in &load.events {
+            let (rank, bytes) = crate::subjects::encoded(event);
+            let before = index.counters().evicted;
+            let start = Instant::now();
+            index.apply_encoded(rank, &bytes).expect("what was encoded");
+            let took = start.elapsed().as_secs_f64();
+            total += took;
+            if index.counters().evicted > before {
+                worst = worst.max(took);
+                batches += 1;
+            }
+        }
+        let counters = index.counters();
+        println!(
+            "{mib} MiB: {} stored, {} held, {} evicted in {batches} batches, the longest {:.1} ms; {:.0} ns a block on the whole",
+            load.blocks,
+            counters.worker_blocks,
+            counters.evicted,
+            worst * 1e3,
+            total * 1e9 / load.blocks as f64,
+        );
+    }
+}
+
 /// Dump and load of a million and of ten million blocks.
 #[cfg_attr(feature = "mem", allow(dead_code, reason = "the other kind of measurement"))]
 pub fn dump() {

@@ -31,7 +31,7 @@ pub trait Subject {
     fn prepare(&mut self, load: &Workload);
     /// Applies all that was prepared, and is done when it is visible. Events are dropped on the way.
     fn apply_all(&mut self);
-    /// Applies the second half, after the first was applied with [`Self::apply_half`].
+    /// Applies the first half; [`Self::apply_all`] applies the rest.
     fn apply_half(&mut self);
     fn asker(&self, queries: &[Vec<u64>]) -> Query<'static>;
     /// The same for another thread, if it can be asked from there.
@@ -113,6 +113,11 @@ fn op(event: &Event) -> KvOp {
     }
 }
 
+/// An event as the log carries it.
+pub fn encoded(event: &Event) -> (RankIx, Vec<u8>) {
+    (RankIx(event.worker as u32), wire::encode(&[op(event)]))
+}
+
 impl Subject for Everline {
     fn name(&self) -> &'static str {
         if self.encoded { "everline (encoded)" } else { "everline" }
@@ -122,7 +127,7 @@ impl Subject for Everline {
         let rank = |event: &Event| RankIx(event.worker as u32);
         let (ops, bytes) = self.prepared.note(|| {
             if self.encoded {
-                (vec![], load.events.iter().map(|e| (rank(e), wire::encode(&[op(e)]))).collect())
+                (vec![], load.events.iter().map(encoded).collect())
             } else {
                 (load.events.iter().map(|e| (rank(e), op(e))).collect(), vec![])
             }

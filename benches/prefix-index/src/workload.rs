@@ -28,7 +28,6 @@ pub struct Event {
 }
 
 pub struct Workload {
-    pub workers: usize,
     pub depth: usize,
     pub blocks: usize,
     pub events: Vec<Event>,
@@ -70,7 +69,7 @@ impl Workload {
                 break;
             }
         }
-        Self { workers, depth, blocks: workers * count * depth, events, sequences }
+        Self { depth, blocks: workers * count * depth, events, sequences }
     }
 
     /// Queries: whole sequences, such that share the common quarter, and unknown ones.
