@@ -44,6 +44,15 @@ impl Skipped {
     pub fn total(&self) -> u64 {
         self.unknown + self.block_size + self.group + self.pairs + self.malformed
     }
+
+    /// Adds another batch's.
+    pub fn add(&mut self, other: &Self) {
+        self.unknown += other.unknown;
+        self.block_size += other.block_size;
+        self.group += other.group;
+        self.pairs += other.pairs;
+        self.malformed += other.malformed;
+    }
 }
 
 /// One decoded batch.
