@@ -12,7 +12,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::batch::Gathering;
 use super::hub::HubFeed;
 use super::live::{Live, LiveEvent, Rejected, message};
-use super::replay::{Answer, Replay};
+use super::replay::{Answer, Question, Replay};
+pub use super::replay::SILENCE;
 use super::{Delivery, FeedSink};
 use crate::kv::event::{Decoder, Format, Skipped, skim};
 use crate::kv::feed::{Action, Cursor, Feed, FeedStats, Message};
@@ -55,6 +56,28 @@ pub struct FeedConfig {
     pub resolve: Arc<dyn Resolve>,
     /// How long a message may be.
     pub limits: Limits,
+    /// After this long without a message the engine is asked whether there was none; [`QUIET`].
+    pub quiet: Duration,
+    /// A replay that says nothing for so long has ended; [`SILENCE`].
+    pub silence: Duration,
+}
+
+impl FeedConfig {
+    /// For a rank without a topic of its own, with bounds as usual.
+    pub fn new(source: Source, replay: Option<Endpoint>, format: Format, resolve: Arc<dyn Resolve>) -> Self {
+        Self {
+            source,
+            replay,
+            topic: String::new(),
+            format,
+            rank: None,
+            capacity: None,
+            resolve,
+            limits: Limits::default(),
+            quiet: QUIET,
+            silence: SILENCE,
+        }
+    }
 }
 
 /// What a feed did and how it is, for metrics and `status`.
@@ -151,6 +174,8 @@ struct Runner<S> {
     capacity: Option<u64>,
     resolve: Arc<dyn Resolve>,
     limits: Limits,
+    quiet: Duration,
+    silence: Duration,
     sink: S,
     counters: Arc<Mutex<FeedCounters>>,
 }
@@ -161,7 +186,7 @@ async fn run<S: FeedSink>(
     sink: S,
     counters: Arc<Mutex<FeedCounters>>,
 ) {
-    let FeedConfig { source, replay, topic, format, rank, capacity, resolve, limits } = config;
+    let FeedConfig { source, replay, topic, format, rank, capacity, resolve, limits, quiet, silence } = config;
     let mut live = match source {
         Source::Connect(endpoint) => Live::connect(endpoint, topic, resolve.clone(), limits),
         Source::Hub(feed) => Live::Hub(feed),
@@ -179,6 +204,8 @@ async fn run<S: FeedSink>(
         capacity,
         resolve,
         limits,
+        quiet,
+        silence,
         sink,
         counters,
     };
@@ -213,7 +240,7 @@ impl<S: FeedSink> Runner<S> {
             counters.connects += 1;
         }
         self.replay_failures = 0;
-        self.quiet_at = Some(Instant::now() + QUIET);
+        self.quiet_at = Some(Instant::now() + self.quiet);
         self.machine.connected(&mut self.actions);
     }
 
@@ -238,7 +265,7 @@ impl<S: FeedSink> Runner<S> {
             event = live.next(), if has_room => match event {
                 LiveEvent::Message(parts) => {
                     self.counters.lock().messages += 1;
-                    self.quiet_at = Some(Instant::now() + QUIET);
+                    self.quiet_at = Some(Instant::now() + self.quiet);
                     if let Some(message) = self.accepted(message(&parts)) {
                         self.machine.live(message, &mut self.actions);
                     }
@@ -345,7 +372,8 @@ impl<S: FeedSink> Runner<S> {
     }
 
     fn apply(&mut self, message: &Message<Bytes>) {
-        self.quiet_at.get_or_insert_with(|| Instant::now() + QUIET);
+        let quiet = self.quiet;
+        self.quiet_at.get_or_insert_with(|| Instant::now() + quiet);
         let seed_of = |block| self.sink.seed_of(block);
         // It was skimmed when it came in, so that it is a batch.
         let decoded = self.decoder.decode(&message.body, &seed_of).unwrap_or_default();
@@ -363,7 +391,14 @@ impl<S: FeedSink> Runner<S> {
             0 => Duration::ZERO,
             failures => (REPLAY_PAUSE * 2_u32.saturating_pow(failures - 1)).min(LONGEST_REPLAY_PAUSE),
         };
-        self.replay = Some(Replay::start(endpoint, self.resolve.clone(), self.limits, from, pause));
+        self.replay = Some(Replay::start(Question {
+            endpoint,
+            resolve: self.resolve.clone(),
+            limits: self.limits,
+            from,
+            pause,
+            silence: self.silence,
+        }));
     }
 
     async fn deliver(&mut self) -> Next {

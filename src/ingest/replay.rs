@@ -14,13 +14,26 @@ use crate::zmtp::{Endpoint, Limits, Link, Parts, Resolve, SocketType};
 
 /// Longest pause before an answer. Engines look at their replay socket ten times a second; an end
 /// marker that was dropped for want of room is noticed by this.
-pub(super) const SILENCE: Duration = Duration::from_secs(3);
+pub const SILENCE: Duration = Duration::from_secs(3);
 
 /// Answers read ahead of the sink.
 const AHEAD: usize = 1024;
 
 /// ... and their bytes, in KiB.
 const AHEAD_KIB: u32 = 32 << 10;
+
+/// What is asked of whom.
+pub(super) struct Question {
+    pub(super) endpoint: Endpoint,
+    pub(super) resolve: Arc<dyn Resolve>,
+    pub(super) limits: Limits,
+    /// The first number wanted.
+    pub(super) from: u64,
+    /// How long to wait before asking.
+    pub(super) pause: Duration,
+    /// How long to wait for an answer.
+    pub(super) silence: Duration,
+}
 
 /// What comes of a replay.
 pub(super) enum Answer {
@@ -41,23 +54,15 @@ pub(super) struct Replay {
 }
 
 impl Replay {
-    /// Asks for everything from `from` on, after a pause.
-    pub(super) fn start(
-        endpoint: Endpoint,
-        resolve: Arc<dyn Resolve>,
-        limits: Limits,
-        from: u64,
-        pause: Duration,
-    ) -> Self {
+    /// Asks.
+    pub(super) fn start(question: Question) -> Self {
         let (sender, answers) = mpsc::channel(AHEAD);
         let task = tokio::spawn(async move {
-            tokio::time::sleep(pause).await;
-            let failed = match ask(&endpoint, resolve.as_ref(), limits, from, &sender).await {
-                Ok(()) => return,
-                Err(failed) => failed,
-            };
-            // The feed may have gone.
-            let _ = sender.send(Answer::Failed(failed)).await;
+            tokio::time::sleep(question.pause).await;
+            if let Err(failed) = ask(&question, &sender).await {
+                // The feed may have gone.
+                let _ = sender.send(Answer::Failed(failed)).await;
+            }
         });
         Self { answers, _task: AbortOnDropHandle::new(task) }
     }
@@ -69,20 +74,15 @@ impl Replay {
     }
 }
 
-async fn ask(
-    endpoint: &Endpoint,
-    resolve: &dyn Resolve,
-    limits: Limits,
-    from: u64,
-    sender: &mpsc::Sender<Answer>,
-) -> Result<(), String> {
+async fn ask(question: &Question, sender: &mpsc::Sender<Answer>) -> Result<(), String> {
+    let Question { endpoint, resolve, limits, from, silence, .. } = question;
     let said = |error: crate::zmtp::ZmtpError| error.to_string();
-    let mut link = Link::connect(endpoint, SocketType::Dealer, limits, resolve).await.map_err(said)?;
+    let mut link = Link::connect(endpoint, SocketType::Dealer, *limits, resolve.as_ref()).await.map_err(said)?;
     link.send(&[Bytes::new(), Bytes::copy_from_slice(&from.to_be_bytes())]).await.map_err(said)?;
     let budget = Arc::new(Semaphore::new(AHEAD_KIB as usize));
     loop {
-        let silence = || format!("no answer within {} s", SILENCE.as_secs());
-        let parts = timeout(SILENCE, link.recv()).await.map_err(|_| silence())?.map_err(said)?;
+        let nothing = |_| format!("no answer within {} ms", silence.as_millis());
+        let parts = timeout(*silence, link.recv()).await.map_err(nothing)?.map_err(said)?;
         if is_end(&parts) {
             // The feed may have gone.
             let _ = sender.send(Answer::End).await;
