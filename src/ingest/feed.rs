@@ -168,6 +168,8 @@ struct Runner<S> {
     replay: Option<Replay>,
     replay_at: Option<Endpoint>,
     replay_failures: u32,
+    /// Whether there is a live connection.
+    linked: bool,
     /// When the engine is asked whether it was silent.
     quiet_at: Option<Instant>,
     rank: Option<u32>,
@@ -199,6 +201,7 @@ async fn run<S: FeedSink>(
         replay: None,
         replay_at: replay,
         replay_failures: 0,
+        linked: false,
         quiet_at: None,
         rank,
         capacity,
@@ -209,24 +212,18 @@ async fn run<S: FeedSink>(
         sink,
         counters,
     };
-    let mut connected = false;
+    // Who listens for an engine can ask it before it has come.
+    let can_ask = matches!(live, Live::Hub(_)) && runner.replay_at.is_some();
+    if can_ask {
+        runner.listening();
+    }
     loop {
-        if !connected {
-            match live.next().await {
-                LiveEvent::Connected => connected = true,
-                LiveEvent::Gone(why) => {
-                    runner.gone(why);
-                    continue;
-                }
-                // A hub's message of a connection that was given up.
-                LiveEvent::Message(_) => continue,
-                LiveEvent::Over => return,
-            }
-            runner.connected();
+        let next = if can_ask || runner.linked {
+            runner.turn(&mut live, can_ask).await
         } else {
-            connected = runner.turn(&mut live).await;
-        }
-        if runner.act().await == Next::Over {
+            runner.wait(&mut live).await
+        };
+        if next == Next::Over || runner.act().await == Next::Over {
             return;
         }
     }
@@ -239,7 +236,15 @@ impl<S: FeedSink> Runner<S> {
             counters.connected = true;
             counters.connects += 1;
         }
+        self.linked = true;
         self.replay_failures = 0;
+        self.quiet_at = Some(Instant::now() + self.quiet);
+        self.machine.connected(&mut self.actions);
+    }
+
+    /// Nobody is connected, but can be asked; not at once, because it may just be starting.
+    fn listening(&mut self) {
+        self.replay_failures = 1;
         self.quiet_at = Some(Instant::now() + self.quiet);
         self.machine.connected(&mut self.actions);
     }
@@ -247,6 +252,7 @@ impl<S: FeedSink> Runner<S> {
     fn gone(&mut self, why: String) {
         self.machine.away();
         self.replay = None;
+        self.linked = false;
         let mut counters = self.counters.lock();
         counters.connected = false;
         counters.replaying = false;
@@ -254,8 +260,20 @@ impl<S: FeedSink> Runner<S> {
         counters.last_error = Some(why);
     }
 
-    /// Waits for one thing to happen and takes it in. False if the connection is gone.
-    async fn turn(&mut self, live: &mut Live) -> bool {
+    /// Waits for a connection.
+    async fn wait(&mut self, live: &mut Live) -> Next {
+        match live.next().await {
+            LiveEvent::Connected => self.connected(),
+            LiveEvent::Gone(why) => self.gone(why),
+            // Of a connection that was given up.
+            LiveEvent::Message(_) => {}
+            LiveEvent::Over => return Next::Over,
+        }
+        Next::On
+    }
+
+    /// Waits for one thing to happen and takes it in. `can_ask`: also without a connection.
+    async fn turn(&mut self, live: &mut Live, can_ask: bool) -> Next {
         let has_room = self.machine.has_room();
         let gathered = !self.gathering.is_empty();
         let quiet_at = self.quiet_at.filter(|_| !self.machine.is_replaying());
@@ -274,21 +292,21 @@ impl<S: FeedSink> Runner<S> {
                 LiveEvent::Connected => self.connected(),
                 LiveEvent::Gone(why) => {
                     self.gone(why);
-                    return false;
+                    if can_ask {
+                        self.listening();
+                    }
                 }
-                LiveEvent::Over => {
-                    self.gone("the listener was closed".into());
-                    return false;
-                }
+                LiveEvent::Over => return Next::Over,
             },
             () = sleep_until(quiet_at.unwrap_or_else(Instant::now)), if quiet_at.is_some() => {
-                self.quiet_at = None;
+                // Without a connection nothing else would say that there is an engine again.
+                self.quiet_at = (!self.linked).then(|| Instant::now() + self.quiet);
                 self.machine.quiet(&mut self.actions);
             }
             // Nothing more is there at once: what was gathered goes out.
             () = ready(()), if gathered => {}
         }
-        true
+        Next::On
     }
 
     fn accepted(
@@ -372,8 +390,7 @@ impl<S: FeedSink> Runner<S> {
     }
 
     fn apply(&mut self, message: &Message<Bytes>) {
-        let quiet = self.quiet;
-        self.quiet_at.get_or_insert_with(|| Instant::now() + quiet);
+        self.quiet_at.get_or_insert(Instant::now() + self.quiet);
         let seed_of = |block| self.sink.seed_of(block);
         // It was skimmed when it came in, so that it is a batch.
         let decoded = self.decoder.decode(&message.body, &seed_of).unwrap_or_default();
