@@ -216,6 +216,9 @@ async fn run<S: FeedSink>(
     let can_ask = matches!(live, Live::Hub(_)) && runner.replay_at.is_some();
     if can_ask {
         runner.listening();
+        if runner.act().await == Next::Over {
+            return;
+        }
     }
     loop {
         let next = if can_ask || runner.linked {

@@ -9,6 +9,7 @@ import json
 import struct
 import sys
 import threading
+import time
 
 import zmq
 
@@ -20,6 +21,18 @@ def say(what):
     print(json.dumps(what), flush=True)
 
 
+def bind(socket, endpoint):
+    # A port that was just closed is free a moment later.
+    for _ in range(500):
+        try:
+            return socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EADDRINUSE:
+                raise
+            time.sleep(0.01)
+    raise TimeoutError(endpoint)
+
+
 class Engine:
     def __init__(self, connect=None, live="tcp://127.0.0.1:*", replay="tcp://127.0.0.1:*"):
         self.pub = context.socket(zmq.PUB)
@@ -27,10 +40,10 @@ class Engine:
         if connect:
             self.pub.connect(connect)
         else:
-            self.pub.bind(live)
+            bind(self.pub, live)
         self.router = context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
-        self.router.bind(replay)
+        bind(self.router, replay)
         self.next, self.kept, self.run = 0, [], 0
 
     def endpoints(self, connect=None):
