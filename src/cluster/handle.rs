@@ -12,7 +12,6 @@ use super::api::{
 };
 use super::inner::{Inner, Member};
 use super::membership::Members;
-use super::peer::server::read_index;
 use super::peer::wire::{Kind, ReadIndexReply};
 use super::proposer::Route;
 use crate::codec;
@@ -85,7 +84,7 @@ impl Inner {
         let route = member.routes[group.index()].borrow().clone();
         let reply = match route {
             Route::Nowhere => return None,
-            Route::Here => read_index(&member.rafts[group.index()]).await,
+            Route::Here => member.served.reads.ask(&member.rafts[group.index()], group).await,
             Route::Peer(lane) => {
                 let answer =
                     lane.call(Kind::ReadIndex, group, Vec::new(), Duration::from_millis(500)).await.ok()?;

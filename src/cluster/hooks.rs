@@ -93,7 +93,11 @@ impl Hooks<ControlState> for ControlHooks {
                     fresh.push((record.ix, live.clone()));
                     live
                 });
-                view.push(Arc::new(WorkerView { record: record.clone(), live: live.clone() }));
+                view.push(Arc::new(WorkerView {
+                    record: record.clone(),
+                    live: live.clone(),
+                    ranks: Vec::new(),
+                }));
             }
             view
         };

@@ -2,8 +2,10 @@
 
 pub mod book;
 pub mod breaker;
+pub mod cost;
 pub mod policy;
 pub mod select;
+pub mod stale;
 #[cfg(test)]
 mod tests;
 pub mod view;

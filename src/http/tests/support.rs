@@ -56,7 +56,9 @@ impl MemoryCluster {
         let index = self.index.fetch_add(1, Ordering::Relaxed) as u64 + 1;
         let workers = records
             .values()
-            .map(|(record, live)| Arc::new(WorkerView { record: record.clone(), live: Arc::clone(live) }))
+            .map(|(record, live)| {
+                Arc::new(WorkerView { record: record.clone(), live: Arc::clone(live), ranks: Vec::new() })
+            })
             .collect();
         self.view.store(Arc::new(RegistryView::new(index, workers)));
     }
