@@ -44,6 +44,15 @@ impl Skipped {
     pub fn total(&self) -> u64 {
         self.unknown + self.block_size + self.group + self.pairs + self.malformed
     }
+
+    /// Adds another batch's.
+    pub fn add(&mut self, other: &Self) {
+        self.unknown += other.unknown;
+        self.block_size += other.block_size;
+        self.group += other.group;
+        self.pairs += other.pairs;
+        self.malformed += other.malformed;
+    }
 }
 
 /// One decoded batch.
@@ -169,7 +178,21 @@ fn kind(name: &[u8]) -> Kind {
 }
 
 /// Where each field of one event begins; nothing for a field that is absent or nil.
-struct Fields<'a>([Option<Reader<'a>>; FIELDS]);
+struct Fields<'a> {
+    at: [Option<Reader<'a>>; FIELDS],
+    tokens: Tokens,
+}
+
+/// What the field of tokens had.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tokens {
+    /// Nothing; it is not there.
+    Absent,
+    /// Tokens, which are in [`Decoder::tokens`].
+    Read,
+    /// Pairs of tokens.
+    Pairs,
+}
 
 /// An event that cannot be used.
 struct Malformed;
@@ -182,17 +205,7 @@ impl From<Unreadable> for Malformed {
 
 impl<'a> Fields<'a> {
     fn get(&self, field: Field) -> Option<Reader<'a>> {
-        self.0[field as usize]
-    }
-
-    fn keep(&mut self, field: Option<Field>, reader: &mut Reader<'a>) -> Result<(), Unreadable> {
-        let here = *reader;
-        let bytes = reader.skip()?;
-        // A nil field is as good as an absent one.
-        if let Some(field) = field.filter(|_| bytes != [0xc0]) {
-            self.0[field as usize] = Some(here);
-        }
-        Ok(())
+        self.at[field as usize]
     }
 
     fn text(&self, field: Field) -> Result<Option<&'a [u8]>, Malformed> {
@@ -261,18 +274,20 @@ impl Decoder {
         payload: &[u8],
         seed_of: &dyn Fn(EngineHash) -> Option<Seed>,
     ) -> Result<Decoded, Unreadable> {
-        // Nothing is handed out of a batch that turns out to be cut off.
-        let rank = skim(payload)?;
         let mut reader = Reader::new(payload);
-        batch_head(&mut reader)?;
-        let mut decoded = Decoded { rank, ..Decoded::default() };
+        let parts = batch_head(&mut reader)?;
+        let mut decoded = Decoded::default();
         for _ in 0..reader.list()? {
             decoded.events += 1;
-            let mut event = Reader::new(reader.skip()?);
-            if let Err(Malformed) = self.event(&mut event, seed_of, &mut decoded) {
+            let start = reader;
+            if let Err(Malformed) = self.event(&mut reader, seed_of, &mut decoded) {
+                // Wherever it was left: the next one begins behind the whole of it.
+                reader = start;
+                reader.skip()?;
                 decoded.skipped.malformed += 1;
             }
         }
+        decoded.rank = if parts > 2 { rank(reader.value()?) } else { None };
         Ok(decoded)
     }
 
@@ -282,7 +297,7 @@ impl Decoder {
         seed_of: &dyn Fn(EngineHash) -> Option<Seed>,
         decoded: &mut Decoded,
     ) -> Result<(), Malformed> {
-        let mut fields = Fields([None; FIELDS]);
+        let mut fields = Fields { at: [None; FIELDS], tokens: Tokens::Absent };
         let mut said = None;
         match reader.value()? {
             Value::List(count) => {
@@ -294,8 +309,8 @@ impl Decoder {
                     Kind::Removed => &REMOVED,
                     Kind::Cleared | Kind::Unknown => &[],
                 };
-                for place in 0..places.min(order.len()) {
-                    fields.keep(order.get(place).copied(), reader)?;
+                for place in 0..places {
+                    self.keep(&mut fields, order.get(place).copied(), reader)?;
                 }
                 said = Some(found);
             }
@@ -306,7 +321,7 @@ impl Decoder {
                         let Value::Text(name) = reader.value()? else { return Err(Malformed) };
                         said = Some(kind(name));
                     } else {
-                        fields.keep(field(name), reader)?;
+                        self.keep(&mut fields, field(name), reader)?;
                     }
                 }
             }
@@ -332,6 +347,36 @@ impl Decoder {
         Ok(())
     }
 
+    /// Notes where a field is, and passes it. Tokens are most of an event: they are read at once.
+    fn keep<'a>(
+        &mut self,
+        fields: &mut Fields<'a>,
+        field: Option<Field>,
+        reader: &mut Reader<'a>,
+    ) -> Result<(), Malformed> {
+        let here = *reader;
+        if matches!(field, Some(Field::Tokens)) {
+            let count = reader.list()?;
+            let mut ahead = *reader;
+            if count > 0 && matches!(ahead.value()?, Value::List(_)) {
+                *reader = here;
+                reader.skip()?;
+                fields.tokens = Tokens::Pairs;
+                return Ok(());
+            }
+            self.tokens.clear();
+            reader.numbers(count, &mut self.tokens)?;
+            fields.tokens = Tokens::Read;
+            return Ok(());
+        }
+        let bytes = reader.skip()?;
+        // A nil field is as good as an absent one.
+        if let Some(field) = field.filter(|_| bytes != [0xc0]) {
+            fields.at[field as usize] = Some(here);
+        }
+        Ok(())
+    }
+
     fn stored(
         &mut self,
         fields: &Fields<'_>,
@@ -340,9 +385,15 @@ impl Decoder {
     ) -> Result<(), Malformed> {
         let hashes = fields.hashes()?;
         let tier = tier(fields.text(Field::Medium)?);
-        let mut tokens = fields.get(Field::Tokens).ok_or(Malformed)?;
-        let count = tokens.list()?;
-        if count == 0 {
+        match fields.tokens {
+            Tokens::Absent => return Err(Malformed),
+            Tokens::Pairs => {
+                decoded.skipped.pairs += 1;
+                return Ok(());
+            }
+            Tokens::Read => {}
+        }
+        if self.tokens.is_empty() {
             // An offload that says only which blocks moved.
             decoded.stored += hashes.len() as u64;
             if !hashes.is_empty() {
@@ -350,23 +401,13 @@ impl Decoder {
             }
             return Ok(());
         }
-        let mut ahead = tokens;
-        if matches!(ahead.value()?, Value::List(_)) {
-            decoded.skipped.pairs += 1;
-            return Ok(());
-        }
         if fields.number(Field::BlockSize)? != Some(u64::from(self.format.block_size)) {
             decoded.skipped.block_size += 1;
             return Ok(());
         }
         let size = self.format.block_size as usize;
-        if hashes.len().checked_mul(size) != Some(count) {
+        if hashes.len().checked_mul(size) != Some(self.tokens.len()) {
             return Err(Malformed);
-        }
-        self.tokens.clear();
-        for _ in 0..count {
-            let Value::Int { bits, negative: false } = tokens.value()? else { return Err(Malformed) };
-            self.tokens.push(u32::try_from(bits).map_err(|_| Malformed)?);
         }
         let parent = fields.parent()?;
         let lora = fields.text(Field::LoraName)?;
@@ -451,7 +492,7 @@ impl<'a> ExtraKeys<'a> {
         match items(lists, self.lora, self.begins && place == 0) {
             Ok((_, folded)) => folded.iter().fold(seed, |seed, raw| seed.with(raw)),
             Err(Malformed) => {
-                // The whole batch was skimmed, so that only a list that is none gets here.
+                // It was skipped over before, so that only a list that is none gets here.
                 self.lists = None;
                 seed
             }

@@ -1,13 +1,8 @@
 //! A reader of MessagePack that borrows, for events that come a million a second.
 //!
-//! Bytes in, values out, nothing allocated. Every length is checked against the bytes that are
-//! left before anything is done with it, and nesting is bounded, so that no input makes it take
-//! memory or stack beyond its own size.
-
-use rmp::Marker;
-
-/// Deepest nesting that is skipped. Events nest four levels.
-const MAX_DEPTH: u32 = 32;
+//! Bytes in, values out, nothing allocated and nothing recursive. Every length is checked against
+//! the bytes that are left before anything is done with it, so that no input makes it take memory,
+//! stack or time beyond its own size.
 
 /// Why bytes could not be read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -18,9 +13,6 @@ pub enum Unreadable {
     /// A value is of another type than the format has at this place.
     #[error("a value is of the wrong type")]
     Type,
-    /// Lists in lists in lists.
-    #[error("it is nested deeper than {MAX_DEPTH} levels")]
-    Depth,
 }
 
 /// A value; lists and maps only announce how many values follow.
@@ -101,45 +93,72 @@ impl<'a> Reader<'a> {
         let positive = |bits: u64| Value::Int { bits, negative: false };
         let signed = |number: i64| Value::Int { bits: number as u64, negative: number < 0 };
         let [marker] = self.fixed()?;
-        Ok(match Marker::from_u8(marker) {
-            Marker::Null => Value::Nil,
-            Marker::False => Value::Bool(false),
-            Marker::True => Value::Bool(true),
-            Marker::FixPos(number) => positive(u64::from(number)),
-            Marker::U8 => positive(u64::from(u8::from_be_bytes(self.fixed()?))),
-            Marker::U16 => positive(u64::from(u16::from_be_bytes(self.fixed()?))),
-            Marker::U32 => positive(u64::from(u32::from_be_bytes(self.fixed()?))),
-            Marker::U64 => positive(u64::from_be_bytes(self.fixed()?)),
-            Marker::FixNeg(number) => signed(i64::from(number)),
-            Marker::I8 => signed(i64::from(i8::from_be_bytes(self.fixed()?))),
-            Marker::I16 => signed(i64::from(i16::from_be_bytes(self.fixed()?))),
-            Marker::I32 => signed(i64::from(i32::from_be_bytes(self.fixed()?))),
-            Marker::I64 => signed(i64::from_be_bytes(self.fixed()?)),
-            Marker::F32 => Value::Float(f64::from(f32::from_be_bytes(self.fixed()?))),
-            Marker::F64 => Value::Float(f64::from_be_bytes(self.fixed()?)),
-            Marker::FixStr(length) => Value::Text(self.take(usize::from(length))?),
-            Marker::Str8 => Value::Text(self.sized(1)?),
-            Marker::Str16 => Value::Text(self.sized(2)?),
-            Marker::Str32 => Value::Text(self.sized(4)?),
-            Marker::Bin8 => Value::Bytes(self.sized(1)?),
-            Marker::Bin16 => Value::Bytes(self.sized(2)?),
-            Marker::Bin32 => Value::Bytes(self.sized(4)?),
-            Marker::FixArray(count) => Value::List(self.fits(usize::from(count), 1)?),
-            Marker::Array16 => Value::List(self.count(2, 1)?),
-            Marker::Array32 => Value::List(self.count(4, 1)?),
-            Marker::FixMap(count) => Value::Map(self.fits(usize::from(count), 2)?),
-            Marker::Map16 => Value::Map(self.count(2, 2)?),
-            Marker::Map32 => Value::Map(self.count(4, 2)?),
-            Marker::FixExt1 => Value::Other(self.take(2)?),
-            Marker::FixExt2 => Value::Other(self.take(3)?),
-            Marker::FixExt4 => Value::Other(self.take(5)?),
-            Marker::FixExt8 => Value::Other(self.take(9)?),
-            Marker::FixExt16 => Value::Other(self.take(17)?),
-            Marker::Ext8 => self.extension(1)?,
-            Marker::Ext16 => self.extension(2)?,
-            Marker::Ext32 => self.extension(4)?,
-            Marker::Reserved => return Err(Unreadable::Type),
+        Ok(match marker {
+            0x00..=0x7f => positive(u64::from(marker)),
+            0x80..=0x8f => Value::Map(self.fits(usize::from(marker & 0x0f), 2)?),
+            0x90..=0x9f => Value::List(self.fits(usize::from(marker & 0x0f), 1)?),
+            0xa0..=0xbf => Value::Text(self.take(usize::from(marker & 0x1f))?),
+            0xc0 => Value::Nil,
+            0xc1 => return Err(Unreadable::Type),
+            0xc2 => Value::Bool(false),
+            0xc3 => Value::Bool(true),
+            0xc4 => Value::Bytes(self.sized(1)?),
+            0xc5 => Value::Bytes(self.sized(2)?),
+            0xc6 => Value::Bytes(self.sized(4)?),
+            0xc7 => self.extension(1)?,
+            0xc8 => self.extension(2)?,
+            0xc9 => self.extension(4)?,
+            0xca => Value::Float(f64::from(f32::from_be_bytes(self.fixed()?))),
+            0xcb => Value::Float(f64::from_be_bytes(self.fixed()?)),
+            0xcc => positive(u64::from(u8::from_be_bytes(self.fixed()?))),
+            0xcd => positive(u64::from(u16::from_be_bytes(self.fixed()?))),
+            0xce => positive(u64::from(u32::from_be_bytes(self.fixed()?))),
+            0xcf => positive(u64::from_be_bytes(self.fixed()?)),
+            0xd0 => signed(i64::from(i8::from_be_bytes(self.fixed()?))),
+            0xd1 => signed(i64::from(i16::from_be_bytes(self.fixed()?))),
+            0xd2 => signed(i64::from(i32::from_be_bytes(self.fixed()?))),
+            0xd3 => signed(i64::from_be_bytes(self.fixed()?)),
+            // One byte of type, then 1, 2, 4, 8 or 16.
+            0xd4..=0xd8 => Value::Other(self.take(1 + (1 << (marker - 0xd4)))?),
+            0xd9 => Value::Text(self.sized(1)?),
+            0xda => Value::Text(self.sized(2)?),
+            0xdb => Value::Text(self.sized(4)?),
+            0xdc => Value::List(self.count(2, 1)?),
+            0xdd => Value::List(self.count(4, 1)?),
+            0xde => Value::Map(self.count(2, 2)?),
+            0xdf => Value::Map(self.count(4, 2)?),
+            0xe0..=0xff => signed(i64::from(marker as i8)),
         })
+    }
+
+    /// Reads `count` numbers of 32 bits onto the end of `into`. The short forms that tokens come in
+    /// have a short way.
+    pub fn numbers(&mut self, count: usize, into: &mut Vec<u32>) -> Result<(), Unreadable> {
+        into.reserve(self.fits(count, 1)?);
+        for _ in 0..count {
+            let number = match *self.0 {
+                [small @ 0..=0x7f, ref rest @ ..] => {
+                    self.0 = rest;
+                    u32::from(small)
+                }
+                [0xcd, high, low, ref rest @ ..] => {
+                    self.0 = rest;
+                    u32::from(u16::from_be_bytes([high, low]))
+                }
+                [0xce, a, b, c, d, ref rest @ ..] => {
+                    self.0 = rest;
+                    u32::from_be_bytes([a, b, c, d])
+                }
+                _ => match self.value()? {
+                    Value::Int { bits, negative: false } => {
+                        u32::try_from(bits).map_err(|_| Unreadable::Type)?
+                    }
+                    _ => return Err(Unreadable::Type),
+                },
+            };
+            into.push(number);
+        }
+        Ok(())
     }
 
     fn sized(&mut self, width: usize) -> Result<&'a [u8], Unreadable> {
@@ -163,23 +182,44 @@ impl<'a> Reader<'a> {
     /// Skips a whole value with all that is in it, and gives its bytes.
     pub fn skip(&mut self) -> Result<&'a [u8], Unreadable> {
         let start = self.0;
-        self.skip_at(0)?;
+        let mut values = 1_usize;
+        while values > 0 {
+            values -= 1;
+            let &[marker, ..] = self.0 else { return Err(Unreadable::Short) };
+            let length = usize::from(LENGTHS[usize::from(marker)]);
+            if length > 0 {
+                self.0 = self.0.get(length..).ok_or(Unreadable::Short)?;
+                continue;
+            }
+            // Never more than there are bytes, so that the sum cannot overflow.
+            values += match self.value()? {
+                Value::List(count) => count,
+                Value::Map(count) => count * 2,
+                _ => 0,
+            };
+        }
         Ok(&start[..start.len() - self.0.len()])
     }
-
-    fn skip_at(&mut self, depth: u32) -> Result<(), Unreadable> {
-        if depth > MAX_DEPTH {
-            return Err(Unreadable::Depth);
-        }
-        let inside = match self.value()? {
-            Value::List(count) => count,
-            // No more pairs than half the bytes: it cannot overflow.
-            Value::Map(count) => count * 2,
-            _ => return Ok(()),
-        };
-        (0..inside).try_for_each(|_| self.skip_at(depth + 1))
-    }
 }
+
+/// Bytes of values whose first byte tells their length, with that byte; 0 for all others.
+const LENGTHS: [u8; 256] = {
+    let mut lengths = [0; 256];
+    let mut marker = 0;
+    while marker < 256 {
+        lengths[marker] = match marker {
+            0x00..=0x7f | 0xe0..=0xff | 0xc0 | 0xc2 | 0xc3 => 1,
+            0xa0..=0xbf => 1 + (marker as u8 - 0xa0),
+            0xcc | 0xd0 => 2,
+            0xcd | 0xd1 => 3,
+            0xca | 0xce | 0xd2 => 5,
+            0xcb | 0xcf | 0xd3 => 9,
+            _ => 0,
+        };
+        marker += 1;
+    }
+    lengths
+};
 
 #[cfg(test)]
 mod tests {
@@ -208,10 +248,46 @@ mod tests {
     }
 
     #[test]
-    fn skipping_knows_where_a_value_ends_and_how_deep_is_too_deep() {
+    fn skipping_knows_where_a_value_ends_however_deep_it_is() {
         let mut reader = Reader::new(&[0x82, 0xa1, b'a', 0x92, 1, 2, 0xa1, b'b', 0xc0, 7]);
         assert_eq!(reader.skip().unwrap().len(), 9);
         assert_eq!(reader.value(), Ok(Value::Int { bits: 7, negative: false }));
-        assert_eq!(Reader::new(&[0x91; 100]).skip(), Err(Unreadable::Depth));
+        let mut deep = vec![0x91; 1_000_000];
+        assert_eq!(Reader::new(&deep).skip(), Err(Unreadable::Short));
+        deep.push(0xc0);
+        assert_eq!(Reader::new(&deep).skip().unwrap().len(), deep.len());
+    }
+
+    #[test]
+    fn every_first_byte_is_skipped_as_far_as_it_is_read() {
+        for marker in 0..=255 {
+            let mut bytes = [1; 64];
+            bytes[0] = marker;
+            let (mut skipped, mut read) = (Reader::new(&bytes), Reader::new(&bytes));
+            let inside = match read.value() {
+                Ok(Value::List(count)) => count,
+                Ok(Value::Map(count)) => 2 * count,
+                Ok(_) => 0,
+                Err(why) => {
+                    assert_eq!(skipped.skip(), Err(why), "{marker:#x}");
+                    continue;
+                }
+            };
+            (0..inside).for_each(|_| assert!(read.value().is_ok()));
+            skipped.skip().unwrap();
+            assert_eq!(skipped.left(), read.left(), "{marker:#x}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_read_in_all_widths_and_nothing_else_is_a_number() {
+        let mut into = vec![9];
+        let bytes = [7, 0xcc, 200, 0xcd, 1, 0, 0xce, 0, 1, 0, 0, 0xcf, 0, 0, 0, 0, 0, 0, 0, 5];
+        Reader::new(&bytes).numbers(5, &mut into).unwrap();
+        assert_eq!(into, [9, 7, 200, 256, 65536, 5]);
+        for bytes in [&[0xff][..], &[0xc0], &[0xcf, 1, 0, 0, 0, 0, 0, 0, 0], &[0xcd, 1]] {
+            assert!(Reader::new(bytes).numbers(1, &mut into).is_err());
+        }
+        assert_eq!(Reader::new(&[1]).numbers(2, &mut into), Err(Unreadable::Short));
     }
 }
