@@ -21,6 +21,9 @@ use crate::kv::hash::Seed;
 /// Text of a prompt that is hashed where nobody tokenises: a quarter of a million tokens.
 pub const MAX_TEXT: usize = 1 << 20;
 
+/// Tokens that a picture or the like counts as: one of 500 × 500 pixels has about as many.
+const MEDIA_TOKENS: usize = 256;
+
 /// Where a model's token ids come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -193,12 +196,12 @@ impl Model {
         });
         let text = text.map_err(|error| format!("the chat template failed: {error}"))?;
         let tokenizer = &local.loaded.tokenizer;
-        if let Some(media) = text.find(MEDIA) {
-            let ids = tokenizer.encode_open(&text[..media], chat.special).map_err(|e| e.to_string())?;
+        if let Some(media_at) = text.find(MEDIA) {
+            let ids = tokenizer.encode_open(&text[..media_at], chat.special).map_err(|e| e.to_string())?;
             let certain = ids.len();
-            return Ok(
-                Prompt::of_ids(ids, seed, Source::Tokenizer).certain_up_to(certain, estimate(text.len()))
-            );
+            let media = text.matches(MEDIA).count() * MEDIA_TOKENS;
+            let tokens = certain + estimate(text.len() - media_at) + media;
+            return Ok(Prompt::of_ids(ids, seed, Source::Tokenizer).certain_up_to(certain, tokens));
         }
         let ids = tokenizer.encode(&text, chat.special).map_err(|e| e.to_string())?;
         Ok(Prompt::of_ids(ids, seed, Source::Tokenizer))

@@ -64,6 +64,8 @@ pub struct Prompt {
     /// or the like, and the engine has other ids there.
     certain: usize,
     tokens: usize,
+    /// Whether the certain ids are the whole prompt.
+    whole: bool,
     seed: Seed,
     source: Source,
 }
@@ -72,7 +74,7 @@ impl Prompt {
     /// Of token ids, all of them certain.
     pub fn of_ids(ids: impl Into<Arc<[u32]>>, seed: Seed, source: Source) -> Self {
         let ids = ids.into();
-        Self { certain: ids.len(), tokens: ids.len(), content: Content::Ids(ids), seed, source }
+        Self { certain: ids.len(), tokens: ids.len(), content: Content::Ids(ids), whole: true, seed, source }
     }
 
     /// Of a text that nobody tokenises.
@@ -82,6 +84,7 @@ impl Prompt {
             certain: text.len(),
             tokens: estimate(text.len()),
             content: Content::Text(text),
+            whole: false,
             seed,
             source: Source::Text,
         }
@@ -89,15 +92,16 @@ impl Prompt {
 
     /// Of nothing but an estimated length.
     pub fn unknown(tokens: usize, seed: Seed) -> Self {
-        Self { content: Content::Nothing, certain: 0, tokens, seed, source: Source::Unknown }
+        Self { content: Content::Nothing, certain: 0, tokens, whole: false, seed, source: Source::Unknown }
     }
 
-    /// The same, of which only the first `certain` ids (or bytes) are what the engine has, and
-    /// the whole of which is estimated as `tokens`.
+    /// The same as the beginning of a longer one, of which the first `certain` ids (or bytes) are
+    /// what the engine has, and which is estimated as `tokens` long.
     #[must_use]
     pub fn certain_up_to(mut self, certain: usize, tokens: usize) -> Self {
         self.certain = certain.min(self.certain);
         self.tokens = tokens.max(self.certain_tokens());
+        self.whole = false;
         self
     }
 
@@ -105,6 +109,7 @@ impl Prompt {
     #[must_use]
     pub fn and_further(mut self, tokens: usize) -> Self {
         self.tokens = self.tokens.saturating_add(tokens);
+        self.whole &= tokens == 0;
         self
     }
 
@@ -141,7 +146,7 @@ impl Prompt {
 
     /// Whether the whole prompt is known by its token ids.
     pub fn is_exact(&self) -> bool {
-        matches!(&self.content, Content::Ids(ids) if ids.len() == self.certain && self.tokens == ids.len())
+        self.whole
     }
 
     /// Hashes for an engine with blocks of `block_size` tokens; none for 0. Costs one pass over

@@ -1,5 +1,9 @@
 //! Against the real thing: bodies that a running vLLM was sent, and the token ids it told.
 
+mod bodies;
+mod pieces;
+mod templates;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
