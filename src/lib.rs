@@ -40,6 +40,9 @@
 //! [`http`]: the front: connections and their bounds, the proxy path, the node and admin planes,
 //! health and metrics.
 //!
+//! [`replay`]: traces of requests, replayed against a cluster or in a simulation that routes with
+//! [`routing`] itself and compares policies.
+//!
 //! [`admin_types`]: what the admin plane and the command line say to each other.
 //!
 //! [`config`]: the configuration, typed and documented, with the origin of every value. The only
@@ -64,6 +67,7 @@ pub mod engines;
 pub mod http;
 pub mod ids;
 pub mod kv;
+pub mod replay;
 pub mod routing;
 pub mod serve;
 pub mod state;

@@ -329,6 +329,7 @@ fn layers_name_only_what_lies_below_them() {
         ("admin_types", &["cluster", "ids", "state"]),
         ("config", &["admin_types", "ids", "routing", "state", "tls"]),
         ("engines", &["ids", "kv", "state"]),
+        ("replay", &["ids", "kv", "routing", "state"]),
         ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state", "telemetry", "tls"]),
     ];
     let mut found = Vec::new();
