@@ -26,8 +26,6 @@ pub struct CostInput {
     pub active_decode_blocks: u64,
     /// Requests in flight on the rank; from the bookings of all replicas.
     pub requests: u64,
-    /// Blocks the rank can hold, where its registration says so.
-    pub capacity_blocks: Option<u64>,
     /// Relative speed, 100 is ordinary; from the worker's registration. Must not be 0.
     pub weight: u32,
 }

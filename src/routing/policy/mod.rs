@@ -4,6 +4,8 @@ mod cache_aware;
 mod hashed;
 mod kv_cost;
 mod plain;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::sync::Arc;
@@ -127,7 +129,6 @@ impl Candidate<'_> {
 
     /// What its cost is reckoned from. Loads below zero are those of an unlucky moment.
     pub fn cost_input(&self, request: &RouteRequest<'_>) -> CostInput {
-        let spec = &self.worker.record.spec;
         let count = |n: i64| u64::try_from(n).unwrap_or(0);
         CostInput {
             overlap: self.overlap,
@@ -136,7 +137,6 @@ impl Candidate<'_> {
             active_prefill_tokens: count(self.load.prefill_tokens),
             active_decode_blocks: count(self.load.decode_blocks),
             requests: count(self.load.requests),
-            capacity_blocks: spec.capacity_blocks,
             weight: self.weight(),
         }
     }
