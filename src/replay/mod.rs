@@ -12,6 +12,8 @@ pub mod engine;
 pub mod generate;
 pub mod index;
 pub mod live;
+#[cfg(test)]
+mod live_tests;
 pub mod plot;
 pub mod prompt;
 pub mod simulate;

@@ -282,16 +282,18 @@ impl Simulation<'_> {
     fn route(&mut self, router: usize, at: usize) -> usize {
         let request = &self.requests[at];
         let replica = &mut self.replicas[router];
-        let overlaps = if replica.policy.wants_overlap() {
-            overlaps(&self.index, &replica.predicted, &request.hashes)
+        let (overlaps, predicted) = if replica.policy.wants_overlap() {
+            let held = overlaps(&self.index, &Predicted::default(), &request.hashes);
+            (held, overlaps(&self.index, &replica.predicted, &request.hashes))
         } else {
-            Vec::new()
+            Default::default()
         };
         let peers_late = if self.options.routers > 1 { self.options.lag * 1000.0 } else { 0.0 };
         let asked = RouteRequest {
             prompt_tokens: request.input,
             hashes: &request.hashes,
             overlaps: &overlaps,
+            predicted: &predicted,
             session: request.ids.get(1).or(request.ids.first()).copied(),
             view_age_ms: peers_late as u64,
             ..RouteRequest::default()

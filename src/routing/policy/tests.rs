@@ -92,6 +92,23 @@ fn kv_cost_goes_to_the_prefix_until_the_queue_there_costs_more() {
 }
 
 #[test]
+fn blocks_that_are_only_coming_save_their_time_and_no_more() {
+    let view = view(2);
+    let predicted = [holds(0, 40)];
+    let coming = RouteRequest { prompt_tokens: 800, predicted: &predicted, ..RouteRequest::default() };
+    load(&view, 0, 1, 600, 0);
+    assert_eq!(chosen(&view, "kv_cost", &coming), 0);
+    let selection = choice(&view, "kv_cost", &coming).unwrap();
+    assert_eq!((selection.coming, selection.to_book(800)), (40, (160, 50)));
+    load(&view, 0, 1, 700, 0);
+    assert_eq!(chosen(&view, "kv_cost", &coming), 1, "40 blocks are worth a queue of 640 tokens");
+    let held = RouteRequest { overlaps: &predicted, ..coming };
+    assert_eq!(chosen(&view, "kv_cost", &held), 0, "what is held already is worth more");
+    let partly = [holds(0, 39)];
+    assert_eq!(choice(&view, "kv_cost", &RouteRequest { overlaps: &partly, ..coming }).unwrap().coming, 1);
+}
+
+#[test]
 fn slower_tiers_are_worth_less() {
     let view = view(2);
     let overlaps = [
@@ -304,7 +321,7 @@ fn specs_and_overrides_are_checked_and_errors_say_what_is_known() {
     }
     for (bad, word) in [
         ("fastest", "kv_cost, cache_aware, prefix_hash"),
-        ("kv_cost:wait=4", "it has weight, queue, decode"),
+        ("kv_cost:wait=4", "it has weight, queue, coming, decode"),
         ("kv_cost:weight", "key=value"),
         ("kv_cost:weight=x", "not a number"),
         ("kv_cost:weight=-1", "0 to 1000"),
@@ -337,18 +354,19 @@ fn a_temperature_spreads_choices_and_prefers_the_cheap() {
 
 fn input() -> impl Strategy<Value = CostInput> {
     let overlap = (0_u32..50, 0_u32..50, 0_u32..50);
-    let rest = (1_u32..3000, 1_u32..64, 0_u64..100_000, 0_u64..10_000, 0_u64..500, 1_u32..1000);
-    (overlap, rest).prop_map(|((gpu, host, disk), (prompt, block, prefill, decode, requests, weight))| {
-        CostInput {
+    let rest = (0_u32..50, 1_u32..3000, 1_u32..64, 0_u64..100_000, 0_u64..10_000, 0_u64..500, 1_u32..1000);
+    (overlap, rest).prop_map(
+        |((gpu, host, disk), (coming, prompt, block, prefill, decode, requests, weight))| CostInput {
             overlap: Overlap { rank: RankIx(0), blocks: gpu + host + disk, gpu, host },
+            coming,
             prompt_tokens: prompt,
             block_size: block,
             active_prefill_tokens: prefill,
             active_decode_blocks: decode,
             requests,
             weight,
-        }
-    })
+        },
+    )
 }
 
 proptest! {
@@ -365,7 +383,9 @@ proptest! {
         };
         prop_assert!(longer(more, 0, 0) <= longer(0, more, 0));
         prop_assert!(longer(0, more, 0) <= longer(0, 0, more));
-        prop_assert!(longer(0, 0, more) <= base);
+        prop_assert!(longer(0, 0, more) <= base + 1e-9);
+        let brought = CostInput { coming: input.coming + more, ..input };
+        prop_assert!(cost(brought) <= base);
         let more = u64::from(more);
         let queued = CostInput { active_prefill_tokens: input.active_prefill_tokens + more, ..input };
         let held = CostInput { active_decode_blocks: input.active_decode_blocks + more, ..input };
@@ -399,7 +419,7 @@ proptest! {
     #[test]
     fn hashed_policies_do_not_depend_on_the_order_of_candidates(session in any::<u64>(), turn in 0_usize..7) {
         let workers: Vec<Arc<WorkerView>> = (0..7).map(|n| worker(n, 1, 100 + n)).collect();
-        let candidate = |worker| Candidate { worker, rank: 0, load: LoadSum::default(), overlap: Overlap::default() };
+        let candidate = |worker| Candidate { worker, rank: 0, load: LoadSum::default(), overlap: Overlap::default(), coming: 0 };
         let candidates: Vec<Candidate<'_>> = workers.iter().map(candidate).collect();
         let mut turned = candidates.clone();
         turned.rotate_left(turn);
