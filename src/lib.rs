@@ -17,6 +17,9 @@
 //! [`state`]: the replicated state machines. Commands in, state and outcomes out, the same on
 //! every replica: [`state::control`] is the registry, [`state::cache`] the loads and leases.
 //!
+//! [`tokens`]: from a request's body to the hashes of its prompt's blocks, as the engine would see
+//! them. Pure but for its threads, and for engines that it may ask.
+//!
 //! [`routing`]: choosing a worker. Filters, then a policy, over a [`routing::view`] that is read
 //! without a lock; [`routing::book`] takes note of what was chosen.
 //!
@@ -36,6 +39,10 @@
 //!
 //! [`engines`]: what is known of inference engines: how to ask one about itself
 //! ([`engines::probe`]), and how to be one ([`engines::sim`], a simulated vLLM).
+//!
+//! [`zmtp`]: ZeroMQ's protocol: the four socket types that engines use, with bounds.
+//!
+//! [`ingest`]: listening to engines' KV events and loads.
 //!
 //! [`http`]: the front: connections and their bounds, the proxy path, the node and admin planes,
 //! health and metrics.
@@ -66,6 +73,7 @@ pub mod config;
 pub mod engines;
 pub mod http;
 pub mod ids;
+pub mod ingest;
 pub mod kv;
 pub mod replay;
 pub mod routing;
@@ -73,3 +81,5 @@ pub mod serve;
 pub mod state;
 pub mod telemetry;
 pub mod tls;
+pub mod tokens;
+pub mod zmtp;

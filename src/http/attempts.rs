@@ -119,6 +119,7 @@ impl<'a> Attempts<'a> {
             self.tracked.sent_upstream();
             match self.send(&worker).await {
                 Ok((response, slot)) => {
+                    self.shard.awake.stir();
                     self.note_answer(&worker, response.status());
                     let answered = Answered { response, booking, worker, slot };
                     let last = held.is_some() || self.reached_enough();

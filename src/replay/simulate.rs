@@ -208,7 +208,9 @@ fn worker(n: u32, options: &Options) -> Arc<WorkerView> {
         ix: WorkerIx(n),
         failed_by: Default::default(),
     };
-    Arc::new(WorkerView { record, live: Arc::new(WorkerLive::default()), ranks: vec![RankIx(n)] })
+    let live = Arc::new(WorkerLive::default());
+    live.set_ranks(vec![RankIx(n)]);
+    Arc::new(WorkerView { record, live })
 }
 
 impl Simulation<'_> {

@@ -208,8 +208,9 @@ fn ranks<'a>(
     let (pinned, overlaps, predicted) =
         (request.pinned.and_then(|pin| pin.rank), request.overlaps, request.predicted);
     let all = 0..worker.dp_ranks();
+    let names = worker.live.ranks();
     all.filter(move |rank| pinned.is_none_or(|pinned| pinned == *rank)).map(move |rank| {
-        let ix = worker.ranks.get(rank as usize).copied();
+        let ix = names.get(rank as usize).copied();
         let overlap = ix.map(|ix| overlap_of(overlaps, ix)).unwrap_or_default();
         let with_coming = ix.map(|ix| overlap_of(predicted, ix).blocks).unwrap_or_default();
         Candidate {

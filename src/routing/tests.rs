@@ -46,10 +46,8 @@ fn record(id: &str, weight: u32) -> WorkerRecord {
 }
 
 fn view(records: Vec<WorkerRecord>) -> RegistryView {
-    let workers = records
-        .into_iter()
-        .map(|record| Arc::new(WorkerView { record, live: Arc::default(), ranks: Vec::new() }))
-        .collect();
+    let workers =
+        records.into_iter().map(|record| Arc::new(WorkerView { record, live: Arc::default() })).collect();
     RegistryView::new(1, workers)
 }
 

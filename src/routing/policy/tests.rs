@@ -44,7 +44,9 @@ fn worker(n: u32, dp_ranks: u32, weight: u32) -> Arc<WorkerView> {
         failed_by: Default::default(),
     };
     let ranks = (0..dp_ranks).map(|rank| RankIx(n * dp_ranks + rank)).collect();
-    Arc::new(WorkerView { record, live: Arc::default(), ranks })
+    let live = Arc::<WorkerLive>::default();
+    live.set_ranks(ranks);
+    Arc::new(WorkerView { record, live })
 }
 
 fn view(workers: u32) -> RegistryView {
