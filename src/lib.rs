@@ -17,6 +17,9 @@
 //! [`state`]: the replicated state machines. Commands in, state and outcomes out, the same on
 //! every replica: [`state::control`] is the registry, [`state::cache`] the loads and leases.
 //!
+//! [`tokens`]: from a request's body to the hashes of its prompt's blocks, as the engine would see
+//! them. Pure but for its threads, and for engines that it may ask.
+//!
 //! [`routing`]: choosing a worker. Filters, then a policy, over a [`routing::view`] that is read
 //! without a lock; [`routing::book`] takes note of what was chosen.
 //!
@@ -63,9 +66,12 @@ pub mod config;
 pub mod engines;
 pub mod http;
 pub mod ids;
+pub mod ingest;
 pub mod kv;
 pub mod routing;
 pub mod serve;
 pub mod state;
 pub mod telemetry;
 pub mod tls;
+pub mod zmtp;
+pub mod tokens;

@@ -323,13 +323,28 @@ fn layers_name_only_what_lies_below_them() {
         ("tls", &[]),
         ("telemetry", &["tls"]),
         ("kv", &["codec", "ids"]),
+        ("tokens", &["ids", "kv", "telemetry"]),
         ("state", &["codec", "ids", "kv"]),
         ("routing", &["ids", "kv", "state"]),
         ("cluster", &["codec", "ids", "kv", "routing", "state", "telemetry", "tls"]),
         ("admin_types", &["cluster", "ids", "state"]),
         ("config", &["admin_types", "ids", "routing", "state", "tls"]),
         ("engines", &["ids", "kv", "state"]),
-        ("http", &["admin_types", "cluster", "engines", "ids", "kv", "routing", "state", "telemetry", "tls"]),
+        (
+            "http",
+            &[
+                "admin_types",
+                "cluster",
+                "engines",
+                "ids",
+                "kv",
+                "routing",
+                "state",
+                "telemetry",
+                "tls",
+                "tokens",
+            ],
+        ),
     ];
     let mut found = Vec::new();
     for (file, code) in &sources() {
