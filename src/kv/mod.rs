@@ -10,9 +10,9 @@
 pub mod event;
 pub mod feed;
 pub mod hash;
-#[cfg(test)]
-mod reference;
 pub mod index;
 pub mod msgpack;
+#[cfg(test)]
+mod reference;
 pub mod types;
 pub mod wire;

@@ -131,11 +131,9 @@ impl CostOptions {
 
     /// Checks all of them.
     pub fn check(&self) -> Result<(), String> {
-        for (name, weight) in [
-            ("weight", self.overlap_weight),
-            ("queue", self.queue_weight),
-            ("decode", self.decode_weight),
-        ] {
+        for (name, weight) in
+            [("weight", self.overlap_weight), ("queue", self.queue_weight), ("decode", self.decode_weight)]
+        {
             if !(0.0..=Self::MAX_WEIGHT).contains(&weight) {
                 return Err(format!("{name} must lie in 0 to {}, not {weight}", Self::MAX_WEIGHT));
             }
