@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What hostile clients cost honest ones: p50, p99 and failures of the same load without and with
-# slow heads, refused requests and HTTP/2 floods. Attackers, router, engine and honest clients
-# share this machine, so that a part of the difference is the attackers' own work.
+# slow heads, refused requests and HTTP/2 floods, three times in turn. The attackers share this
+# machine's processors in a process of their own at the lowest priority.
 #
 # Usage: benches/hostile.sh [SECONDS]      (each phase; 10 where left out)
 set -euo pipefail

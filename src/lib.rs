@@ -40,8 +40,15 @@
 //! [`engines`]: what is known of inference engines: how to ask one about itself
 //! ([`engines::probe`]), and how to be one ([`engines::sim`], a simulated vLLM).
 //!
+//! [`zmtp`]: ZeroMQ's protocol: the four socket types that engines use, with bounds.
+//!
+//! [`ingest`]: listening to engines' KV events and loads.
+//!
 //! [`http`]: the front: connections and their bounds, the proxy path, the node and admin planes,
 //! health and metrics.
+//!
+//! [`replay`]: traces of requests, replayed against a cluster or in a simulation that routes with
+//! [`routing`] itself and compares policies.
 //!
 //! [`admin_types`]: what the admin plane and the command line say to each other.
 //!
@@ -66,10 +73,13 @@ pub mod config;
 pub mod engines;
 pub mod http;
 pub mod ids;
+pub mod ingest;
 pub mod kv;
+pub mod replay;
 pub mod routing;
 pub mod serve;
 pub mod state;
 pub mod telemetry;
 pub mod tls;
 pub mod tokens;
+pub mod zmtp;

@@ -399,6 +399,7 @@ fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
             },
             grace: ms(http.shutdown_grace_ms),
             max_h2_streams: http.max_h2_streams,
+            poll: Duration::from_micros(http.poll_us.into()),
             threads: match http.threads {
                 0 => std::thread::available_parallelism().map_or(1, usize::from),
                 n => n as usize,

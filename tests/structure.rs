@@ -345,6 +345,7 @@ fn layers_name_only_what_lies_below_them() {
                 "tokens",
             ],
         ),
+        ("replay", &["ids", "kv", "routing", "state"]),
     ];
     let mut found = Vec::new();
     for (file, code) in &sources() {

@@ -13,6 +13,12 @@ impl Figures {
         self.0.sort_unstable();
     }
 
+    /// Takes note of all that another has.
+    pub fn merge(&mut self, other: &Figures) {
+        self.0.extend_from_slice(&other.0);
+        self.0.sort_unstable();
+    }
+
     /// How many there are.
     pub fn count(&self) -> usize {
         self.0.len()

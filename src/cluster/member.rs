@@ -19,6 +19,7 @@ use super::peer::link::Links;
 use super::peer::server::Served;
 use super::proposer::{self, Driver, Route};
 use super::pulse;
+use super::read_index::ReadIndex;
 use super::stats::GroupCounters;
 use super::storage::checkpoint::CheckpointStore;
 use super::storage::disk::RealDisk;
@@ -246,6 +247,7 @@ impl Inner {
             rafts: rafts.clone(),
             intakes: [control_intake, cache_intake],
             heard,
+            reads: ReadIndex::new(id, links),
         });
         let member = Member {
             id,

@@ -24,6 +24,7 @@ pub mod peer;
 mod place;
 pub mod proposer;
 pub mod pulse;
+pub mod read_index;
 pub mod stats;
 pub mod storage;
 #[cfg(test)]

@@ -47,6 +47,9 @@ pub struct FrontOptions {
     /// Threads that serve connections, each with its own runtime and connections to workers; 0
     /// serves them on the runtime of the caller.
     pub threads: usize,
+    /// How long a thread looks for the next event before it sleeps, where events follow each other
+    /// that fast: 60 µs. Zero always sleeps.
+    pub poll: Duration,
     /// How long requests in flight may take to finish at shutdown: 30 s.
     pub grace: Duration,
 }
@@ -67,6 +70,7 @@ impl Default for FrontOptions {
             per_ip_exempt: ["127.0.0.0/8", "::1/128"].iter().filter_map(|net| net.parse().ok()).collect(),
             max_h2_streams: 128,
             threads: 0,
+            poll: Duration::from_micros(60),
             grace: Duration::from_secs(30),
         }
     }
@@ -274,7 +278,7 @@ fn start_lane(
     let lane = Lane { connections, open: Arc::default(), ended };
     let front = Arc::clone(front);
     let run = async move {
-        serve_lane(incoming, front, plane, shutdown).await;
+        serve_lane(incoming, front, plane, own_thread, shutdown).await;
         let _ = tell.send(());
     };
     if own_thread {
@@ -297,6 +301,7 @@ async fn serve_lane(
     mut incoming: mpsc::Receiver<Accepted>,
     front: Arc<Front>,
     plane: Listener,
+    own_thread: bool,
     shutdown: CancellationToken,
 ) {
     let shard = Shard::new(front);
@@ -306,6 +311,9 @@ async fn serve_lane(
     let force = CancellationToken::new();
     let mut sweep = tokio::time::interval(SWEEP);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let watching = Arc::clone(&shard);
+    // Where the thread is shared, others are busy on it.
+    let awake = own_thread.then(|| tokio::spawn(async move { watching.awake.keep().await }));
     loop {
         let accepted = tokio::select! {
             accepted = incoming.recv() => accepted,
@@ -328,6 +336,9 @@ async fn serve_lane(
     if tokio::time::timeout(options.grace, connections.wait()).await.is_err() {
         force.cancel();
         connections.wait().await;
+    }
+    if let Some(awake) = awake {
+        awake.abort();
     }
 }
 

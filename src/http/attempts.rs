@@ -14,11 +14,8 @@ use super::queue::Held;
 use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
 use crate::ids::WorkerId;
 use crate::routing::policy::RouteRequest;
-use crate::routing::select::{Limits, NoWorker, select};
+use crate::routing::select::{Limits, NoWorker, Overload, select};
 use crate::routing::view::WorkerView;
-
-/// Tokens in a KV block where the worker does not say.
-const ORDINARY_BLOCK: u32 = 16;
 
 /// A worker's answer, to its head.
 pub(super) struct Answered {
@@ -121,6 +118,7 @@ impl<'a> Attempts<'a> {
             self.tracked.sent_upstream();
             match self.send(&worker).await {
                 Ok((response, slot)) => {
+                    self.shard.awake.stir();
                     self.note_answer(&worker, response.status());
                     let answered = Answered { response, booking, worker, slot };
                     let last = held.is_some() || self.reached_enough();
@@ -182,11 +180,13 @@ impl<'a> Attempts<'a> {
             model: self.asked.model.as_deref(),
             prompt_tokens: self.asked.prompt_tokens,
             max_tokens: self.asked.max_tokens,
+            ..RouteRequest::default()
         };
         let limits = Limits {
             now_ms: front.now_ms(),
             breaker: front.config.proxy.breaker,
             max_requests: front.config.proxy.max_requests_per_worker,
+            overload: Overload::default(),
         };
         let (view, policy) = (front.control.registry(), front.config.policy.as_ref());
         select(&view, policy, &request, &limits, &self.tried, &mut rand::rng())
@@ -229,7 +229,7 @@ impl<'a> Attempts<'a> {
     fn book(&self, worker: &Arc<WorkerView>) -> Held {
         let front = &self.shard.front;
         let tokens = self.asked.prompt_tokens;
-        let block = worker.record.spec.block_size.unwrap_or(ORDINARY_BLOCK).max(1);
+        let block = worker.block_size();
         let booking = front.control.bookings().book(Arc::clone(worker), tokens, tokens.div_ceil(block));
         Held::new(booking, &front.queue)
     }

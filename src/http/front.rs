@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::accept::FrontOptions;
 use super::allowed::Allowed;
 use super::auth::{NodeToken, NodeTokens, TokenDigests};
+use super::awake::{Awake, Lookouts};
 use super::body::BodyLimits;
 use super::headers::HeaderRules;
 use super::keys::KeyRing;
@@ -161,6 +162,7 @@ pub struct Front {
     /// Requests that wait for a worker.
     pub(super) queue: Arc<Queue>,
     pub(super) retry_budget: RetryBudget,
+    pub(super) lookouts: Arc<Lookouts>,
     replica: http::HeaderValue,
 }
 
@@ -186,6 +188,7 @@ impl Front {
             started,
             queue: Arc::default(),
             retry_budget: RetryBudget::new(started),
+            lookouts: Arc::default(),
             replica,
         })
     }
@@ -217,12 +220,15 @@ pub struct Shard {
     pub front: Arc<Front>,
     /// Its connections to workers.
     pub pool: Pool,
+    /// Keeps it from sleeping while that would cost more than it saves.
+    pub awake: Awake,
 }
 
 impl Shard {
     /// A shard with an empty pool.
     pub fn new(front: Arc<Front>) -> Arc<Self> {
         let pool = Pool::new(&front.config.pool, Arc::clone(&front.config.allow));
-        Arc::new(Self { front, pool })
+        let awake = Awake::new(front.config.accept.poll, Arc::clone(&front.lookouts));
+        Arc::new(Self { front, pool, awake })
     }
 }

@@ -14,6 +14,7 @@ mod admin;
 mod allowed;
 mod attempts;
 mod auth;
+mod awake;
 mod body;
 mod call;
 mod checks;

@@ -140,6 +140,7 @@ impl hyper::service::Service<Request<Incoming>> for FrontService {
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let in_flight = self.state.begin();
+        self.shard.awake.stir();
         let is_http1 = request.version() <= http::Version::HTTP_11;
         let (service, shard) = (self.clone(), Arc::clone(&self.shard));
         let stall = self.shard.front.config.accept.timeouts.write_stall;

@@ -35,24 +35,38 @@ impl Bookings {
         Self { pending: Arc::default(), wake: Arc::new(wake) }
     }
 
-    /// Books a request on a worker until the returned guard is dropped.
+    /// Books a request on a worker's rank 0 until the returned guard is dropped.
     pub fn book(&self, worker: Arc<WorkerView>, prefill_tokens: u32, decode_blocks: u32) -> Booking {
+        self.book_rank(worker, 0, prefill_tokens, decode_blocks)
+    }
+
+    /// Books a request on one of a worker's ranks until the returned guard is dropped.
+    pub fn book_rank(
+        &self,
+        worker: Arc<WorkerView>,
+        rank: u32,
+        prefill_tokens: u32,
+        decode_blocks: u32,
+    ) -> Booking {
         let delta = LoadDelta {
             requests: 1,
             prefill_tokens: prefill_tokens.into(),
             decode_blocks: decode_blocks.into(),
         };
-        let booking = Booking { bookings: self.clone(), worker, held: LoadDelta::default() };
+        let booking = Booking { bookings: self.clone(), worker, rank, held: LoadDelta::default() };
         booking.and_change(delta)
     }
 
-    fn change(&self, worker: &WorkerView, delta: LoadDelta) {
+    fn change(&self, worker: &WorkerView, rank: u32, delta: LoadDelta) {
         if delta.is_zero() {
             return;
         }
         let mut pending = self.pending.lock();
         // Under the lock, so that `restate` sees own loads and deltas of the same moment.
         worker.live.own.add(&delta);
+        if worker.dp_ranks() > 1 {
+            worker.live.book_rank(rank, &delta);
+        }
         let was_empty = pending.deltas.is_empty();
         pending.deltas.entry(worker.record.ix).or_default().merge(&delta);
         drop(pending);
@@ -92,6 +106,7 @@ impl Bookings {
 pub struct Booking {
     bookings: Bookings,
     worker: Arc<WorkerView>,
+    rank: u32,
     held: LoadDelta,
 }
 
@@ -103,7 +118,7 @@ impl Booking {
 
     fn change(&mut self, delta: LoadDelta) {
         self.held.merge(&delta);
-        self.bookings.change(&self.worker, delta);
+        self.bookings.change(&self.worker, self.rank, delta);
     }
 
     /// The worker it is on.

@@ -7,9 +7,13 @@ use std::sync::atomic::Ordering;
 use rand::Rng;
 
 use super::breaker::{BreakerOptions, BreakerState};
-use super::policy::{Policy, RouteRequest};
+use super::cost::Terms;
+use super::policy::{Candidate, Policy, RouteRequest};
+use super::stale::Freshness;
 use super::view::{RegistryView, WorkerView};
 use crate::ids::WorkerId;
+use crate::kv::types::{Overlap, RankIx};
+use crate::state::load::LoadSum;
 use crate::state::worker::WorkerRole;
 
 /// A chosen worker.
@@ -17,10 +21,27 @@ use crate::state::worker::WorkerRole;
 pub struct Selection {
     /// Which.
     pub worker: Arc<WorkerView>,
-    /// How many it was chosen from.
+    /// Which of its data-parallel ranks; 0 where there is but one.
+    pub rank: u32,
+    /// What that rank holds of the prompt.
+    pub overlap: Overlap,
+    /// Blocks after those that requests on their way there will bring.
+    pub coming: u32,
+    /// How many ranks it was chosen from.
     pub candidates: usize,
     /// All candidates were marked unreachable from here; one is tried all the same.
     pub last_resort: bool,
+}
+
+impl Selection {
+    /// What to book for a prompt: tokens whose prefill is outstanding, those that the accelerator
+    /// holds or will hold left out, and the blocks that it will hold. One token at least is computed always.
+    pub fn to_book(&self, prompt_tokens: u32) -> (u32, u32) {
+        let block = self.worker.block_size();
+        let cached = self.overlap.gpu.saturating_add(self.coming).saturating_mul(block);
+        let prefill = prompt_tokens.saturating_sub(cached).max(prompt_tokens.min(1));
+        (prefill, prompt_tokens.div_ceil(block))
+    }
 }
 
 /// Why a worker could not be chosen.
@@ -34,6 +55,18 @@ pub enum Filtered {
     Role(WorkerRole),
     /// Already tried for this request.
     Tried,
+    /// The client named another one, or a rank that it has not.
+    Pinned,
+    /// A label that was asked for is missing or has another value.
+    Label,
+    /// It has all the requests it should have.
+    Saturated,
+    /// It has more prefill or blocks than the thresholds allow, and others have not.
+    Overloaded,
+    /// This replica could not connect to it lately.
+    Unreachable,
+    /// Its breaker is open.
+    Breaker,
 }
 
 impl fmt::Display for Filtered {
@@ -43,6 +76,12 @@ impl fmt::Display for Filtered {
             Filtered::Draining => f.write_str("draining"),
             Filtered::Role(role) => write!(f, "serves the {} role only", role.name()),
             Filtered::Tried => f.write_str("tried for this request and failed"),
+            Filtered::Pinned => f.write_str("another worker or rank was asked for"),
+            Filtered::Label => f.write_str("does not have the labels asked for"),
+            Filtered::Saturated => f.write_str("has all the requests it should have"),
+            Filtered::Overloaded => f.write_str("over the thresholds of load"),
+            Filtered::Unreachable => f.write_str("cannot be reached from this replica"),
+            Filtered::Breaker => f.write_str("failed too often, left alone for a while"),
         }
     }
 }
@@ -104,9 +143,15 @@ impl fmt::Display for NoWorker {
     }
 }
 
-fn filter(worker: &WorkerView, tried: &[WorkerId]) -> Option<Filtered> {
+fn filter(worker: &WorkerView, request: &RouteRequest<'_>, tried: &[WorkerId]) -> Option<Filtered> {
     let record = &worker.record;
-    if tried.contains(worker.id()) {
+    let has = |(key, value): &(&str, &str)| record.spec.labels.get(*key).is_some_and(|v| v == value);
+    let other = |rank: Option<u32>| rank.is_some_and(|rank| rank >= worker.dp_ranks());
+    if request.pinned.is_some_and(|pin| pin.worker != worker.id() || other(pin.rank)) {
+        Some(Filtered::Pinned)
+    } else if !request.labels.iter().all(has) {
+        Some(Filtered::Label)
+    } else if tried.contains(worker.id()) {
         Some(Filtered::Tried)
     } else if record.drain {
         Some(Filtered::Draining)
@@ -128,6 +173,72 @@ pub struct Limits {
     pub breaker: BreakerOptions,
     /// Requests a worker should have at once where its registration does not say.
     pub max_requests: u32,
+    /// Above what load a worker is left out while others are not.
+    pub overload: Overload,
+}
+
+/// Load above which a rank is left out while others are not; `None` is no threshold.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Overload {
+    /// Outstanding prefill tokens.
+    pub prefill_tokens: Option<u64>,
+    /// Share of its blocks that running requests hold, where its capacity is known.
+    pub kv_share: Option<f64>,
+}
+
+impl Overload {
+    fn has(&self, candidate: &Candidate<'_>) -> bool {
+        let load = &candidate.load;
+        let prefill = self.prefill_tokens.is_some_and(|most| load.prefill_tokens > most as i64);
+        let capacity = candidate.worker.record.spec.capacity_blocks;
+        let blocks = self
+            .kv_share
+            .zip(capacity)
+            .is_some_and(|(share, blocks)| load.decode_blocks as f64 > share * blocks as f64);
+        prefill || blocks
+    }
+}
+
+/// Ranks of `worker` that may be asked, each with its load and what it holds.
+fn ranks<'a>(
+    worker: &'a Arc<WorkerView>,
+    request: &RouteRequest<'a>,
+    peers_count: bool,
+) -> impl Iterator<Item = Candidate<'a>> + use<'a> {
+    let (pinned, overlaps, predicted) =
+        (request.pinned.and_then(|pin| pin.rank), request.overlaps, request.predicted);
+    let all = 0..worker.dp_ranks();
+    let names = worker.live.ranks();
+    all.filter(move |rank| pinned.is_none_or(|pinned| pinned == *rank)).map(move |rank| {
+        let ix = names.get(rank as usize).copied();
+        let overlap = ix.map(|ix| overlap_of(overlaps, ix)).unwrap_or_default();
+        let with_coming = ix.map(|ix| overlap_of(predicted, ix).blocks).unwrap_or_default();
+        Candidate {
+            worker,
+            rank,
+            load: worker.rank_load(rank, peers_count),
+            overlap,
+            coming: with_coming.saturating_sub(overlap.blocks),
+        }
+    })
+}
+
+fn overlap_of(overlaps: &[Overlap], rank: RankIx) -> Overlap {
+    match overlaps.binary_search_by_key(&rank, |overlap| overlap.rank) {
+        Ok(at) => overlaps[at],
+        Err(_) => Overlap { rank, ..Overlap::default() },
+    }
+}
+
+/// Why a worker that passes the filters is avoided while there are others.
+fn doubt(worker: &WorkerView, limits: &Limits) -> Option<Filtered> {
+    if worker.live.unreachable.load(Ordering::Relaxed) {
+        Some(Filtered::Unreachable)
+    } else if worker.live.breaker.state(limits.now_ms) == BreakerState::Open {
+        Some(Filtered::Breaker)
+    } else {
+        None
+    }
 }
 
 /// Chooses a worker for `request`, never one of `tried`.
@@ -144,50 +255,119 @@ pub fn select(
     tried: &[WorkerId],
     rng: &mut dyn Rng,
 ) -> Result<Selection, NoWorker> {
-    let serving = match request.model {
-        Some(model) => view.by_model.get(model).ok_or_else(|| unknown_model(view))?.as_slice(),
-        None if view.workers.is_empty() => return Err(NoWorker::RegistryEmpty),
-        None => &view.all,
-    };
+    let serving = serving(view, request)?;
+    let peers_count = Freshness::of(request.view_age_ms) != Freshness::OwnOnly;
     let mut open = Vec::with_capacity(serving.len());
     let mut doubtful = Vec::new();
     let mut saturated = false;
     for &position in serving {
         let worker = &view.workers[position];
-        if filter(worker, tried).is_some() {
+        if filter(worker, request, tried).is_some() {
             continue;
         }
-        if worker.live.unreachable.load(Ordering::Relaxed)
-            || worker.live.breaker.state(limits.now_ms) == BreakerState::Open
-        {
-            doubtful.push(worker);
+        if doubt(worker, limits).is_some() {
+            doubtful.extend(ranks(worker, request, peers_count));
         } else if worker.is_saturated(limits.max_requests) {
             saturated = true;
         } else {
-            open.push(worker);
+            open.extend(ranks(worker, request, peers_count));
         }
+    }
+    if open.iter().any(|candidate| !limits.overload.has(candidate)) {
+        open.retain(|candidate| !limits.overload.has(candidate));
     }
     while !open.is_empty() {
         let candidates = open.len();
         let picked = policy.pick(&open, request, rng);
         debug_assert!(picked < candidates, "{} picked {picked} of {candidates}", policy.name());
-        let picked = picked.min(candidates - 1);
-        if open[picked].live.breaker.enter(limits.now_ms, &limits.breaker) {
-            let worker = Arc::clone(open[picked]);
-            return Ok(Selection { worker, candidates, last_resort: false });
+        let picked = open[picked.min(candidates - 1)];
+        if picked.worker.live.breaker.enter(limits.now_ms, &limits.breaker) {
+            return Ok(selection(&picked, candidates, false));
         }
         // Somebody else's request is the trial of this half-open breaker.
-        doubtful.push(open.swap_remove(picked));
+        let refused = |candidate: &Candidate<'_>| Arc::ptr_eq(candidate.worker, picked.worker);
+        doubtful.extend(open.extract_if(.., |candidate| refused(candidate)));
     }
     if saturated {
         return Err(NoWorker::Saturated { workers: serving.len() });
     }
     if doubtful.is_empty() {
-        return Err(all_filtered(view, serving, tried));
+        return Err(all_filtered(view, serving, request, tried));
     }
     let picked = policy.pick(&doubtful, request, rng).min(doubtful.len() - 1);
-    let worker = Arc::clone(doubtful[picked]);
-    Ok(Selection { worker, candidates: doubtful.len(), last_resort: true })
+    Ok(selection(&doubtful[picked], doubtful.len(), true))
+}
+
+fn selection(picked: &Candidate<'_>, candidates: usize, last_resort: bool) -> Selection {
+    let worker = Arc::clone(picked.worker);
+    Selection {
+        worker,
+        rank: picked.rank,
+        overlap: picked.overlap,
+        coming: picked.coming,
+        candidates,
+        last_resort,
+    }
+}
+
+/// Positions of the workers that serve the model.
+fn serving<'a>(view: &'a RegistryView, request: &RouteRequest<'_>) -> Result<&'a [usize], NoWorker> {
+    match request.model {
+        Some(model) => Ok(view.by_model.get(model).ok_or_else(|| unknown_model(view))?),
+        None if view.workers.is_empty() => Err(NoWorker::RegistryEmpty),
+        None => Ok(&view.all),
+    }
+}
+
+/// What a decision knows of one rank.
+#[derive(Clone, Debug)]
+pub struct Explained {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Which of its ranks.
+    pub rank: u32,
+    /// What it holds of the prompt.
+    pub overlap: Overlap,
+    /// Blocks after those that requests on their way there will bring.
+    pub coming: u32,
+    /// What is booked there.
+    pub load: LoadSum,
+    /// Its cost, if the policy goes by cost.
+    pub terms: Option<Terms>,
+    /// Why it may not be chosen, or is not while there are others.
+    pub filtered: Option<Filtered>,
+}
+
+/// What [`select`] would know of each rank that serves the model. Chooses nothing and changes
+/// nothing.
+pub fn explain(
+    view: &RegistryView,
+    policy: &dyn Policy,
+    request: &RouteRequest<'_>,
+    limits: &Limits,
+    tried: &[WorkerId],
+) -> Result<Vec<Explained>, NoWorker> {
+    let peers_count = Freshness::of(request.view_age_ms) != Freshness::OwnOnly;
+    let mut explained = Vec::new();
+    for &position in serving(view, request)? {
+        let worker = &view.workers[position];
+        let whole = filter(worker, request, tried)
+            .or_else(|| doubt(worker, limits))
+            .or_else(|| worker.is_saturated(limits.max_requests).then_some(Filtered::Saturated));
+        for candidate in ranks(worker, request, peers_count) {
+            let overloaded = limits.overload.has(&candidate).then_some(Filtered::Overloaded);
+            explained.push(Explained {
+                worker: worker.id().clone(),
+                rank: candidate.rank,
+                overlap: candidate.overlap,
+                coming: candidate.coming,
+                load: candidate.load,
+                terms: policy.terms(&candidate, request),
+                filtered: whole.or(overloaded),
+            });
+        }
+    }
+    Ok(explained)
 }
 
 fn unknown_model(view: &RegistryView) -> NoWorker {
@@ -201,11 +381,16 @@ fn unknown_model(view: &RegistryView) -> NoWorker {
     NoWorker::UnknownModel { known, more }
 }
 
-fn all_filtered(view: &RegistryView, serving: &[usize], tried: &[WorkerId]) -> NoWorker {
+fn all_filtered(
+    view: &RegistryView,
+    serving: &[usize],
+    request: &RouteRequest<'_>,
+    tried: &[WorkerId],
+) -> NoWorker {
     let mut reasons: Vec<(WorkerId, Filtered)> = serving
         .iter()
         .map(|&position| &view.workers[position])
-        .filter_map(|worker| filter(worker, tried).map(|why| (worker.id().clone(), why)))
+        .filter_map(|worker| filter(worker, request, tried).map(|why| (worker.id().clone(), why)))
         .collect();
     let more = reasons.len().saturating_sub(NoWorker::MOST_LISTED);
     reasons.truncate(NoWorker::MOST_LISTED);

@@ -9,10 +9,11 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::breaker::BreakerOptions;
-use super::policy::{POLICY_NAMES, RouteRequest, by_name, weighted_load};
-use super::select::{Filtered, Limits, NoWorker, select};
-use super::view::{RegistryView, WorkerLive, WorkerView};
+use super::policy::{Candidate, POLICY_NAMES, RouteRequest, by_name};
+use super::select::{Filtered, Limits, NoWorker, Overload, select};
+use super::view::{RegistryView, WorkerView};
 use crate::ids::WorkerId;
+use crate::kv::types::Overlap;
 use crate::state::load::LoadSum;
 use crate::state::worker::{Liveness, ServedModel, WorkerRecord, WorkerRole, WorkerSource, WorkerSpec};
 
@@ -45,10 +46,8 @@ fn record(id: &str, weight: u32) -> WorkerRecord {
 }
 
 fn view(records: Vec<WorkerRecord>) -> RegistryView {
-    let workers = records
-        .into_iter()
-        .map(|record| Arc::new(WorkerView { record, live: Arc::new(WorkerLive::default()) }))
-        .collect();
+    let workers =
+        records.into_iter().map(|record| Arc::new(WorkerView { record, live: Arc::default() })).collect();
     RegistryView::new(1, workers)
 }
 
@@ -56,16 +55,19 @@ const LIMITS: Limits = Limits {
     now_ms: 1,
     breaker: BreakerOptions { failures: 5, open_ms: 1000, max_open_ms: 1000 },
     max_requests: 1_000_000,
+    overload: Overload { prefill_tokens: None, kv_share: None },
 };
-const REQUEST: RouteRequest<'static> =
-    RouteRequest { model: Some("m"), prompt_tokens: 100, max_tokens: None };
+
+fn request() -> RouteRequest<'static> {
+    RouteRequest { model: Some("m"), prompt_tokens: 100, ..RouteRequest::default() }
+}
 
 fn shares(name: &str, view: &RegistryView, rounds: usize) -> HashMap<String, usize> {
     let policy = by_name(name).unwrap();
     let mut rng = StdRng::seed_from_u64(7);
     let mut shares = HashMap::new();
     for _ in 0..rounds {
-        let chosen = select(view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rng).unwrap();
+        let chosen = select(view, policy.as_ref(), &request(), &LIMITS, &[], &mut rng).unwrap();
         *shares.entry(chosen.worker.id().to_string()).or_default() += 1;
     }
     shares
@@ -84,7 +86,11 @@ fn round_robin_follows_weights_without_bursts() {
     let mut rng = StdRng::seed_from_u64(7);
     let order: Vec<String> = (0..50)
         .map(|_| {
-            select(&view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rng).unwrap().worker.id().to_string()
+            select(&view, policy.as_ref(), &request(), &LIMITS, &[], &mut rng)
+                .unwrap()
+                .worker
+                .id()
+                .to_string()
         })
         .collect();
     assert_eq!(order.iter().filter(|id| *id == "a").count(), 10);
@@ -120,8 +126,11 @@ fn power_of_two_never_takes_the_most_loaded_of_three() {
 #[test]
 fn prefill_and_decode_both_count_as_work() {
     let view = view(vec![record("a", 1)]);
-    view.workers[0].live.own.set(LoadSum { requests: 1, prefill_tokens: 32, decode_blocks: 5 });
-    assert_eq!(weighted_load(&view.workers[0]), 8.0);
+    let worker = &view.workers[0];
+    worker.live.own.set(LoadSum { requests: 1, prefill_tokens: 32, decode_blocks: 5 });
+    let load = worker.rank_load(0, true);
+    let candidate = Candidate { worker, rank: 0, load, overlap: Overlap::default(), coming: 0 };
+    assert_eq!(candidate.weighted_load(), 8.0);
 }
 
 #[test]
@@ -135,7 +144,7 @@ fn a_refusal_names_every_reason() {
     let view = view(vec![offline, draining, prefill, record("d", 1)]);
     let tried = [WorkerId("d".into())];
     let policy = by_name("random").unwrap();
-    let refusal = select(&view, policy.as_ref(), &REQUEST, &LIMITS, &tried, &mut rand::rng()).unwrap_err();
+    let refusal = select(&view, policy.as_ref(), &request(), &LIMITS, &tried, &mut rand::rng()).unwrap_err();
     let NoWorker::AllFiltered { reasons, more: 0 } = &refusal else { panic!("{refusal:?}") };
     let why: Vec<Filtered> = reasons.iter().map(|(_, why)| *why).collect();
     assert_eq!(
@@ -148,7 +157,7 @@ fn a_refusal_names_every_reason() {
 #[test]
 fn unknown_models_list_the_known_ones_and_an_empty_registry_says_so() {
     let policy = by_name("random").unwrap();
-    let other = RouteRequest { model: Some("other"), ..REQUEST };
+    let other = RouteRequest { model: Some("other"), ..request() };
     let served = view(vec![record("a", 1)]);
     assert_eq!(
         select(&served, policy.as_ref(), &other, &LIMITS, &[], &mut rand::rng()).unwrap_err(),
@@ -169,7 +178,7 @@ fn unreachable_workers_are_the_last_resort() {
     }
     view.workers[1].live.unreachable.store(true, Ordering::Relaxed);
     let policy = by_name("round_robin").unwrap();
-    assert!(select(&view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rand::rng()).unwrap().last_resort);
+    assert!(select(&view, policy.as_ref(), &request(), &LIMITS, &[], &mut rand::rng()).unwrap().last_resort);
 }
 
 proptest! {
@@ -195,7 +204,7 @@ proptest! {
         for name in POLICY_NAMES {
             let policy = by_name(name).unwrap();
             for _ in 0..8 {
-                match select(&view, policy.as_ref(), &REQUEST, &LIMITS, &[], &mut rng) {
+                match select(&view, policy.as_ref(), &request(), &LIMITS, &[], &mut rng) {
                     Ok(chosen) => {
                         prop_assert!(chosen.worker.record.online && !chosen.worker.record.drain);
                         prop_assert_eq!(chosen.last_resort, healthy == 0);

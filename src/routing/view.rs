@@ -3,14 +3,20 @@
 //! The cluster publishes a new [`RegistryView`] when the registry changes (rare); loads change
 //! in place in atomics (often). A load has two halves: what *other* replicas booked, final
 //! from the log, and what *this* replica has booked, exact and at once. So a replica always
-//! sees its own decisions, and others' after one commit.
+//! sees its own decisions, and others' after one commit. Where a worker has several data-parallel
+//! ranks, this replica knows which of them it booked; of the others' bookings each rank gets an
+//! equal part.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
+use arc_swap::ArcSwap;
+use parking_lot::RwLock;
+
 use super::breaker::Breaker;
 use crate::ids::WorkerId;
+use crate::kv::types::RankIx;
 use crate::state::load::{LoadDelta, LoadSum};
 use crate::state::worker::WorkerRecord;
 
@@ -55,6 +61,12 @@ pub struct WorkerLive {
     pub peers: LoadCell,
     /// Booked by this replica, exact.
     pub own: LoadCell,
+    /// The part of `own` on each data-parallel rank, where there are several and one was booked.
+    /// At most as many as a worker may have ranks.
+    own_ranks: RwLock<Vec<LoadCell>>,
+    /// What the prefix index calls its ranks, by rank; shorter than there are ranks, or empty,
+    /// where the index knows nothing of them.
+    ranks: ArcSwap<Vec<RankIx>>,
     /// This replica's last attempts to connect failed: not chosen while set, whatever the
     /// registry says (the cluster-wide decision follows).
     pub unreachable: AtomicBool,
@@ -74,6 +86,63 @@ impl WorkerLive {
     }
 }
 
+/// In place of a rank's name, when what is known of it is not to be scored.
+pub const NOT_SCORED: RankIx = RankIx(u32::MAX);
+
+impl WorkerLive {
+    /// Sets what the prefix index calls its ranks.
+    pub fn set_ranks(&self, ranks: Vec<RankIx>) {
+        if **self.ranks.load() != ranks {
+            self.ranks.store(Arc::new(ranks));
+        }
+    }
+
+    /// What the prefix index calls its ranks.
+    pub fn ranks(&self) -> Arc<Vec<RankIx>> {
+        self.ranks.load_full()
+    }
+
+    /// Notes a booking of this replica on a rank of several.
+    pub fn book_rank(&self, rank: u32, d: &LoadDelta) {
+        let rank = rank as usize;
+        if rank >= MOST_RANKS {
+            return;
+        }
+        let cells = self.own_ranks.read();
+        if let Some(cell) = cells.get(rank) {
+            return cell.add(d);
+        }
+        drop(cells);
+        let mut cells = self.own_ranks.write();
+        if cells.len() <= rank {
+            cells.resize_with(rank + 1, LoadCell::default);
+        }
+        cells[rank].add(d);
+    }
+
+    /// Load of one of `ranks` ranks as this replica sees it, never below zero.
+    fn rank_load(&self, rank: u32, ranks: u32, peers_count: bool) -> LoadSum {
+        let peers = if peers_count { self.peers.get() } else { LoadSum::default() };
+        let share = |n: i64| n / i64::from(ranks.max(1));
+        let own = if ranks > 1 {
+            self.own_ranks.read().get(rank as usize).map(LoadCell::get).unwrap_or_default()
+        } else {
+            self.own.get()
+        };
+        LoadSum {
+            requests: (share(peers.requests) + own.requests).max(0),
+            prefill_tokens: (share(peers.prefill_tokens) + own.prefill_tokens).max(0),
+            decode_blocks: (share(peers.decode_blocks) + own.decode_blocks).max(0),
+        }
+    }
+}
+
+/// Most data-parallel ranks a worker may have, as the registry checks.
+const MOST_RANKS: usize = 1024;
+
+/// Tokens in a block where the worker does not say.
+const ORDINARY_BLOCK: u32 = 16;
+
 /// One worker in a view.
 #[derive(Debug)]
 pub struct WorkerView {
@@ -84,6 +153,21 @@ pub struct WorkerView {
 }
 
 impl WorkerView {
+    /// Tokens in a KV block, never 0.
+    pub fn block_size(&self) -> u32 {
+        self.record.spec.block_size.unwrap_or(ORDINARY_BLOCK).max(1)
+    }
+
+    /// How many data-parallel ranks it has, never 0.
+    pub fn dp_ranks(&self) -> u32 {
+        self.record.spec.dp_ranks.max(1)
+    }
+
+    /// Load of one of its ranks, with what the peers booked or without.
+    pub fn rank_load(&self, rank: u32, peers_count: bool) -> LoadSum {
+        self.live.rank_load(rank, self.dp_ranks(), peers_count)
+    }
+
     /// The worker's id.
     pub fn id(&self) -> &WorkerId {
         &self.record.spec.id

@@ -16,10 +16,11 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::incoming::Caller;
 use super::proto::peer_server::{Peer, PeerServer};
 use super::proto::{Answer, Chunk, Frame, Request};
-use super::wire::{CLUSTER, Call, FROM, Kind, MAX_MESSAGE, ProposeReply, ReadIndexReply, Reply, TO};
+use super::wire::{CLUSTER, Call, FROM, Kind, MAX_MESSAGE, ProposeReply, Reply, TO};
 use crate::cluster::machine::Raft;
 use crate::cluster::membership::Members;
 use crate::cluster::pacemaker::Heard;
+use crate::cluster::read_index::{ReadIndex, vouch};
 use crate::cluster::types::{Segment, Snapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::codec;
 use crate::ids::{Group, ReplicaId};
@@ -43,6 +44,8 @@ pub struct Served {
     pub intakes: [mpsc::Sender<Segment>; 2],
     /// When leaders were last heard.
     pub heard: Heard,
+    /// Answers linearizable readers while this replica leads.
+    pub reads: ReadIndex,
 }
 
 /// Answers calls; and knows what is served, once there is something.
@@ -250,7 +253,7 @@ async fn serve_lane(
                     return;
                 }
             }
-            Kind::Vote | Kind::PreVote | Kind::TransferLeader | Kind::ReadIndex => {
+            Kind::Vote | Kind::PreVote | Kind::TransferLeader | Kind::ReadIndex | Kind::Vouch => {
                 let (served, answers) = (served.clone(), answers.clone());
                 tokio::spawn(async move {
                     if let Some(body) = ask_raft(&served, speaker, group, kind, &frame.body).await {
@@ -335,15 +338,14 @@ async fn ask_raft(
             }
             raft.handle_transfer_leader(request).await.ok().map(|answer| codec::encode(&answer))
         }
-        Kind::ReadIndex => Some(codec::encode(&read_index(raft).await)),
+        Kind::ReadIndex => Some(codec::encode(&served.reads.ask(raft, group).await)),
+        Kind::Vouch => {
+            let vote: Vote = codec::decode(body).ok()?;
+            if !speaker.votes(&vote) {
+                return None;
+            }
+            Some(codec::encode(&vouch(raft, vote).await))
+        }
         Kind::Append | Kind::Propose => None,
-    }
-}
-
-/// The index a linearizable read must wait for, if this replica leads and a quorum agrees.
-pub async fn read_index(raft: &Raft) -> ReadIndexReply {
-    match raft.get_read_log_id(openraft::ReadPolicy::ReadIndex).await {
-        Ok((read, _)) => ReadIndexReply::Index(read.log_id().index),
-        Err(_) => ReadIndexReply::NotLeader,
     }
 }

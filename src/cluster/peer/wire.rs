@@ -36,14 +36,24 @@ pub enum Kind {
     Propose = 5,
     /// The index a linearizable read must wait for.
     ReadIndex = 6,
+    /// Has the answerer voted in no later term than the leader that asks?
+    Vouch = 7,
 }
 
 impl Kind {
     /// The inverse of the number on the wire.
     pub fn from_wire(number: u32) -> Option<Self> {
-        [Kind::Append, Kind::Vote, Kind::PreVote, Kind::TransferLeader, Kind::Propose, Kind::ReadIndex]
-            .into_iter()
-            .find(|kind| *kind as u32 == number)
+        [
+            Kind::Append,
+            Kind::Vote,
+            Kind::PreVote,
+            Kind::TransferLeader,
+            Kind::Propose,
+            Kind::ReadIndex,
+            Kind::Vouch,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u32 == number)
     }
 }
 

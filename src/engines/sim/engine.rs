@@ -1,7 +1,7 @@
 //! The engine task: takes requests in, steps the scheduler at the pace of the timing model.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -9,6 +9,7 @@ use tokio::sync::{Notify, broadcast, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::events::KvPublisher;
 use super::faults::{FaultChange, FaultState, Faults};
 use super::kv::KvEvent;
 use super::options::EngineSimArgs;
@@ -39,6 +40,7 @@ enum Command {
     Abort(Vec<String>),
     Kill,
     ResetPrefixCache(oneshot::Sender<bool>),
+    IndexedBlocks(oneshot::Sender<Vec<u64>>),
     WakeReaders,
 }
 
@@ -64,6 +66,7 @@ pub struct Engine {
     closed: AtomicBool,
     cancellations: Arc<AtomicU64>,
     kv_events: broadcast::Sender<Arc<KvEventBatch>>,
+    kv_publisher: OnceLock<KvPublisher>,
 }
 
 impl Engine {
@@ -79,6 +82,7 @@ impl Engine {
             closed: AtomicBool::new(false),
             cancellations: Arc::default(),
             kv_events: broadcast::channel(KV_EVENT_BACKLOG).0,
+            kv_publisher: OnceLock::new(),
         })
     }
 
@@ -137,6 +141,23 @@ impl Engine {
         let (reply, done) = oneshot::channel();
         self.command(Command::ResetPrefixCache(reply));
         done.await.unwrap_or(false)
+    }
+
+    /// The engine's own hashes of all blocks that a prompt can find again, in order.
+    pub async fn indexed_blocks(&self) -> Vec<u64> {
+        let (reply, done) = oneshot::channel();
+        self.command(Command::IndexedBlocks(reply));
+        done.await.unwrap_or_default()
+    }
+
+    /// Publishes KV events through these sockets from now on. Once; later ones are ignored.
+    pub fn publish_through(&self, publisher: KvPublisher) {
+        let _ = self.kv_publisher.set(publisher);
+    }
+
+    /// The sockets that KV events are published through, if there are any.
+    pub fn kv_publisher(&self) -> Option<&KvPublisher> {
+        self.kv_publisher.get()
     }
 
     /// The fault switches now.
@@ -229,6 +250,13 @@ impl Engine {
                 Command::Kill => {
                     scheduler.kill();
                     *next_batch = 0;
+                    if let Some(publisher) = self.kv_publisher.get() {
+                        publisher.restart();
+                    }
+                }
+                Command::IndexedBlocks(reply) => {
+                    // The asker may be gone; then nobody minds.
+                    let _ = reply.send(scheduler.kv().indexed());
                 }
                 Command::ResetPrefixCache(reply) => {
                     // The asker may be gone; then nobody minds.
@@ -253,6 +281,9 @@ impl Engine {
         }
         let batch = KvEventBatch { sequence: *next_batch, timestamp: unix_time().as_secs_f64(), events };
         *next_batch += 1;
+        if let Some(publisher) = self.kv_publisher.get() {
+            publisher.publish(&batch);
+        }
         // Nobody may be subscribed.
         let _ = self.kv_events.send(Arc::new(batch));
     }

@@ -28,6 +28,8 @@ pub enum KvEvent {
         block_size: usize,
         /// The adapter they were computed with.
         lora_name: Option<Arc<str>>,
+        /// The salt of their chain.
+        cache_salt: Option<Arc<str>>,
         /// For each block what else went into its hash: the adapter, and the salt at the first block.
         extra_keys: Vec<Option<Vec<Arc<str>>>>,
     },
@@ -208,6 +210,7 @@ impl KvCache {
             token_ids: tokens[new.start * self.block_size..new.end * self.block_size].to_vec(),
             block_size: self.block_size,
             lora_name: sequence.namespace.lora.clone(),
+            cache_salt: sequence.namespace.salt.clone(),
             extra_keys: new.map(|place| sequence.namespace.extra_keys(place)).collect(),
         });
         sequence.indexed = full;
@@ -234,6 +237,13 @@ impl KvCache {
         self.blocks.iter_mut().for_each(|block| block.hash = None);
         self.events.push(KvEvent::Cleared);
         true
+    }
+
+    /// Hashes of all blocks that can be found again, in order.
+    pub fn indexed(&self) -> Vec<u64> {
+        let mut hashes: Vec<u64> = self.index.keys().copied().collect();
+        hashes.sort_unstable();
+        hashes
     }
 
     /// What happened since the last call.

@@ -2,13 +2,14 @@
 //!
 //! Reading order: [`options`] (what can be set), [`tokenizer`] and [`text`] (what is said),
 //! [`kv`] and [`scheduler`] (when it is said), [`engine`] (the one task that drives all of it),
-//! [`http`] (how it is put on the wire), [`server`] (sockets and shutdown).
+//! [`http`] (how it is put on the wire), [`events`] (what it publishes of its cache), [`server`] (sockets and shutdown).
 //!
 //! **Invariant:** everything below [`engine`] is synchronous and free of clocks; the engine task
 //! hands in the time. One task steps all sequences; a request owns no timer of its own.
 
 pub mod detok;
 pub mod engine;
+pub mod events;
 pub mod faults;
 pub mod http;
 pub mod kv;

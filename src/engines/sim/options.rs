@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
+use super::events::{EventFormat, KvEventsConfig, ReplayLayout};
+use crate::zmtp::Endpoint;
+
 /// What happens to running requests when the engine is told to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ShutdownMode {
@@ -73,6 +76,27 @@ pub struct EngineSimArgs {
     /// Answer `/inference/v1/abort_requests`, which is refused with 403 otherwise.
     #[arg(long)]
     pub enable_scale_out: bool,
+    /// Publish KV events over ZeroMQ: vLLM's JSON, with enable_kv_cache_events, publisher, endpoint,
+    /// replay_endpoint, buffer_steps, hwm, max_queue_size, topic (and SGLang's bind). Port 0 takes a
+    /// free one, `*` is the address of --listen.
+    #[arg(long, value_name = "JSON", value_parser = KvEventsConfig::parse)]
+    pub kv_events_config: Option<KvEventsConfig>,
+    /// How KV events are written.
+    #[arg(long, value_enum, default_value_t = EventFormat::VllmMap)]
+    pub kv_events_format: EventFormat,
+    /// How the replay socket answers.
+    #[arg(long, value_enum, default_value_t = ReplayLayout::Topic)]
+    pub kv_replay_layout: ReplayLayout,
+    /// Never send one in this many batches of KV events; 0 sends all. They can still be replayed.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub drop_frames_every: u64,
+    /// A replay ends without a word after this many batches, as one that was too long for the
+    /// socket's queue; 0 sends all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub cut_replays_after: usize,
+    /// Publish the load over ZeroMQ, as SGLang does, at this endpoint.
+    #[arg(long, value_name = "ENDPOINT", value_parser = endpoint)]
+    pub load_publish_endpoint: Option<Endpoint>,
     /// What happens to running requests on shutdown.
     #[arg(long, value_enum, default_value_t = ShutdownMode::Abort)]
     pub shutdown: ShutdownMode,
@@ -108,6 +132,10 @@ impl EngineSimArgs {
             + prefill_tokens as f64 / self.prefill_tokens_per_second;
         Duration::try_from_secs_f64((seconds / self.speed).min(3600.0)).unwrap_or_default()
     }
+}
+
+fn endpoint(text: &str) -> Result<Endpoint, String> {
+    Endpoint::parse(text).map_err(|error| error.to_string())
 }
 
 fn positive(text: &str) -> Result<f64, String> {

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::engine::Engine;
+use super::events::{KvPublisher, LoadPublisher};
 use super::http::serve;
 use super::http::stream::ResetFlag;
 use super::options::{EngineSimArgs, ShutdownMode};
@@ -51,6 +52,7 @@ pub struct Simulator {
     cut: CancellationToken,
     connections: TaskTracker,
     accept_task: JoinHandle<()>,
+    load: Option<LoadPublisher>,
 }
 
 impl Simulator {
@@ -63,18 +65,28 @@ impl Simulator {
         })?;
         let address = listener.local_addr().context("engine-sim cannot tell its own address")?;
         let engine = Engine::new(args);
+        let load = LoadPublisher::start(&engine, address.ip()).await?;
+        let load_endpoint = load.as_ref().map(|load| load.endpoint().clone());
+        if let Some(publisher) = KvPublisher::start(&engine.args, address.ip(), load_endpoint).await? {
+            engine.publish_through(publisher);
+        }
         let closing = CancellationToken::new();
         let cut = CancellationToken::new();
         let connections = TaskTracker::new();
         tokio::spawn(engine.clone().drive(cut.clone()));
         let accept_task =
             tokio::spawn(accept(listener, engine.clone(), closing.clone(), cut.clone(), connections.clone()));
-        Ok(Self { address, engine, closing, cut, connections, accept_task })
+        Ok(Self { address, engine, closing, cut, connections, accept_task, load })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where its load is published, if it is.
+    pub fn load_endpoint(&self) -> Option<&crate::zmtp::Endpoint> {
+        self.load.as_ref().map(LoadPublisher::endpoint)
     }
 
     /// The engine behind it.
@@ -102,6 +114,9 @@ impl Drop for Simulator {
         self.closing.cancel();
         self.cut.cancel();
         self.accept_task.abort();
+        if let Some(publisher) = self.engine.kv_publisher() {
+            publisher.close();
+        }
     }
 }
 

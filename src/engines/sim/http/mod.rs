@@ -102,6 +102,8 @@ const ROUTES: &[(&str, &str)] = &[
     ("/version", "GET"),
     ("/load", "GET"),
     ("/metrics", "GET"),
+    ("/kv_event_sources", "GET"),
+    ("/server_info", "GET"),
     ("/reset_prefix_cache", "POST"),
     ("/inference/v1/abort_requests", "POST"),
     ("/sim/faults", "GET, POST"),
@@ -178,6 +180,8 @@ async fn dispatch(
             let success = engine.reset_prefix_cache().await;
             Reply::json(StatusCode::OK, format!(r#"{{"success":{success}}}"#))
         }
+        "/kv_event_sources" => models::kv_event_sources(engine),
+        "/server_info" => models::server_info(engine),
         "/inference/v1/abort_requests" => simulator::abort_requests(engine, body),
         "/sim/stats" => simulator::stats(engine),
         _ if *method == Method::POST => simulator::set_faults(engine, body),

@@ -1,5 +1,6 @@
 //! Routes that need no engine step: models, tokenizing, embeddings.
 
+use http::StatusCode;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -7,6 +8,7 @@ use super::Reply;
 use super::error::ApiError;
 use super::request::{chat_end, check_model, messages, text_prompt, token_ids};
 use crate::engines::sim::engine::{Engine, unix_time};
+use crate::engines::sim::events::{EventFormat, KvPublisher};
 use crate::engines::sim::text::mix;
 use crate::engines::sim::tokenizer::{self, ChatEnd, render_chat};
 
@@ -14,6 +16,28 @@ use crate::engines::sim::tokenizer::{self, ChatEnd, render_chat};
 const DIMENSIONS: u64 = 64;
 /// Most `dimensions`.
 const MAX_DIMENSIONS: u64 = 4096;
+
+/// `GET /kv_event_sources`: where KV events are published; nowhere, without `--kv-events-config`.
+pub(super) fn kv_event_sources(engine: &Engine) -> Reply {
+    let sources = engine.kv_publisher().map(KvPublisher::sources);
+    Reply::ok(&sources.unwrap_or_else(|| Value::Object(serde_json::Map::new())))
+}
+
+/// `GET /server_info`, which vLLM has only in its development mode: SGLang's word on its events.
+pub(super) fn server_info(engine: &Engine) -> Reply {
+    if engine.args.kv_events_format != EventFormat::Sglang {
+        return Reply::json(StatusCode::NOT_FOUND, r#"{"detail":"Not Found"}"#);
+    }
+    let mut info = serde_json::json!({
+        "model_path": engine.args.models[0],
+        "page_size": engine.args.block_size,
+        "max_total_num_tokens": u64::from(engine.args.blocks) * u64::from(engine.args.block_size),
+    });
+    if let Some(events) = engine.kv_publisher().and_then(KvPublisher::server_info) {
+        info["kv_events"] = events;
+    }
+    Reply::ok(&info)
+}
 
 #[derive(Serialize)]
 struct Model<'a> {

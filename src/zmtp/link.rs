@@ -1,0 +1,179 @@
+//! One connection between two ZeroMQ sockets.
+
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+use super::endpoint::{Listener, Resolve, Stream};
+use super::wire::{self, Frame};
+use super::{Endpoint, Parts, SocketType, ZmtpError};
+
+/// From connecting to both sides having said what they are.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Read at once, at most.
+const READ: usize = 64 << 10;
+
+/// Longest command: names of sockets, topics.
+const MAX_COMMAND: usize = 8 << 10;
+
+/// How much a peer may send at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Bytes of a message, all parts together.
+    pub bytes: usize,
+    /// Parts of a message.
+    pub parts: usize,
+}
+
+impl Default for Limits {
+    /// 16 MiB: a batch of a million removed blocks. Messages of feeds have up to four parts.
+    fn default() -> Self {
+        Self { bytes: 16 << 20, parts: 8 }
+    }
+}
+
+/// A connection, its handshake done.
+pub struct Link {
+    stream: Box<dyn Stream>,
+    limits: Limits,
+    inbox: BytesMut,
+    /// Answers to pings that are not written yet.
+    outbox: BytesMut,
+    /// Parts of a message that is not complete.
+    parts: Parts,
+    size: usize,
+}
+
+impl Link {
+    /// Connects as a socket of type `ours`.
+    pub async fn connect(
+        endpoint: &Endpoint,
+        ours: SocketType,
+        limits: Limits,
+        resolve: &dyn Resolve,
+    ) -> Result<Self, ZmtpError> {
+        let connecting = async { Self::shake(endpoint.connect(resolve).await?, ours, limits).await };
+        timeout(HANDSHAKE_TIMEOUT, connecting).await.unwrap_or(Err(ZmtpError::Handshake))
+    }
+
+    /// Waits for the next connection to `listener`. What is returned has still to shake hands
+    /// ([`Incoming::shake`]), by a task of its own: a peer may take its time.
+    pub async fn accept(listener: &Listener) -> Result<Incoming, ZmtpError> {
+        Ok(Incoming(listener.accept().await?))
+    }
+
+    async fn shake(mut stream: Box<dyn Stream>, ours: SocketType, limits: Limits) -> Result<Self, ZmtpError> {
+        stream.write_all(&wire::greeting()).await?;
+        let mut greeting = [0; wire::GREETING];
+        match stream.read_exact(&mut greeting).await {
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                return Err(ZmtpError::Closed);
+            }
+            read => read?,
+        };
+        wire::check_greeting(&greeting)?;
+        let mut out = BytesMut::new();
+        wire::put_ready(&mut out, ours);
+        stream.write_all(&out).await?;
+        let (inbox, outbox, parts) = (BytesMut::new(), BytesMut::new(), Vec::new());
+        let mut link = Self { stream, limits, inbox, outbox, parts, size: 0 };
+        let Frame::Command(body) = link.frame(MAX_COMMAND).await? else {
+            return Err(ZmtpError::Protocol("a message before READY"));
+        };
+        match wire::command(&body) {
+            Some((b"READY", data)) => {
+                let theirs = wire::socket_type(data).ok_or(ZmtpError::Protocol("READY without a type"))?;
+                if !ours.talks_to(theirs) {
+                    let theirs = String::from_utf8_lossy(theirs).into_owned();
+                    return Err(ZmtpError::Mismatch { ours, theirs });
+                }
+                Ok(link)
+            }
+            Some((b"ERROR", data)) => Err(ZmtpError::Refused(
+                String::from_utf8_lossy(data.get(1..).unwrap_or_default()).into_owned(),
+            )),
+            _ => Err(ZmtpError::Protocol("another command instead of READY")),
+        }
+    }
+
+    /// The next frame. Loses nothing if it is dropped.
+    async fn frame(&mut self, most: usize) -> Result<Frame, ZmtpError> {
+        loop {
+            if let Some(frame) = wire::take_frame(&mut self.inbox, most)? {
+                return Ok(frame);
+            }
+            // Never more than what has come doubled, whatever length a frame announces.
+            self.inbox.reserve(READ);
+            if self.stream.read_buf(&mut (&mut self.inbox).limit(READ)).await? == 0 {
+                return Err(ZmtpError::Closed);
+            }
+        }
+    }
+
+    /// The next message. A subscription comes as the older protocol has it: one part, 1 (or 0 to take it
+    /// back) and the topic. Loses nothing if it is dropped.
+    pub async fn recv(&mut self) -> Result<Parts, ZmtpError> {
+        loop {
+            while !self.outbox.is_empty() {
+                self.stream.write_buf(&mut self.outbox).await?;
+            }
+            let Limits { bytes, parts } = self.limits;
+            match self.frame(bytes - self.size).await? {
+                Frame::Part(part, more) => {
+                    self.size += part.len();
+                    if self.parts.len() == parts {
+                        return Err(ZmtpError::TooLong(bytes, parts));
+                    }
+                    self.parts.push(part);
+                    if !more {
+                        self.size = 0;
+                        return Ok(std::mem::take(&mut self.parts));
+                    }
+                }
+                Frame::Command(body) => match wire::command(&body) {
+                    // Two bytes of time to live, then what is to be sent back.
+                    Some((b"PING", data)) => {
+                        wire::put_pong(&mut self.outbox, data.get(2..).unwrap_or_default());
+                    }
+                    Some((b"SUBSCRIBE", topic)) => return Ok(vec![[&[1], topic].concat().into()]),
+                    Some((b"CANCEL", topic)) => return Ok(vec![[&[0], topic].concat().into()]),
+                    Some((b"ERROR", data)) => {
+                        let reason = String::from_utf8_lossy(data.get(1..).unwrap_or_default());
+                        return Err(ZmtpError::Refused(reason.into_owned()));
+                    }
+                    _ => {}
+                },
+            }
+        }
+    }
+
+    /// Sends a message. Must not be dropped before it is done, unless the link is dropped with it.
+    pub async fn send(&mut self, parts: &[Bytes]) -> Result<(), ZmtpError> {
+        let mut out = std::mem::take(&mut self.outbox);
+        out.reserve(parts.iter().map(|part| part.len() + 9).sum());
+        wire::put_message(&mut out, parts);
+        self.stream.write_all(&out).await?;
+        self.stream.flush().await?;
+        Ok(())
+    }
+
+    /// Asks a PUB for everything whose topic begins with `topic`.
+    pub async fn subscribe(&mut self, topic: &str) -> Result<(), ZmtpError> {
+        let part = [&[1], topic.as_bytes()].concat();
+        self.send(&[part.into()]).await
+    }
+}
+
+/// A connection that somebody else made.
+pub struct Incoming(Box<dyn Stream>);
+
+impl Incoming {
+    /// Shakes hands as a socket of type `ours`, within [`HANDSHAKE_TIMEOUT`].
+    pub async fn shake(self, ours: SocketType, limits: Limits) -> Result<Link, ZmtpError> {
+        let shaking = Link::shake(self.0, ours, limits);
+        timeout(HANDSHAKE_TIMEOUT, shaking).await.unwrap_or(Err(ZmtpError::Handshake))
+    }
+}
