@@ -8,6 +8,7 @@
 
 pub mod feeds;
 mod keys;
+mod prompts;
 mod sources;
 
 use std::io::IsTerminal;
@@ -42,6 +43,7 @@ use crate::state::command::ReplicaInfo;
 use crate::telemetry::trace::{TraceOptions, Tracing};
 use feeds::Feeds;
 use keys::{KeysFile, client_key};
+use prompts::ByWorkers;
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
 const HEARTBEATS_PER_TIMEOUT: u32 = 5;
@@ -135,9 +137,16 @@ async fn serve(
         .with_tracing(tracing(&config.replica.name))
         .with_collector(gauges);
     let metrics = Arc::new(metrics);
-    let front_config = FrontConfig { pool: pool_options(config)?, ..front_config(config, certificates) };
+    let asked = Arc::<ByWorkers>::default();
+    let tokenizers = prompts::load(config, Arc::clone(&asked))?;
+    let front_config = FrontConfig {
+        pool: pool_options(config)?,
+        tokenizers: Some(tokenizers),
+        ..front_config(config, certificates)
+    };
     let keys_file = KeysFile::load(config, Arc::clone(&front_config.keys))?;
     let front = Front::new(front_config, Arc::clone(&plane), Arc::clone(&metrics));
+    asked.begin(Shard::new(Arc::clone(&front)));
     for tls in [&certificates.http, &certificates.admin].into_iter().flatten() {
         let tls = Arc::clone(tls);
         // Ends with the runtime: nothing is left half done by it.
@@ -457,6 +466,7 @@ fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
         metrics_open_on_admin: config.admin.listen.ip().is_loopback(),
         metrics_on_client: config.http.listen.ip().is_loopback(),
         policy,
+        tokenizers: None,
     }
 }
 

@@ -18,7 +18,7 @@ use crate::routing::view::{NOT_SCORED, RegistryView, WorkerLive, WorkerView};
 use crate::state::cache::CacheState;
 use crate::state::command::{CacheOutcome, ControlCommand, ControlOutcome};
 use crate::state::control::ControlState;
-use crate::state::ranks::Ranks;
+use crate::state::ranks::{Knowledge, Ranks};
 
 /// What readers read, and what connects the groups.
 pub struct Board {
@@ -58,9 +58,14 @@ impl Board {
         let lives = self.lives.lock();
         for (worker, live) in lives.iter() {
             live.set_ranks(scored(&ranks, *worker));
+            live.set_reckoned(is_reckoned(&ranks, *worker));
         }
         self.ranks.send_replace(ranks);
     }
+}
+
+fn is_reckoned(ranks: &Ranks, worker: WorkerIx) -> bool {
+    ranks.of(worker).any(|(_, record)| record.knowledge == Knowledge::Predicted)
 }
 
 /// The names by which a worker's ranks are looked up; [`NOT_SCORED`] for one whose blocks are
@@ -137,6 +142,7 @@ impl Hooks<ControlState> for ControlHooks {
                 for (ix, live) in &fresh {
                     live.peers.set(cache.peers_load(self.me, *ix));
                     live.set_ranks(scored(cache.ranks(), *ix));
+                    live.set_reckoned(is_reckoned(cache.ranks(), *ix));
                 }
             });
         }

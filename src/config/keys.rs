@@ -5,6 +5,7 @@ use toml::Value;
 
 use super::access::{KeyEntry, NodeTokenEntry};
 use super::errors::ConfigError;
+use super::models::ModelEntry;
 use super::read_entry;
 use super::schema::SECTIONS;
 use crate::admin_types::RegisterRequest;
@@ -210,6 +211,12 @@ pub(super) static LISTS: &[List] = &[
         fields: NodeTokenEntry::FIELDS,
         example: r#"such as [{ id = "gpus", sha256 = "...", networks = ["10.0.0.0/8"] }]"#,
         check: |key, value| read_entry::<NodeTokenEntry>(key, value).map(drop),
+    },
+    List {
+        name: "model",
+        fields: ModelEntry::FIELDS,
+        example: r#"such as [{ name = "llama", directory = "/models/llama" }]"#,
+        check: |key, value| read_entry::<ModelEntry>(key, value).map(drop),
     },
 ];
 

@@ -9,6 +9,7 @@ mod certificates;
 mod environment;
 mod errors;
 mod keys;
+mod models;
 mod render;
 mod schema;
 mod sources;
@@ -28,6 +29,7 @@ pub use certificates::Certificates;
 pub use environment::{admin_token, no_color, temporary_folder, variables};
 pub use errors::{ConfigError, ConfigErrors, Origin, Place};
 pub use keys::{KeyDoc, Kind, SectionDoc, all as all_keys, find as find_key, suggest};
+pub use models::{ContentForm, ModelEntry, PromptMode};
 pub use render::{default_toml, reference_markdown, to_toml_with_origins};
 pub use schema::{
     AdminConfig, ClusterConfig, Config, HttpConfig, LogConfig, NodesConfig, PeerConfig, ProxyConfig,

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::access::{KeyEntry, NodeTokenEntry};
 use super::keys::{KeyDoc, Kind, SectionDoc};
+use super::models::{ModelEntry, PromptMode};
 use super::values::{AccessLog, LogFormat, PeerSeed, Policy, TokenDigest};
 use crate::admin_types::RegisterRequest;
 use crate::tls::listener::ListenerFiles;
@@ -263,6 +264,20 @@ sections! {
         headers_drop: Vec<String> = Vec::new(), Kind::List("header name");
     }
 
+    /// Knowing which worker has cached what.
+    "kv" => KvConfig {
+        /// Where the token ids of a prompt come from if its model has no `[[model]]` entry: `engine` asks one that serves it (`POST /tokenize`; answers are kept), `text` compares pieces of text, which meet only what this cluster has sent itself and never an engine's events.
+        default_mode: PromptMode = PromptMode::Engine, Kind::Choice(PromptMode::WITHOUT_FILES);
+        /// Threads that tokenise prompts.
+        tokenize_threads: u32 = 2, Kind::int("threads", 1, 256);
+        /// Requests that wait for one of them; further ones are routed without knowing their prefix.
+        tokenize_queue: u32 = 256, Kind::int("requests", 1, 65_536);
+        /// Bodies up to this size are tokenised where they arrive, because a hop to another thread would take longer.
+        tokenize_inline_bytes: u32 = 2_048, Kind::int("bytes", 0, MIB);
+        /// Memory for pieces of prompts that were tokenised before.
+        tokenize_cache_bytes: u64 = 256 * MIB, Kind::int("bytes", 0, 64 * GIB);
+    }
+
     /// Log output.
     "log" => LogConfig {
         /// Form of log lines; `auto` is pretty on a terminal and json elsewhere.
@@ -296,6 +311,8 @@ pub struct Config {
     pub nodes: NodesConfig,
     /// `[proxy]`
     pub proxy: ProxyConfig,
+    /// `[kv]`
+    pub kv: KvConfig,
     /// `[log]`
     pub log: LogConfig,
     /// `[[worker]]`: workers registered at start, with source `config`.
@@ -307,6 +324,9 @@ pub struct Config {
     /// `[[node_token]]`: node tokens bound to networks and roles.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub node_token: Vec<NodeTokenEntry>,
+    /// `[[model]]`: how prompts of a model become token ids.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub model: Vec<ModelEntry>,
 }
 
 impl Config {

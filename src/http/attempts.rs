@@ -10,11 +10,11 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::metrics::{Retry, Tracked};
+use super::placing::Placing;
 use super::queue::Held;
 use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
 use crate::ids::WorkerId;
-use crate::routing::policy::RouteRequest;
-use crate::routing::select::{Limits, NoWorker, Overload, Selection, select};
+use crate::routing::select::{NoWorker, Selection};
 use crate::routing::view::WorkerView;
 
 /// A worker's answer, to its head.
@@ -27,6 +27,8 @@ pub(super) struct Answered {
     pub(super) worker: Arc<WorkerView>,
     /// Its connections.
     pub(super) slot: Arc<Slot>,
+    /// Tokens of the prompt that it has cached, as far as is known.
+    pub(super) cached: Option<u32>,
 }
 
 /// What selection needs to know of a request.
@@ -34,10 +36,8 @@ pub(super) struct Answered {
 pub(super) struct Asked<'a> {
     /// Model or adapter; `None` if any worker will do.
     pub(super) model: Option<Cow<'a, str>>,
-    /// Estimated length of the prompt, in tokens.
-    pub(super) prompt_tokens: u32,
-    /// Longest output asked for.
-    pub(super) max_tokens: Option<u32>,
+    /// What else routing knows.
+    pub(super) placing: Placing,
 }
 
 /// How far one request has come.
@@ -112,16 +112,18 @@ impl<'a> Attempts<'a> {
                 self.tracked.retrying(self.trouble);
             }
             let booking = self.book(&selection);
-            let worker = selection.worker;
+            self.asked.placing.sent_to(&self.shard.front, &selection);
+            let cached = self.asked.placing.cached_tokens(&selection);
+            let Selection { worker, rank, .. } = selection;
             if let Some(model) = &self.asked.model {
                 self.tracked.set_model(model);
             }
             self.tracked.sent_upstream();
-            match self.send(&worker).await {
+            match self.send(&worker, rank).await {
                 Ok((response, slot)) => {
                     self.shard.awake.stir();
                     self.note_answer(&worker, response.status());
-                    let answered = Answered { response, booking, worker, slot };
+                    let answered = Answered { response, booking, worker, slot, cached };
                     let last = held.is_some() || self.reached_enough();
                     if last || !is_gateway_trouble(answered.response.status()) {
                         return Ok(answered);
@@ -176,21 +178,7 @@ impl<'a> Attempts<'a> {
     }
 
     fn select(&self) -> Result<Selection, NoWorker> {
-        let front = &self.shard.front;
-        let request = RouteRequest {
-            model: self.asked.model.as_deref(),
-            prompt_tokens: self.asked.prompt_tokens,
-            max_tokens: self.asked.max_tokens,
-            ..RouteRequest::default()
-        };
-        let limits = Limits {
-            now_ms: front.now_ms(),
-            breaker: front.config.proxy.breaker,
-            max_requests: front.config.proxy.max_requests_per_worker,
-            overload: Overload::default(),
-        };
-        let (view, policy) = (front.control.registry(), front.config.policy.as_ref());
-        select(&view, policy, &request, &limits, &self.tried, &mut rand::rng())
+        self.asked.placing.choose(&self.shard.front, self.asked.model.as_deref(), &self.tried)
     }
 
     /// Waits for room at a worker, first come, first served.
@@ -228,18 +216,25 @@ impl<'a> Attempts<'a> {
 
     fn book(&self, selection: &Selection) -> Held {
         let front = &self.shard.front;
-        let (tokens, blocks) = selection.to_book(self.asked.prompt_tokens);
+        let (tokens, blocks) = selection.to_book(self.asked.placing.prompt_tokens);
         let bookings = front.control.bookings();
         let booking = bookings.book_rank(Arc::clone(&selection.worker), selection.rank, tokens, blocks);
         Held::new(booking, &front.queue)
     }
 
-    async fn send(&self, worker: &WorkerView) -> Result<(Response<UpstreamBody>, Arc<Slot>), Failure> {
+    async fn send(
+        &self,
+        worker: &WorkerView,
+        rank: u32,
+    ) -> Result<(Response<UpstreamBody>, Arc<Slot>), Failure> {
         let pool = &self.shard.pool;
         let slot = pool.slot(worker).map_err(|why| Failure::Failed(SendError::Connect(why.to_string())))?;
         let limit = self.shard.front.config.proxy.first_byte_timeout;
         let deadline = self.deadline.min(Instant::now() + limit);
-        match timeout_at(deadline, pool.send(&slot, self.outgoing, self.stale)).await {
+        // An engine with several ranks is told which one was meant.
+        let ranked = (worker.dp_ranks() > 1).then(|| self.outgoing.to_rank(rank));
+        let outgoing = ranked.as_ref().unwrap_or(self.outgoing);
+        match timeout_at(deadline, pool.send(&slot, outgoing, self.stale)).await {
             Ok(Ok(response)) => Ok((response, slot)),
             Ok(Err(why)) => Err(Failure::Failed(why)),
             Err(_) => {

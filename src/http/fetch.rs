@@ -35,8 +35,29 @@ pub(super) async fn get(
     path: &str,
     limit: Duration,
 ) -> Result<Bytes, FetchError> {
+    ask(pool, endpoint, path, None, limit).await
+}
+
+/// The same with `POST` and a body of JSON.
+pub(super) async fn post(
+    pool: &Pool,
+    endpoint: &Endpoint,
+    path: &str,
+    json: Bytes,
+    limit: Duration,
+) -> Result<Bytes, FetchError> {
+    ask(pool, endpoint, path, Some(json), limit).await
+}
+
+async fn ask(
+    pool: &Pool,
+    endpoint: &Endpoint,
+    path: &str,
+    json: Option<Bytes>,
+    limit: Duration,
+) -> Result<Bytes, FetchError> {
     let fetched = timeout(limit, async {
-        let (status, body) = pool.fetch(endpoint, path).await.map_err(|error| match error {
+        let (status, body) = pool.fetch(endpoint, path, json).await.map_err(|error| match error {
             SendError::Connect(why) => FetchError::Connect(why),
             other => FetchError::Bad(other.to_string()),
         })?;

@@ -20,8 +20,10 @@ use super::routes::Listener;
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
 use crate::routing::breaker::BreakerOptions;
-use crate::routing::policy::{Policy, PowerOfTwo};
+use crate::routing::policy::{self, POLICY_NAMES, Policy, PowerOfTwo};
+use crate::routing::select::Overload;
 use crate::tls::listener::ListenerTls;
+use crate::tokens::Tokenizers;
 
 /// Time limits and retries of the proxy path.
 #[derive(Clone, Debug)]
@@ -48,6 +50,8 @@ pub struct ProxyOptions {
     pub idle_timeout: Duration,
     /// A whole request: 30 min.
     pub total_timeout: Duration,
+    /// Above what load a worker is left out while others are not: no threshold.
+    pub overload: Overload,
 }
 
 impl Default for ProxyOptions {
@@ -63,6 +67,7 @@ impl Default for ProxyOptions {
             first_byte_timeout: Duration::from_secs(600),
             idle_timeout: Duration::from_secs(300),
             total_timeout: Duration::from_secs(1800),
+            overload: Overload::default(),
         }
     }
 }
@@ -124,6 +129,8 @@ pub struct FrontConfig {
     pub metrics_on_client: bool,
     /// Chooses among workers: power of two choices.
     pub policy: Arc<dyn Policy>,
+    /// Turns prompts into blocks; without, no policy knows of prefixes.
+    pub tokenizers: Option<Arc<Tokenizers>>,
 }
 
 impl Default for FrontConfig {
@@ -142,6 +149,7 @@ impl Default for FrontConfig {
             metrics_open_on_admin: false,
             metrics_on_client: true,
             policy: Arc::new(PowerOfTwo),
+            tokenizers: None,
         }
     }
 }
@@ -163,6 +171,8 @@ pub struct Front {
     pub(super) queue: Arc<Queue>,
     pub(super) retry_budget: RetryBudget,
     pub(super) lookouts: Arc<Lookouts>,
+    /// All policies, with their defaults, for requests that name one.
+    policies: Vec<Arc<dyn Policy>>,
     replica: http::HeaderValue,
 }
 
@@ -189,8 +199,17 @@ impl Front {
             queue: Arc::default(),
             retry_budget: RetryBudget::new(started),
             lookouts: Arc::default(),
+            policies: POLICY_NAMES.into_iter().filter_map(policy::by_name).collect(),
             replica,
         })
+    }
+
+    /// A policy by its name: the configured one, or one with its defaults.
+    pub(super) fn policy(&self, name: &str) -> Option<&dyn Policy> {
+        if self.config.policy.name() == name {
+            return Some(self.config.policy.as_ref());
+        }
+        self.policies.iter().find(|policy| policy.name() == name).map(AsRef::as_ref)
     }
 
     /// Milliseconds since the start, from 1; never goes back.

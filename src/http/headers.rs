@@ -15,6 +15,10 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 pub(super) const REPLICA: HeaderName = HeaderName::from_static("everline-replica");
 /// Which worker answered.
 pub(super) const WORKER: HeaderName = HeaderName::from_static("everline-worker");
+/// Tokens of the prompt that the router expects the worker to have cached.
+pub(super) const CACHED: HeaderName = HeaderName::from_static("everline-cached-tokens");
+/// What was known of each candidate, for a request that asked for it by the same header.
+pub(super) const TRACE: HeaderName = HeaderName::from_static("everline-trace");
 
 /// Longest request id kept from a client.
 const MAX_REQUEST_ID: usize = 128;

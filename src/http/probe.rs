@@ -54,6 +54,19 @@ pub async fn ask_worker(
     }
 }
 
+/// Posts JSON to a worker, for what it knows; an answer other than 200 is an error.
+pub async fn post_to_worker(
+    shard: &Shard,
+    worker: &WorkerView,
+    path: &str,
+    json: Bytes,
+    limit: Duration,
+) -> Result<Bytes, String> {
+    let spec = &worker.record.spec;
+    let endpoint = Endpoint::parse(&spec.url, spec.http2).map_err(|why| why.to_string())?;
+    fetch::post(&shard.pool, &endpoint, path, json, limit).await.map_err(|error| error.to_string())
+}
+
 async fn probe_round(shard: &Shard) {
     let view = shard.front.control.registry();
     let due = view.workers.iter().filter(|worker| is_due(worker)).cloned();

@@ -18,9 +18,11 @@ use super::keys::Caller;
 use super::metrics::{Outcome, Tracked};
 use super::passthrough::{self, Content};
 use super::peek::peek;
+use super::placing::Placing;
 use super::relay::{Ending, Relay, RelayLimits};
 use super::routes::Route;
 use super::upstream::{HeadersToWorker, Outgoing};
+use super::wishes::Wishes;
 
 /// Bodies above this are read by the JSON parser away from the thread's other connections.
 const LARGE_BODY: usize = 1 << 20;
@@ -91,13 +93,24 @@ async fn try_forward(
         }
     };
     tracked.body_read();
-    let asked = match look_into(tracked.route(), &head.headers, &body).await {
+    let mut asked = match look_into(tracked.route(), &head.headers, &body).await {
         Ok(asked) => asked,
         Err(error) => return Err(Failed { error, tracked }),
     };
-    if let Err(error) = Caller::of(&head.extensions).check_model(asked.model.as_deref()) {
+    let caller = Caller::of(&head.extensions);
+    if let Err(error) = caller.check_model(asked.model.as_deref()) {
         return Err(Failed { error, tracked });
     }
+    asked.placing.wishes = match Wishes::read(&head.headers, caller.key_id()) {
+        Ok(wishes) => wishes,
+        Err(error) => return Err(Failed { error, tracked }),
+    };
+    if let Some(model) = &asked.model {
+        let path = tracked.route().path();
+        // Boxed: most of it is for prompts that are tokenised elsewhere.
+        Box::pin(asked.placing.look_at_prompt(&shard.front, path, model, &body)).await;
+    }
+    let trace = asked.placing.wishes.trace.then(|| asked.placing.trace(&shard.front, asked.model.as_deref()));
     let target = head.uri.path_and_query().map_or(tracked.route().path(), PathAndQuery::as_str);
     let mut ours = tracked.span_headers();
     if let Some(authorization) = shard.pool.authorization() {
@@ -106,7 +119,13 @@ async fn try_forward(
     let headers = HeadersToWorker { client: &head.headers, request_id, rules: &options.headers, ours };
     let outgoing = Outgoing::new(&head.method, target, headers, body.clone());
     match Attempts::new(shard, &outgoing, &asked, &mut tracked, deadline).run().await {
-        Ok(answered) => Ok(relayed(shard, answered, tracked, deadline)),
+        Ok(answered) => {
+            let mut response = relayed(shard, answered, tracked, deadline);
+            if let Some(trace) = trace.flatten().and_then(|trace| HeaderValue::try_from(trace).ok()) {
+                response.headers_mut().insert(headers::TRACE, trace);
+            }
+            Ok(response)
+        }
         Err(error) => Err(Failed { error, tracked }),
     }
 }
@@ -117,7 +136,7 @@ async fn look_into<'a>(route: Route, headers: &HeaderMap, body: &'a Bytes) -> Re
     if route.needs_model() {
         return read(body).await;
     }
-    let any = Asked { model: None, prompt_tokens: 0, max_tokens: None };
+    let any = Asked { model: None, placing: Placing::default() };
     match passthrough::content(headers) {
         _ if body.is_empty() => Ok(any),
         Content::Json => Ok(read(body).await.unwrap_or(any)),
@@ -147,7 +166,8 @@ async fn read(body: &Bytes) -> Result<Asked<'_>, ApiError> {
 
 fn ask(body: &[u8]) -> Result<Asked<'_>, ApiError> {
     let peek = peek(body)?;
-    Ok(Asked { model: Some(peek.model), prompt_tokens: peek.prompt_tokens, max_tokens: peek.max_tokens })
+    let placing = Placing::new(peek.prompt_tokens, peek.max_tokens);
+    Ok(Asked { model: Some(peek.model), placing })
 }
 
 fn relayed(
@@ -156,7 +176,7 @@ fn relayed(
     mut tracked: Tracked,
     deadline: Instant,
 ) -> Response<FrontBody> {
-    let Answered { response, booking, worker, slot } = answered;
+    let Answered { response, booking, worker, slot, cached } = answered;
     let (mut head, body) = response.into_parts();
     tracked.set_status(head.status);
     tracked.set_worker(worker.id().clone());
@@ -172,6 +192,9 @@ fn relayed(
         head.headers.remove(CONTENT_LENGTH);
     }
     head.headers.insert(WORKER, slot.id().clone());
+    if let Some(cached) = cached {
+        head.headers.insert(headers::CACHED, cached.into());
+    }
     let ending = events.then_some(ending);
     let limits = RelayLimits { idle: shard.front.config.proxy.idle_timeout, deadline, ending };
     let relay = Relay::new(body, booking, tracked, limits);

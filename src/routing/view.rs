@@ -67,6 +67,8 @@ pub struct WorkerLive {
     /// What the prefix index calls its ranks, by rank; shorter than there are ranks, or empty,
     /// where the index knows nothing of them.
     ranks: ArcSwap<Vec<RankIx>>,
+    /// See [`WorkerLive::set_reckoned`].
+    reckoned: AtomicBool,
     /// This replica's last attempts to connect failed: not chosen while set, whatever the
     /// registry says (the cluster-wide decision follows).
     pub unreachable: AtomicBool,
@@ -90,6 +92,11 @@ impl WorkerLive {
 pub const NOT_SCORED: RankIx = RankIx(u32::MAX);
 
 impl WorkerLive {
+    /// Whether its blocks are reckoned from what is sent to it, because its engine tells nothing.
+    pub fn set_reckoned(&self, reckoned: bool) {
+        self.reckoned.store(reckoned, Ordering::Relaxed);
+    }
+
     /// Sets what the prefix index calls its ranks.
     pub fn set_ranks(&self, ranks: Vec<RankIx>) {
         if **self.ranks.load() != ranks {
@@ -143,6 +150,9 @@ const MOST_RANKS: usize = 1024;
 /// Tokens in a block where the worker does not say.
 const ORDINARY_BLOCK: u32 = 16;
 
+/// Blocks that a rank is taken to hold where the worker does not say.
+pub const ORDINARY_CAPACITY: u64 = 8192;
+
 /// One worker in a view.
 #[derive(Debug)]
 pub struct WorkerView {
@@ -156,6 +166,17 @@ impl WorkerView {
     /// Tokens in a KV block, never 0.
     pub fn block_size(&self) -> u32 {
         self.record.spec.block_size.unwrap_or(ORDINARY_BLOCK).max(1)
+    }
+
+    /// Blocks that one of its ranks can hold, where it says so.
+    pub fn rank_capacity(&self) -> Option<u64> {
+        self.record.spec.capacity_blocks.map(|blocks| (blocks / u64::from(self.dp_ranks())).max(1))
+    }
+
+    /// Blocks that one of its ranks can hold, if what it holds is reckoned from what is sent there.
+    pub fn reckoned_capacity(&self) -> Option<u64> {
+        let reckoned = self.live.reckoned.load(Ordering::Relaxed);
+        reckoned.then(|| self.rank_capacity().unwrap_or(ORDINARY_CAPACITY))
     }
 
     /// How many data-parallel ranks it has, never 0.

@@ -24,9 +24,9 @@ use crate::kv::event::Format;
 use crate::kv::hash::Seed;
 use crate::kv::types::{EngineHash, RankIx};
 use crate::kv::wire;
-use crate::routing::view::WorkerView;
+use crate::routing::view::{ORDINARY_CAPACITY, WorkerView};
 use crate::state::command::{CacheCommand, CacheOutcome};
-use crate::state::ranks::{Knowledge, RankKey, Ranks};
+use crate::state::ranks::{RankKey, Ranks};
 
 /// How often everything is looked at where nothing says that it changed.
 const ROUND: Duration = Duration::from_millis(500);
@@ -41,9 +41,6 @@ const NO_WORD_HOLDS: Duration = Duration::from_secs(15);
 
 /// How long a worker must have been out of the registry until its blocks are forgotten.
 const FORGET_AFTER: Duration = Duration::from_secs(5);
-
-/// Blocks that an engine without events is taken to hold where it does not say.
-const ORDINARY_CAPACITY: u64 = 8192;
 
 /// Claims and questions to engines under way at once.
 const AT_ONCE: usize = 16;
@@ -249,7 +246,7 @@ impl Feeds {
         let config = FeedConfig {
             topic: source.topic,
             rank: (worker.dp_ranks() > 1).then_some(key.rank),
-            capacity: capacity_of(worker),
+            capacity: worker.rank_capacity(),
             ..FeedConfig::new(Source::Connect(source.endpoint), source.replay, format, resolve)
         };
         let sink = Sink { plane: Arc::clone(&self.plane), key, ix };
@@ -258,15 +255,10 @@ impl Feeds {
 
     /// An engine that tells nothing: its blocks are reckoned from what is sent to it.
     fn reckon(&self, rank: RankKey, worker: &WorkerView) {
-        let capacity = Some(capacity_of(worker).unwrap_or(ORDINARY_CAPACITY));
+        let capacity = Some(worker.rank_capacity().unwrap_or(ORDINARY_CAPACITY));
         let seed = Seed::default();
         self.plane.tell_cache(CacheCommand::Routed { rank, seed, locals: Bytes::new(), capacity });
     }
-}
-
-/// Blocks of one rank of a worker, where it says so.
-pub(crate) fn capacity_of(worker: &WorkerView) -> Option<u64> {
-    worker.record.spec.capacity_blocks.map(|blocks| (blocks / u64::from(worker.dp_ranks())).max(1))
 }
 
 /// The replica that a feed had best be with; the same wherever it is reckoned, and few feeds
@@ -325,13 +317,6 @@ impl FeedSink for Sink {
     fn seed_of(&self, block: EngineHash) -> Option<Seed> {
         self.plane.blocks().index.load().seed_of(self.ix, block)
     }
-}
-
-/// Whether routing should reckon the blocks of a rank from what it sends there, and how many it
-/// holds: what [`CacheCommand::Routed`] wants to know.
-pub(crate) fn reckoned_capacity(ranks: &Ranks, key: RankKey, worker: &WorkerView) -> Option<u64> {
-    let predicted = ranks.get(key).is_some_and(|record| record.knowledge == Knowledge::Predicted);
-    predicted.then(|| capacity_of(worker).unwrap_or(ORDINARY_CAPACITY))
 }
 
 #[cfg(test)]

@@ -93,6 +93,9 @@ pub struct Options {
     pub cache_bytes: usize,
     /// Asking engines.
     pub ask: AskOptions,
+    /// Where the token ids of models come from that are not configured. [`Mode::Tokenizer`] has no
+    /// files for them, and is [`Mode::Text`].
+    pub other: Mode,
 }
 
 impl Default for Options {
@@ -103,6 +106,7 @@ impl Default for Options {
             inline_bytes: 2048,
             cache_bytes: 256 << 20,
             ask: AskOptions::default(),
+            other: Mode::Text,
         }
     }
 }
@@ -168,7 +172,8 @@ impl Tokenizers {
                 return Err(LoadError::Twice(name));
             }
         }
-        let other = Arc::new(Model::load(ModelOptions::default(), &segments, seed)?);
+        let mode = if options.other == Mode::Engine { Mode::Engine } else { Mode::Text };
+        let other = Arc::new(Model::load(ModelOptions { mode, ..ModelOptions::default() }, &segments, seed)?);
         Ok(Self {
             models: by_name,
             other,

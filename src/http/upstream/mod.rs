@@ -304,11 +304,13 @@ impl Pool {
         })
     }
 
-    /// `GET path` over a connection of its own, for what is no client's request.
+    /// `GET path`, or `POST` where there is JSON, over a connection of its own, for what is no
+    /// client's request.
     pub(super) async fn fetch(
         &self,
         endpoint: &Endpoint,
         path: &str,
+        json: Option<Bytes>,
     ) -> Result<(StatusCode, UpstreamBody), SendError> {
         let slot = Slot::new(endpoint.clone(), "", &self.options);
         let request_id = super::headers::new_request_id();
@@ -321,8 +323,12 @@ impl Pool {
         if let Some(authorization) = &self.options.authorization {
             headers.ours.insert(http::header::AUTHORIZATION, authorization.clone());
         }
-        let method = http::Method::GET;
-        let request = Outgoing::new(&method, path, headers, Bytes::new());
+        let method = if json.is_some() { http::Method::POST } else { http::Method::GET };
+        if json.is_some() {
+            let json = HeaderValue::from_static("application/json");
+            headers.ours.insert(http::header::CONTENT_TYPE, json);
+        }
+        let request = Outgoing::new(&method, path, headers, json.unwrap_or_default());
         let response = self.send(&slot, &request, true).await?;
         Ok((response.status(), response.into_body()))
     }

@@ -4,11 +4,14 @@ use std::sync::OnceLock;
 
 use bytes::Bytes;
 use http::header::CONTENT_LENGTH;
-use http::{HeaderMap, HeaderValue, Method, Request, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri};
 use http_body_util::Full;
 
 use super::endpoint::Endpoint;
 use crate::http::headers::{self, HeaderRules};
+
+/// Names the data-parallel rank that shall take a request.
+const RANK: HeaderName = HeaderName::from_static("x-data-parallel-rank");
 
 /// Everything of a request but where it goes.
 #[derive(Debug)]
@@ -22,7 +25,7 @@ pub(in crate::http) struct Outgoing<'a> {
 }
 
 /// A client's headers, of which only those that may pass are read.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(in crate::http) struct HeadersToWorker<'a> {
     /// As the client sent them.
     pub(in crate::http) client: &'a HeaderMap,
@@ -43,6 +46,13 @@ impl<'a> Outgoing<'a> {
         body: Bytes,
     ) -> Self {
         Self { method, target, headers, body, lines: OnceLock::new() }
+    }
+
+    /// The same for one of the worker's data-parallel ranks, in the header that vLLM reads.
+    pub(in crate::http) fn to_rank(&self, rank: u32) -> Self {
+        let mut headers = self.headers.clone();
+        headers.ours.insert(RANK, rank.into());
+        Self::new(self.method, self.target, headers, self.body.clone())
     }
 
     /// Whether no answer to it has a body.

@@ -1,0 +1,282 @@
+//! Where a request goes and why: its prompt's blocks, who holds them, and the choice.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use serde_json::json;
+
+use super::front::Front;
+use super::wishes::Wishes;
+use crate::ids::WorkerId;
+use crate::kv::hash::{LocalHash, SequenceHash, sequence_hashes};
+use crate::kv::types::Overlap;
+use crate::routing::policy::{Pin, Policy, RouteRequest};
+use crate::routing::select::{Explained, Limits, NoWorker, Selection, explain, select};
+use crate::routing::view::{NOT_SCORED, RegistryView};
+use crate::state::cache::MOST_ROUTED;
+use crate::state::command::CacheCommand;
+use crate::state::ranks::RankKey;
+use crate::tokens::{Ask, Form, Prompt, PromptKey};
+
+/// Block sizes of one model's workers that are told apart; workers with further ones are taken
+/// to hold nothing.
+const MOST_SIZES: usize = 4;
+
+/// Candidates that are told of in a trace.
+const MOST_TRACED: usize = 16;
+
+/// What routing knows of one request.
+#[derive(Debug, Default)]
+pub(super) struct Placing {
+    /// Estimated or counted length of the prompt, in tokens.
+    pub(super) prompt_tokens: u32,
+    /// Longest output asked for.
+    pub(super) max_tokens: Option<u32>,
+    /// What the client wants.
+    pub(super) wishes: Wishes,
+    prompt: Option<Prompt>,
+    /// The prompt's blocks, by block size; made when first needed.
+    keys: Mutex<Vec<Arc<Blocks>>>,
+}
+
+/// A prompt in blocks of one size.
+#[derive(Debug)]
+struct Blocks {
+    key: PromptKey,
+    chain: Vec<SequenceHash>,
+}
+
+impl Placing {
+    /// Of a request whose prompt is not looked at.
+    pub(super) fn new(prompt_tokens: u32, max_tokens: Option<u32>) -> Self {
+        Self { prompt_tokens, max_tokens, ..Self::default() }
+    }
+
+    /// Finds out what the engine will make of the prompt, if the policy wants to know.
+    pub(super) async fn look_at_prompt(&mut self, front: &Front, path: &str, model: &str, body: &Bytes) {
+        let Some(tokenizers) = &front.config.tokenizers else { return };
+        if !self.policy(front).wants_overlap() && !self.wishes.trace {
+            return;
+        }
+        let Some(form) = Form::of_path(path) else { return };
+        let base = base_of(&front.control.registry(), model);
+        let ask = Ask {
+            model: base.as_deref().unwrap_or(model),
+            lora: base.as_deref().map(|_| model),
+            form,
+            body,
+            now: SystemTime::now(),
+        };
+        let prompt = tokenizers.prompt(ask).await;
+        self.prompt_tokens = u32::try_from(prompt.tokens()).unwrap_or(u32::MAX);
+        self.prompt = Some(prompt);
+    }
+
+    fn policy<'a>(&self, front: &'a Front) -> &'a dyn Policy {
+        let asked = self.wishes.overrides.policy().and_then(|name| front.policy(name));
+        asked.unwrap_or(front.config.policy.as_ref())
+    }
+
+    fn blocks(&self, size: u32) -> Option<Arc<Blocks>> {
+        let prompt = self.prompt.as_ref()?;
+        let mut keys = self.keys.lock();
+        if let Some(found) = keys.iter().find(|blocks| blocks.key.block_size == size as usize) {
+            return Some(Arc::clone(found));
+        }
+        if keys.len() == MOST_SIZES {
+            return None;
+        }
+        let mut key = prompt.key(size as usize);
+        key.hashes.truncate(MOST_ROUTED);
+        let chain = sequence_hashes(&key.hashes);
+        let blocks = Arc::new(Blocks { key, chain });
+        keys.push(Arc::clone(&blocks));
+        Some(blocks)
+    }
+
+    /// Asks `with` about the request as routing sees it now.
+    fn as_routing_sees_it<R>(
+        &self,
+        front: &Front,
+        view: &RegistryView,
+        model: Option<&str>,
+        with: impl FnOnce(&RouteRequest<'_>) -> R,
+    ) -> R {
+        let (mut held, mut sent) = (Vec::new(), Vec::new());
+        let sizes = self.prompt.as_ref().map(|_| block_sizes(view, model)).unwrap_or_default();
+        let mut first = None;
+        for size in sizes {
+            let Some(blocks) = self.blocks(size) else { continue };
+            look_up(front, &blocks.key.hashes, &mut held, &mut sent);
+            first.get_or_insert(blocks);
+        }
+        let labels: Vec<(&str, &str)> =
+            self.wishes.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let pinned = self.wishes.worker.as_ref().map(|(worker, rank)| Pin { worker, rank: *rank });
+        with(&RouteRequest {
+            model,
+            prompt_tokens: self.prompt_tokens,
+            max_tokens: self.max_tokens,
+            hashes: first.as_ref().map_or(&[], |blocks| &blocks.chain),
+            overlaps: &held,
+            predicted: &sent,
+            session: self.wishes.session,
+            overrides: self.wishes.overrides,
+            pinned,
+            labels: &labels,
+            view_age_ms: front.control.view_age_ms(),
+        })
+    }
+
+    /// Chooses a worker and rank.
+    pub(super) fn choose(
+        &self,
+        front: &Front,
+        model: Option<&str>,
+        tried: &[WorkerId],
+    ) -> Result<Selection, NoWorker> {
+        let view = front.control.registry();
+        self.as_routing_sees_it(front, &view, model, |request| {
+            select(&view, self.policy(front), request, &limits(front), tried, &mut rand::rng())
+        })
+    }
+
+    /// What there is to choose from, without choosing.
+    pub(super) fn explain(&self, front: &Front, model: Option<&str>) -> Result<Vec<Explained>, NoWorker> {
+        let view = front.control.registry();
+        self.as_routing_sees_it(front, &view, model, |request| {
+            explain(&view, self.policy(front), request, &limits(front), &[])
+        })
+    }
+
+    /// The name of the policy that chooses.
+    pub(super) fn policy_name(&self, front: &Front) -> &'static str {
+        self.policy(front).name()
+    }
+
+    /// What the prompt's blocks are made of; nothing is known without a prompt.
+    pub(super) fn source(&self) -> &'static str {
+        self.prompt.as_ref().map_or("unknown", |prompt| prompt.source().name())
+    }
+
+    /// Tells everybody that the prompt goes there: it is as good as cached from now on.
+    pub(super) fn sent_to(&self, front: &Front, selection: &Selection) {
+        let worker = &selection.worker;
+        let Some(blocks) = self.blocks(worker.block_size()).filter(|b| !b.key.hashes.is_empty()) else {
+            return;
+        };
+        let Some(ix) = worker.live.ranks().get(selection.rank as usize).copied() else { return };
+        let (seed, hashes) = (blocks.key.seed, &blocks.key.hashes);
+        if ix != NOT_SCORED {
+            front.control.blocks().recent.note(ix, seed, hashes);
+        }
+        let locals: Vec<u8> = hashes.iter().flat_map(|hash| hash.0.to_le_bytes()).collect();
+        front.control.tell_cache(CacheCommand::Routed {
+            rank: RankKey { worker: worker.record.ix, rank: selection.rank },
+            seed,
+            locals: locals.into(),
+            capacity: worker.reckoned_capacity(),
+        });
+    }
+
+    /// Tokens of the prompt that the chosen worker has cached, as far as its engine would use
+    /// them: the last token is computed in any case. `None` if the prompt is not known.
+    pub(super) fn cached_tokens(&self, selection: &Selection) -> Option<u32> {
+        self.prompt.as_ref()?;
+        let block = selection.worker.block_size();
+        let usable = self.prompt_tokens.saturating_sub(1) / block;
+        Some(selection.overlap.blocks.min(usable) * block)
+    }
+
+    /// `Everline-Trace`: a line of JSON with what was known of the candidates, best first.
+    pub(super) fn trace(&self, front: &Front, model: Option<&str>) -> Option<String> {
+        let mut candidates = self.explain(front, model).ok()?;
+        candidates.sort_by(|a, b| {
+            let cost = |c: &Explained| c.terms.map_or(f64::INFINITY, |terms| terms.total());
+            (a.filtered.is_some(), cost(a))
+                .partial_cmp(&(b.filtered.is_some(), cost(b)))
+                .unwrap_or(std::cmp::Ordering::Equal)
+        });
+        let more = candidates.len().saturating_sub(MOST_TRACED);
+        candidates.truncate(MOST_TRACED);
+        let candidates: Vec<_> = candidates.iter().map(explained).collect();
+        let trace = json!({
+            "policy": self.policy_name(front),
+            "prompt_tokens": self.prompt_tokens,
+            "source": self.source(),
+            "candidates": candidates,
+            "more": more,
+        });
+        Some(trace.to_string())
+    }
+}
+
+/// One candidate as JSON.
+pub(super) fn explained(candidate: &Explained) -> serde_json::Value {
+    json!({
+        "worker": candidate.worker,
+        "rank": candidate.rank,
+        "overlap": {
+            "gpu": candidate.overlap.gpu,
+            "host": candidate.overlap.host,
+            "disk": candidate.overlap.disk(),
+        },
+        "load": {
+            "requests": candidate.load.requests,
+            "prefill_tokens": candidate.load.prefill_tokens,
+            "decode_blocks": candidate.load.decode_blocks,
+        },
+        "cost": candidate.terms.map(|terms| terms.total()),
+        "terms": candidate.terms,
+        "not_chosen": candidate.filtered.map(|why| why.to_string()),
+    })
+}
+
+fn limits(front: &Front) -> Limits {
+    Limits {
+        now_ms: front.now_ms(),
+        breaker: front.config.proxy.breaker,
+        max_requests: front.config.proxy.max_requests_per_worker,
+        overload: front.config.proxy.overload,
+    }
+}
+
+/// Adds who holds, and was just sent, these blocks. Blocks of different sizes never meet, so that
+/// lists of several sizes can be put together.
+fn look_up(front: &Front, locals: &[LocalHash], held: &mut Vec<Overlap>, sent: &mut Vec<Overlap>) {
+    let blocks = front.control.blocks();
+    if held.is_empty() && sent.is_empty() {
+        return blocks.overlaps(locals, held, sent);
+    }
+    let (mut more_held, mut more_sent) = (Vec::new(), Vec::new());
+    blocks.overlaps(locals, &mut more_held, &mut more_sent);
+    for (all, more) in [(held, more_held), (sent, more_sent)] {
+        all.extend(more);
+        all.sort_unstable_by_key(|overlap| overlap.rank);
+        all.dedup_by_key(|overlap| overlap.rank);
+    }
+}
+
+fn block_sizes(view: &RegistryView, model: Option<&str>) -> Vec<u32> {
+    let serving = match model {
+        Some(model) => view.by_model.get(model).map_or(&[][..], |positions| positions),
+        None => &view.all,
+    };
+    let mut sizes: Vec<u32> = Vec::new();
+    for &position in serving {
+        let size = view.workers[position].block_size();
+        if sizes.last() != Some(&size) && !sizes.contains(&size) && sizes.len() < MOST_SIZES {
+            sizes.push(size);
+        }
+    }
+    sizes
+}
+
+/// The base model, if `model` is an adapter.
+fn base_of(view: &RegistryView, model: &str) -> Option<String> {
+    let first = *view.by_model.get(model)?.first()?;
+    let served = view.workers[first].record.spec.models.iter().find(|served| served.name == model)?;
+    served.lora_of.clone()
+}
