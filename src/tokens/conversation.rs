@@ -44,7 +44,9 @@ pub fn normalise(
 ) -> Option<Conversation> {
     let mut messages: Vec<Json> =
         chat.messages.iter().map(|m| message(m, format, dialect)).collect::<Option<_>>()?;
-    if !developer && messages.iter().any(|m| m.text("role") == Some("developer")) {
+    // SGLang gives developers to every template.
+    if dialect == Dialect::Vllm && !developer && messages.iter().any(|m| m.text("role") == Some("developer"))
+    {
         messages = developer_as_system(messages);
     }
     let silenced = dialect == Dialect::Sglang && chat.no_tool_choice;
@@ -58,10 +60,12 @@ pub fn normalise(
 
 fn message(from: &Json, format: ContentFormat, dialect: Dialect) -> Option<Json> {
     let role = from.text("role")?;
-    let system = role == "system" && dialect == Dialect::Vllm;
-    let content = content(from.get("content"), format, system)?;
+    let content = match dialect {
+        Dialect::Vllm => content(from.get("content"), format, role == "system")?,
+        Dialect::Sglang => sglang_content(from.get("content"), format)?,
+    };
     let mut to = vec![("role".to_owned(), Json::from(role))];
-    let flat = role == "tool" && format == ContentFormat::OpenAi;
+    let flat = role == "tool" && format == ContentFormat::OpenAi && dialect == Dialect::Vllm;
     to.push(("content".to_owned(), if flat { flattened(content) } else { content }));
     match role {
         "assistant" => {
@@ -148,6 +152,39 @@ fn content(from: Option<&Json>, format: ContentFormat, system: bool) -> Option<J
         joined.push_str(text);
     }
     Some(Json::Text(joined))
+}
+
+/// SGLang leaves text as it is, whatever the template wants, and joins parts with blanks.
+fn sglang_content(from: Option<&Json>, format: ContentFormat) -> Option<Json> {
+    let parts = match from {
+        None => return Some(Json::from("")),
+        Some(text @ Json::Text(_)) => return Some(text.clone()),
+        Some(Json::List(parts)) => parts,
+        Some(_) => return None,
+    };
+    let mut texts = Vec::with_capacity(parts.len());
+    let mut media = false;
+    for part in parts {
+        match part.text("type") {
+            Some("text" | "input_text") => texts.push(part.text("text")?),
+            // Handed to the template as they are, which few know.
+            Some("tool_reference") => return None,
+            _ => {
+                media = true;
+                texts.push(MEDIA);
+            }
+        }
+    }
+    Some(match format {
+        ContentFormat::String if media => Json::from(MEDIA),
+        ContentFormat::String => Json::from(texts.join(" ")),
+        ContentFormat::OpenAi => Json::List(
+            texts
+                .into_iter()
+                .map(|text| Json::object([("type", Json::from("text")), ("text", Json::from(text))]))
+                .collect(),
+        ),
+    })
 }
 
 enum Words {
@@ -348,6 +385,24 @@ mod tests {
         ] {
             assert_eq!(said(&call(arguments), ContentFormat::String).unwrap(), expected(parsed));
         }
+    }
+
+    #[test]
+    fn sglang_joins_parts_with_blanks_and_wraps_no_text() {
+        let messages = r#"[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},{"role":"user","content":"c"}]"#;
+        let said = |format| {
+            let chat = Chat::new(serde_json::from_str(messages).unwrap());
+            let conversation = normalise(&chat, format, Dialect::Sglang, false).unwrap();
+            serde_json::to_string(&conversation.messages).unwrap()
+        };
+        assert_eq!(
+            said(ContentFormat::String),
+            r#"[{"role":"user","content":"a b"},{"role":"user","content":"c"}]"#
+        );
+        assert_eq!(
+            said(ContentFormat::OpenAi),
+            r#"[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},{"role":"user","content":"c"}]"#
+        );
     }
 
     #[test]

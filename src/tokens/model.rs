@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use super::ModelOptions;
 use super::content::{ContentFormat, detect};
-use super::conversation::{Conversation, MEDIA, normalise};
+use super::conversation::{Conversation, Dialect, MEDIA, normalise};
 use super::engine::Question;
 use super::json::Json;
 use super::load::{LoadError, Loaded, load};
@@ -99,7 +99,7 @@ impl Model {
                 let template = options.chat_template.as_deref();
                 let mut loaded = load(&options.name, directory, template, Arc::clone(segments), seed)?;
                 let known = |template: Option<ChatTemplate>| {
-                    template.map(|template| Template::new(template, options.content_format))
+                    template.map(|template| Template::new(template, options.content_format, options.dialect))
                 };
                 let (default, tool_use) = (loaded.templates.default.take(), loaded.templates.tool_use.take());
                 Some(Local { loaded, default: known(default), tool_use: known(tool_use) })
@@ -186,11 +186,21 @@ impl Model {
         if chat.no_tool_choice && self.options.exclude_tools_when_none {
             tools = None;
         }
+        // SGLang opens every answer, and puts what is to be continued behind it as ids.
+        let mut shown = &messages[..];
+        let mut behind = None;
+        let sglang = self.options.dialect == Dialect::Sglang;
+        if let (true, Some((last, before))) = (sglang && chat.continue_final_message, shown.split_last())
+            && last.text("role") == Some("assistant")
+        {
+            behind = Some(last.text("content").ok_or("what is to be continued is no text")?);
+            shown = before;
+        }
         let text = template.template.render(&Variables {
-            messages: &messages,
+            messages: shown,
             tools: tools.as_deref(),
-            add_generation_prompt: chat.add_generation_prompt,
-            continue_final_message: chat.continue_final_message,
+            add_generation_prompt: chat.add_generation_prompt || sglang,
+            continue_final_message: chat.continue_final_message && !sglang,
             others: &[&local.loaded.special, &self.options.template_kwargs, &chat.kwargs],
             now,
         });
@@ -203,7 +213,10 @@ impl Model {
             let tokens = certain + estimate(text.len() - media_at) + media;
             return Ok(Prompt::of_ids(ids, seed, Source::Tokenizer).certain_up_to(certain, tokens));
         }
-        let ids = tokenizer.encode(&text, chat.special).map_err(|e| e.to_string())?;
+        let mut ids = tokenizer.encode(&text, chat.special).map_err(|e| e.to_string())?;
+        if let Some(behind) = behind {
+            ids.extend(tokenizer.encode(behind, false).map_err(|e| e.to_string())?);
+        }
         Ok(Prompt::of_ids(ids, seed, Source::Tokenizer))
     }
 
@@ -221,10 +234,16 @@ impl Model {
 }
 
 impl Template {
-    fn new(template: ChatTemplate, format: Option<ContentFormat>) -> Self {
+    fn new(template: ChatTemplate, format: Option<ContentFormat>, dialect: Dialect) -> Self {
         let source = template.source();
+        // SGLang takes any template that speaks of pictures for one that wants parts.
+        let speaks = ["image", "audio", "video", "vision"].iter().any(|word| source.contains(word));
+        let detected = || match dialect {
+            Dialect::Sglang if speaks => ContentFormat::OpenAi,
+            _ => detect(source),
+        };
         Self {
-            format: format.unwrap_or_else(|| detect(source)),
+            format: format.unwrap_or_else(detected),
             knows_developers: source.contains("\"developer\"") || source.contains("'developer'"),
             template,
         }

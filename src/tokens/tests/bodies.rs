@@ -190,6 +190,26 @@ async fn named_templates_and_tokens_of_the_configuration_are_used() {
 }
 
 #[tokio::test]
+async fn what_is_continued_stands_behind_the_opened_answer_with_sglang() {
+    let options = ModelOptions {
+        name: "m".to_owned(),
+        mode: Mode::Tokenizer,
+        directory: Some(golden("tokenizer/tiny")),
+        dialect: Dialect::Sglang,
+        ..ModelOptions::default()
+    };
+    let tokenizers = Tokenizers::load(vec![options], &Options::default(), None).unwrap();
+    let open = r#"{"messages":[{"role":"user","content":"q"}]}"#;
+    let open = ask(&tokenizers, "m", "/v1/chat/completions", open).await;
+    let text = r#"{"text":"so far"}"#;
+    let text = ask(&tokenizers, "m", "/generate", text).await;
+    let continued = r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"so far"}],"continue_final_message":true,"add_generation_prompt":false}"#;
+    let continued = ask(&tokenizers, "m", "/v1/chat/completions", continued).await;
+    let expected = [open.ids().unwrap().to_vec(), text.ids().unwrap().to_vec()].concat();
+    assert_eq!(continued.ids().map(|ids| ids.to_vec()), Some(expected));
+}
+
+#[tokio::test]
 async fn a_model_that_engines_render_by_code_has_no_template_here() {
     let folder = tempfile::tempdir().unwrap();
     for file in ["tokenizer.json", "chat_template.jinja"] {
