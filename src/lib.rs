@@ -73,5 +73,5 @@ pub mod serve;
 pub mod state;
 pub mod telemetry;
 pub mod tls;
-pub mod zmtp;
 pub mod tokens;
+pub mod zmtp;

@@ -12,8 +12,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::batch::Gathering;
 use super::hub::HubFeed;
 use super::live::{Live, LiveEvent, Rejected, message};
-use super::replay::{Answer, Question, Replay};
 pub use super::replay::SILENCE;
+use super::replay::{Answer, Question, Replay};
 use super::{Delivery, FeedSink};
 use crate::kv::event::{Decoder, Format, Skipped, skim};
 use crate::kv::feed::{Action, Cursor, Feed, FeedStats, Message};
@@ -182,13 +182,9 @@ struct Runner<S> {
     counters: Arc<Mutex<FeedCounters>>,
 }
 
-async fn run<S: FeedSink>(
-    config: FeedConfig,
-    cursor: Cursor,
-    sink: S,
-    counters: Arc<Mutex<FeedCounters>>,
-) {
-    let FeedConfig { source, replay, topic, format, rank, capacity, resolve, limits, quiet, silence } = config;
+async fn run<S: FeedSink>(config: FeedConfig, cursor: Cursor, sink: S, counters: Arc<Mutex<FeedCounters>>) {
+    let FeedConfig { source, replay, topic, format, rank, capacity, resolve, limits, quiet, silence } =
+        config;
     let mut live = match source {
         Source::Connect(endpoint) => Live::connect(endpoint, topic, resolve.clone(), limits),
         Source::Hub(feed) => Live::Hub(feed),
@@ -312,10 +308,7 @@ impl<S: FeedSink> Runner<S> {
         Next::On
     }
 
-    fn accepted(
-        &self,
-        read: Result<Message<Bytes>, Rejected>,
-    ) -> Option<Message<Bytes>> {
+    fn accepted(&self, read: Result<Message<Bytes>, Rejected>) -> Option<Message<Bytes>> {
         let mut counters = self.counters.lock();
         let Ok(message) = read else {
             counters.garbage += 1;

@@ -189,14 +189,16 @@ async fn serve(shared: &Shared, link: &mut Link, id: u64) -> Result<(), ZmtpErro
         let found = {
             let mut claims = shared.claims.lock();
             let fitting = claims.iter_mut().filter(|claimed| claimed.claim.fits(topic, rank));
-            fitting.max_by_key(|claimed| (claimed.claim.topic.len(), claimed.claim.rank)).and_then(|claimed| {
-                let newcomer = !had.contains(&claimed.id);
-                if newcomer {
-                    had.push(claimed.id);
-                    claimed.connection = id;
-                }
-                (claimed.connection == id).then(|| (claimed.events.clone(), newcomer))
-            })
+            fitting.max_by_key(|claimed| (claimed.claim.topic.len(), claimed.claim.rank)).and_then(
+                |claimed| {
+                    let newcomer = !had.contains(&claimed.id);
+                    if newcomer {
+                        had.push(claimed.id);
+                        claimed.connection = id;
+                    }
+                    (claimed.connection == id).then(|| (claimed.events.clone(), newcomer))
+                },
+            )
         };
         let Some((events, newcomer)) = found else {
             shared.unclaimed.fetch_add(1, Ordering::Relaxed);

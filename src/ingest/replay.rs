@@ -77,7 +77,8 @@ impl Replay {
 async fn ask(question: &Question, sender: &mpsc::Sender<Answer>) -> Result<(), String> {
     let Question { endpoint, resolve, limits, from, silence, .. } = question;
     let said = |error: crate::zmtp::ZmtpError| error.to_string();
-    let mut link = Link::connect(endpoint, SocketType::Dealer, *limits, resolve.as_ref()).await.map_err(said)?;
+    let mut link =
+        Link::connect(endpoint, SocketType::Dealer, *limits, resolve.as_ref()).await.map_err(said)?;
     link.send(&[Bytes::new(), Bytes::copy_from_slice(&from.to_be_bytes())]).await.map_err(said)?;
     let budget = Arc::new(Semaphore::new(AHEAD_KIB as usize));
     loop {

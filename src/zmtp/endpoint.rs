@@ -50,8 +50,7 @@ impl Endpoint {
             .strip_prefix("tcp://")
             .ok_or_else(|| wrong("only tcp://host:port and ipc://path are understood"))?;
         let (host, port) = rest.rsplit_once(':').ok_or_else(|| wrong("the port is missing"))?;
-        let port =
-            port.parse().map_err(|_| wrong("the port is not a number from 0 to 65535"))?;
+        let port = port.parse().map_err(|_| wrong("the port is not a number from 0 to 65535"))?;
         let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
         if host.is_empty() || host.contains(['/', '@', ' ', ';']) {
             return Err(wrong("the host is missing or not one"));

@@ -65,11 +65,7 @@ impl Link {
         Ok(Incoming(listener.accept().await?))
     }
 
-    async fn shake(
-        mut stream: Box<dyn Stream>,
-        ours: SocketType,
-        limits: Limits,
-    ) -> Result<Self, ZmtpError> {
+    async fn shake(mut stream: Box<dyn Stream>, ours: SocketType, limits: Limits) -> Result<Self, ZmtpError> {
         stream.write_all(&wire::greeting()).await?;
         let mut greeting = [0; wire::GREETING];
         match stream.read_exact(&mut greeting).await {
@@ -96,9 +92,9 @@ impl Link {
                 }
                 Ok(link)
             }
-            Some((b"ERROR", data)) => {
-                Err(ZmtpError::Refused(String::from_utf8_lossy(data.get(1..).unwrap_or_default()).into_owned()))
-            }
+            Some((b"ERROR", data)) => Err(ZmtpError::Refused(
+                String::from_utf8_lossy(data.get(1..).unwrap_or_default()).into_owned(),
+            )),
             _ => Err(ZmtpError::Protocol("another command instead of READY")),
         }
     }

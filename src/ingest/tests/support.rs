@@ -76,7 +76,8 @@ impl Kept {
         locals
             .iter()
             .take_while(|local| {
-                let next = self.blocks.iter().find(|(_, (parent, found, _))| (parent, found) == (&at, *local));
+                let next =
+                    self.blocks.iter().find(|(_, (parent, found, _))| (parent, found) == (&at, *local));
                 at = next.map(|(hash, _)| *hash);
                 at.is_some()
             })
@@ -147,7 +148,8 @@ pub(super) async fn eventually<F: Future<Output = bool>>(what: &str, check: impl
 /// Flags of an engine that publishes, with small blocks and few of them.
 pub(super) fn args(config: Value) -> EngineSimArgs {
     let mut args = EngineSimArgs::defaults();
-    let mut all = json!({"enable_kv_cache_events": true, "endpoint": "tcp://*:0", "replay_endpoint": "tcp://*:0"});
+    let mut all =
+        json!({"enable_kv_cache_events": true, "endpoint": "tcp://*:0", "replay_endpoint": "tcp://*:0"});
     all.as_object_mut().unwrap().extend(config.as_object().unwrap().clone());
     args.kv_events_config = Some(KvEventsConfig::parse(&all.to_string()).unwrap());
     args.block_size = BLOCK;

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use rmp::encode::{ByteBuf, write_array_len, write_f64, write_map_len, write_nil, write_sint, write_str, write_uint};
+use rmp::encode::{
+    ByteBuf, write_array_len, write_f64, write_map_len, write_nil, write_sint, write_str, write_uint,
+};
 
 use super::EventFormat;
 use crate::engines::sim::engine::KvEventBatch;
@@ -130,7 +132,9 @@ fn write_event(out: &mut Writer, event: &KvEvent, format: EventFormat) {
 
 /// What all maps begin with.
 fn stored_head(out: &mut Writer, event: &KvEvent, format: EventFormat) {
-    let KvEvent::Stored { block_hashes, parent_block_hash, token_ids, block_size, .. } = event else { return };
+    let KvEvent::Stored { block_hashes, parent_block_hash, token_ids, block_size, .. } = event else {
+        return;
+    };
     out.text("type");
     out.text("BlockStored");
     out.text("block_hashes");
@@ -218,12 +222,22 @@ mod tests {
                 parent_block_hash: event["parent_block_hash"]
                     .as_u64()
                     .or_else(|| event["parent_block_hash"].as_i64().map(|hash| hash as u64)),
-                token_ids: event["token_ids"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap() as u32).collect(),
+                token_ids: event["token_ids"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|t| t.as_u64().unwrap() as u32)
+                    .collect(),
                 block_size: event["block_size"].as_u64().unwrap() as usize,
                 lora_name: text(&event["lora_name"]),
                 cache_salt: text(&event["cache_salt"]),
-                extra_keys: event["extra_keys"].as_array().into_iter().flatten()
-                    .map(|keys| keys.as_array().map(|keys| keys.iter().map(|key| text(key).unwrap()).collect()))
+                extra_keys: event["extra_keys"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .map(|keys| {
+                        keys.as_array().map(|keys| keys.iter().map(|key| text(key).unwrap()).collect())
+                    })
                     .collect(),
             },
         };
