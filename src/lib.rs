@@ -40,8 +40,16 @@
 //! [`engines`]: what is known of inference engines: how to ask one about itself
 //! ([`engines::probe`]), and how to be one ([`engines::sim`], a simulated vLLM).
 //!
+//! [`zmtp`]: as much of ZeroMQ's wire protocol as engines' event feeds need, on both sides of it.
+//!
+//! [`ingest`]: listening to engines. A task for each rank's feed of KV events, which asks again for
+//! what it missed and hands on what is in order; what is in order [`kv::feed`] knows.
+//!
 //! [`http`]: the front: connections and their bounds, the proxy path, the node and admin planes,
 //! health and metrics.
+//!
+//! [`replay`]: traces of requests, replayed against a cluster or in a simulation that routes with
+//! [`routing`] itself and compares policies.
 //!
 //! [`admin_types`]: what the admin plane and the command line say to each other.
 //!
@@ -68,6 +76,7 @@ pub mod http;
 pub mod ids;
 pub mod ingest;
 pub mod kv;
+pub mod replay;
 pub mod routing;
 pub mod serve;
 pub mod state;

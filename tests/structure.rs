@@ -329,7 +329,9 @@ fn layers_name_only_what_lies_below_them() {
         ("cluster", &["codec", "ids", "kv", "routing", "state", "telemetry", "tls"]),
         ("admin_types", &["cluster", "ids", "state"]),
         ("config", &["admin_types", "ids", "routing", "state", "tls"]),
-        ("engines", &["ids", "kv", "state"]),
+        ("engines", &["ids", "kv", "state", "zmtp"]),
+        ("zmtp", &[]),
+        ("ingest", &["engines", "ids", "kv", "state", "telemetry", "zmtp"]),
         (
             "http",
             &[
@@ -337,14 +339,17 @@ fn layers_name_only_what_lies_below_them() {
                 "cluster",
                 "engines",
                 "ids",
+                "ingest",
                 "kv",
                 "routing",
                 "state",
                 "telemetry",
                 "tls",
                 "tokens",
+                "zmtp",
             ],
         ),
+        ("replay", &["ids", "kv", "routing", "state"]),
     ];
     let mut found = Vec::new();
     for (file, code) in &sources() {

@@ -31,9 +31,11 @@ impl Blocks {
         }
     }
 
-    /// How much of a prompt each rank holds, sorted by rank; `overlaps` is emptied first.
-    pub fn overlaps(&self, locals: &[LocalHash], overlaps: &mut Vec<Overlap>) {
-        self.index.load().lookup(locals, overlaps);
-        BUFFER.with_borrow_mut(|buffer| self.recent.raise(locals, overlaps, buffer));
+    /// How much of a prompt each rank holds, and how much of it was just sent there; both sorted
+    /// by rank and emptied first.
+    pub fn overlaps(&self, locals: &[LocalHash], held: &mut Vec<Overlap>, sent: &mut Vec<Overlap>) {
+        self.index.load().lookup(locals, held);
+        sent.clear();
+        BUFFER.with_borrow_mut(|buffer| self.recent.raise(locals, sent, buffer));
     }
 }
