@@ -136,6 +136,9 @@ pub fn check(bytes: &[u8]) -> Result<u64, WireError> {
     Ok(blocks)
 }
 
+/// An operation, how many blocks it has, and their columns.
+type Raw<'a> = (Head, usize, &'a [u8]);
+
 /// Operations one by one, from bytes that are only borrowed.
 #[derive(Clone, Debug)]
 pub struct Reader<'a> {
@@ -175,7 +178,7 @@ impl<'a> Reader<'a> {
         Ok(Some(head))
     }
 
-    fn next_raw(&mut self) -> Result<Option<(Head, usize, &'a [u8])>, WireError> {
+    fn next_raw(&mut self) -> Result<Option<Raw<'a>>, WireError> {
         let Some((&flags, rest)) = self.rest.split_first() else { return Ok(None) };
         self.rest = rest;
         if flags == CLEAR {

@@ -58,7 +58,7 @@ pub struct CacheState {
 const CLOCK: u8 = 1;
 const COLUMN: u8 = 2;
 const RANKS: u8 = 3;
-/// Records of the index; see [`Index::dump`].
+/// Records of the index; see [`index::Frozen::records`].
 const INDEX: u8 = b'x';
 
 /// Most blocks of a prompt that [`CacheCommand::Routed`] tells of: the first ones.
@@ -339,9 +339,9 @@ impl State for CacheState {
     }
 
     fn image(&self) -> Box<dyn FnOnce() -> Records + Send> {
-        // The index goes on changing, and there is no cheap copy of it: written down here.
-        let (index, rest) = (self.index.dump(), self.clone());
-        Box::new(move || rest.records_with(index))
+        // A clone would share the index, which goes on changing: frozen here, written down later.
+        let (index, rest) = (self.index.freeze(), self.clone());
+        Box::new(move || rest.records_with(index.records()))
     }
 
     fn records(&self) -> Records {

@@ -38,7 +38,8 @@ pub trait Subject {
     fn reader(&self, _: &[Vec<u64>]) -> Option<Elsewhere> {
         None
     }
-    /// Live bytes of what was prepared: freed when it is applied.
+    /// Live bytes of what was prepared: freed when it is applied. Only counted with `mem`.
+    #[cfg_attr(not(feature = "mem"), allow(dead_code, reason = "the other kind of measurement"))]
     fn prepared(&self) -> i64;
 }
 

@@ -23,9 +23,12 @@ const SEGMENTS: usize = 1 << 14;
 /// How many nodes there is room for.
 pub(super) const MOST_NODES: usize = SEGMENT * SEGMENTS;
 
+/// Nodes that are made when the first of them is needed.
+type Segment = OnceLock<Box<[RwLock<Body>]>>;
+
 /// All nodes, by number. Never moves and never shrinks.
 pub(super) struct Slab {
-    segments: Box<[OnceLock<Box<[RwLock<Body>]>>]>,
+    segments: Box<[Segment]>,
 }
 
 impl Slab {

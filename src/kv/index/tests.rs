@@ -139,9 +139,7 @@ fn said(step: &Step) -> Option<(RankIx, KvOp)> {
 }
 
 fn limited(limit: u64) -> Index {
-    let mut index = Index::default();
-    index.limit = limit;
-    index
+    Index { limit, ..Index::default() }
 }
 
 fn restarted(index: &Index) -> Index {

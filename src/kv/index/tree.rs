@@ -349,14 +349,13 @@ impl<'a> Writer<'a> {
         }
         body.locals.extend_from_slice(locals);
         let mut sum = meta.sums.last().copied().unwrap_or(meta.base);
-        let mut depth = meta.depth + meta.ids.len() as u32;
-        for local in locals {
+        let depth = meta.depth + meta.ids.len() as u32;
+        for (local, depth) in locals.iter().zip(depth..) {
             let sequence = chained(before, *local);
             before = Some(sequence);
             sum = sum.wrapping_add(sequence.0);
             meta.sums.push(sum);
             let place = Place { node, depth };
-            depth += 1;
             match tree.free_blocks.pop() {
                 Some(block) => {
                     tree.places[block as usize] = place;
