@@ -17,6 +17,9 @@
 //! [`state`]: the replicated state machines. Commands in, state and outcomes out, the same on
 //! every replica: [`state::control`] is the registry, [`state::cache`] the loads and leases.
 //!
+//! [`tokens`]: from a request's body to the hashes of its prompt's blocks, as the engine would see
+//! them. Pure but for its threads, and for engines that it may ask.
+//!
 //! [`routing`]: choosing a worker. Filters, then a policy, over a [`routing::view`] that is read
 //! without a lock; [`routing::book`] takes note of what was chosen.
 //!
@@ -45,6 +48,9 @@
 //! [`http`]: the front: connections and their bounds, the proxy path, the node and admin planes,
 //! health and metrics.
 //!
+//! [`replay`]: traces of requests, replayed against a cluster or in a simulation that routes with
+//! [`routing`] itself and compares policies.
+//!
 //! [`admin_types`]: what the admin plane and the command line say to each other.
 //!
 //! [`config`]: the configuration, typed and documented, with the origin of every value. The only
@@ -70,9 +76,11 @@ pub mod http;
 pub mod ids;
 pub mod ingest;
 pub mod kv;
+pub mod replay;
 pub mod routing;
 pub mod serve;
 pub mod state;
 pub mod telemetry;
 pub mod tls;
+pub mod tokens;
 pub mod zmtp;

@@ -323,6 +323,7 @@ fn layers_name_only_what_lies_below_them() {
         ("tls", &[]),
         ("telemetry", &["tls"]),
         ("kv", &["codec", "ids"]),
+        ("tokens", &["ids", "kv", "telemetry"]),
         ("state", &["codec", "ids", "kv"]),
         ("routing", &["ids", "kv", "state"]),
         ("cluster", &["codec", "ids", "kv", "routing", "state", "telemetry", "tls"]),
@@ -344,9 +345,11 @@ fn layers_name_only_what_lies_below_them() {
                 "state",
                 "telemetry",
                 "tls",
+                "tokens",
                 "zmtp",
             ],
         ),
+        ("replay", &["ids", "kv", "routing", "state"]),
     ];
     let mut found = Vec::new();
     for (file, code) in &sources() {

@@ -13,6 +13,7 @@ mod member;
 mod output;
 mod parent;
 mod repair;
+mod replay;
 mod serve;
 mod status;
 mod table;
@@ -57,6 +58,7 @@ enum Command {
     Demo(demo::Args),
     EngineSim(Box<engine_sim::Args>),
     Balancer(balancer::Args),
+    Replay(Box<replay::Args>),
     Status(status::Args),
     Worker(worker::Args),
     Member(member::Args),
@@ -96,6 +98,7 @@ impl Command {
             Command::Demo(args) => args.run(out),
             Command::EngineSim(args) => args.run(out),
             Command::Balancer(args) => args.run(out),
+            Command::Replay(args) => args.run(out),
             Command::Status(args) => args.run(out),
             Command::Worker(args) => args.run(out),
             Command::Member(args) => args.run(out),

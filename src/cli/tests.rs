@@ -24,6 +24,10 @@ fn documented_lines_are_accepted() {
         "engine-sim --listen 127.0.0.1:0",
         "balancer --listen 127.0.0.1:0 --backend 127.0.0.1:1 --backend 127.0.0.1:2 --check-interval-ms 100",
         "serve --admin-token-file t --keys-file k",
+        "replay --simulate --workers 8 --blocks 4000 --policy round_robin --policy kv_cost --json t.jsonl",
+        "replay --simulate --policy kv_cost:weight=4,temperature=0.1 --routers 3 --lag-ms 5 --no-bound --plot p.svg t",
+        "replay --url http://h:1 --model m --speed 10 --concurrency 64 --skip 5 --limit 9 --vocabulary 32000 t.jsonl",
+        "replay --generate agents --requests 10 --block-size 64 --seed 7",
         "status --server http://h:1 --json --watch",
         "status -o json --local",
         "status --server http://h:1 --token-file t",
@@ -70,6 +74,12 @@ fn wrong_lines_are_refused() {
         "worker add http://h:1 --engine tgi",
         "balancer",
         "completions cmd",
+        "replay",
+        "replay --simulate",
+        "replay --simulate --url http://h:1 --model m t.jsonl",
+        "replay --url http://h:1 t.jsonl",
+        "replay --generate agents t.jsonl",
+        "replay --simulate --block-size 0 t.jsonl",
     ] {
         assert!(parse(line).is_err(), "{line}");
     }
@@ -125,4 +135,37 @@ fn docs_are_up_to_date() {
         written == reference_markdown(),
         "run: EVERLINE_REGENERATE_DOCS=1 cargo test docs_are_up_to_date"
     );
+}
+
+/// What a command line comes to that must fail.
+fn failure(line: &str) -> Failure {
+    parse(line).unwrap().command.run(&mut Out::stdout()).unwrap_err()
+}
+
+#[test]
+fn replay_says_what_is_wrong_and_what_would_be_right() {
+    let folder = tempfile::tempdir().unwrap();
+    let trace = folder.path().join("t.jsonl");
+    let good = r#"{"timestamp":0,"input_length":600,"output_length":1,"hash_ids":[1,2]}"#;
+    std::fs::write(&trace, format!("{good}\n{good}\n{{\"timestamp\":1}}\n")).unwrap();
+    let trace = trace.display();
+    for (line, words) in [
+        ("replay --simulate /nowhere/t.jsonl".to_owned(), ["cannot read /nowhere/t.jsonl", "No such file"]),
+        (format!("replay --simulate {trace}"), ["line 3", "missing field `input_length`"]),
+        (format!("replay --simulate --limit 2 --block-size 16 {trace}"), ["line 1", "--block-size"]),
+        (
+            format!("replay --simulate --policy fastest {trace}"),
+            ["unknown policy \"fastest\"", "kv_cost, cache_aware"],
+        ),
+        (format!("replay --simulate --policy kv_cost:x=1 {trace}"), ["no parameter \"x\"", "temperature"]),
+        (format!("replay --simulate --policy random --policy random {trace}"), ["random", "given twice"]),
+        (format!("replay --simulate --workers 0 {trace}"), ["workers", "1 to 256"]),
+        (format!("replay --simulate --speed 0 {trace}"), ["--speed", "0.001"]),
+        (format!("replay {trace}"), ["--simulate", "--url"]),
+        (format!("replay --url h:1 --model m {trace}"), ["--url h:1", "http://"]),
+        ("replay --generate x".to_owned(), ["unknown kind", "agents, rag, chat"]),
+    ] {
+        let Failure::Usage(text) = failure(&line) else { panic!("{line}: not a fault of usage") };
+        assert!(words.iter().all(|word| text.contains(word)), "{line}: {text}");
+    }
 }

@@ -9,12 +9,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 pub use super::stats::{ClusterStats, GroupStats, LogStats};
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::kv::feed::Cursor;
+use crate::routing::blocks::Blocks;
 use crate::routing::book::Bookings;
 use crate::routing::view::RegistryView;
-use crate::state::command::{ControlCommand, ControlOutcome, ReplicaInfo};
+use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo};
+use crate::state::ranks::{RankKey, Ranks};
 
 /// Why the cluster did not do something.
 #[derive(thiserror::Error, Clone, Debug, PartialEq, Eq)]
@@ -175,6 +179,28 @@ pub trait ControlPlane: Send + Sync + 'static {
 
     /// Books and frees load.
     fn bookings(&self) -> &Bookings;
+
+    /// Proposes a command of the cache group and waits until this replica has applied it, like
+    /// [`ControlPlane::propose`].
+    fn propose_cache(&self, command: CacheCommand) -> Answer<CacheOutcome>;
+
+    /// Tells the cluster something of the cache group that nobody waits for; forgotten when there
+    /// is no room.
+    fn tell_cache(&self, command: CacheCommand);
+
+    /// Who has which blocks.
+    fn blocks(&self) -> &Blocks;
+
+    /// The ranks and who owns their feeds; changes when one came, went, changed hands or became
+    /// whole.
+    fn ranks(&self) -> watch::Receiver<Arc<Ranks>>;
+
+    /// How far one rank's events were applied here.
+    fn feed_cursor(&self, rank: RankKey) -> Option<Cursor>;
+
+    /// How long what this replica proposed is waiting to be applied, in milliseconds: what its
+    /// peers proposed may be as old. 0 while nothing waits.
+    fn view_age_ms(&self) -> u64;
 
     /// Changes the membership; answers with a sentence for the operator.
     fn member(&self, op: MemberOp) -> Answer<String>;

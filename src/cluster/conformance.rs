@@ -13,11 +13,12 @@ use super::storage::wal::{Wal, WalOptions};
 use super::types::TypeConfig;
 use crate::ids::{Group, Incarnation, ReplicaId};
 use crate::state::cache::CacheState;
+use crate::state::command::CacheOutcome;
 
 struct NoHooks;
 
 impl Hooks<CacheState> for NoHooks {
-    fn acknowledged(&self, _: u64, _: Vec<()>) {}
+    fn acknowledged(&self, _: u64, _: Vec<CacheOutcome>) {}
     fn caught_up(&self, _: u64) {}
     fn published(&self, _: &mut CacheState, _: u64) {}
     fn digest_due(&self, _: u64, _: u64) {}

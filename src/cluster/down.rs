@@ -2,23 +2,36 @@
 
 use std::sync::Arc;
 
+use tokio::sync::watch;
+
 use super::api::{Answer, ClusterError, ClusterStatus, ControlPlane, MemberOp};
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::kv::feed::Cursor;
+use crate::routing::blocks::Blocks;
 use crate::routing::book::Bookings;
 use crate::routing::view::RegistryView;
-use crate::state::command::{ControlCommand, ControlOutcome};
+use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome};
+use crate::state::ranks::{RankKey, Ranks};
 
 /// See the module.
 pub struct DownPlane {
     name: String,
     why: String,
     bookings: Bookings,
+    blocks: Blocks,
+    ranks: watch::Sender<Arc<Ranks>>,
 }
 
 impl DownPlane {
     /// For the replica of this name, with the reason and the remedy.
     pub fn new(name: &str, why: String) -> Self {
-        Self { name: name.to_owned(), why, bookings: Bookings::new(|| {}) }
+        Self {
+            name: name.to_owned(),
+            why,
+            bookings: Bookings::new(|| {}),
+            blocks: Blocks::default(),
+            ranks: watch::Sender::default(),
+        }
     }
 
     fn refuse<T: Send + 'static>(&self) -> Answer<T> {
@@ -48,6 +61,28 @@ impl ControlPlane for DownPlane {
 
     fn bookings(&self) -> &Bookings {
         &self.bookings
+    }
+
+    fn propose_cache(&self, _: CacheCommand) -> Answer<CacheOutcome> {
+        self.refuse()
+    }
+
+    fn tell_cache(&self, _: CacheCommand) {}
+
+    fn blocks(&self) -> &Blocks {
+        &self.blocks
+    }
+
+    fn ranks(&self) -> watch::Receiver<Arc<Ranks>> {
+        self.ranks.subscribe()
+    }
+
+    fn feed_cursor(&self, _: RankKey) -> Option<Cursor> {
+        None
+    }
+
+    fn view_age_ms(&self) -> u64 {
+        0
     }
 
     fn member(&self, _: MemberOp) -> Answer<String> {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{Instant as _, ServerState};
+use tokio::sync::watch;
 
 use super::api::{
     Answer, ClusterError, ClusterStats, ClusterStatus, ControlPlane, GroupStatus, LogStats, MemberOp,
@@ -13,12 +14,16 @@ use super::api::{
 use super::inner::{Inner, Member};
 use super::membership::Members;
 use super::peer::wire::{Kind, ReadIndexReply};
-use super::proposer::Route;
+use super::proposer::{Proposer, Route};
 use crate::codec;
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::kv::feed::Cursor;
+use crate::routing::blocks::Blocks;
 use crate::routing::book::Bookings;
 use crate::routing::view::RegistryView;
-use crate::state::command::{ControlCommand, ControlOutcome, ReplicaInfo};
+use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo};
+use crate::state::ranks::{RankKey, Ranks};
+use crate::state::replicated::State;
 
 /// A quorum heard of within this is a quorum.
 const QUORUM_FRESH: Duration = Duration::from_millis(1000);
@@ -41,15 +46,24 @@ impl Inner {
 
     /// Proposes one command and waits until it is applied here.
     pub(super) async fn propose(&self, command: ControlCommand) -> Result<ControlOutcome, ClusterError> {
-        self.down_reason()?;
         // An entry that cannot be read back would stop every replica, at every start.
         if let Err(error) = codec::decode::<ControlCommand>(&codec::encode(&command)) {
             return Err(ClusterError::Refused(format!("this build cannot encode the command: {error}")));
         }
+        self.propose_to(&self.control, command, ControlOutcome::Unknown).await
+    }
+
+    async fn propose_to<S: State>(
+        &self,
+        proposer: &Proposer<S>,
+        command: S::Command,
+        unknown: S::Outcome,
+    ) -> Result<S::Outcome, ClusterError> {
+        self.down_reason()?;
         let waited = self.config.propose_timeout;
-        let answer = self.control.submit(&[command])?;
+        let answer = proposer.submit(&[command])?;
         match tokio::time::timeout(waited, answer).await {
-            Ok(Ok(outcomes)) => Ok(outcomes.into_iter().next().unwrap_or(ControlOutcome::Unknown)),
+            Ok(Ok(outcomes)) => Ok(outcomes.into_iter().next().unwrap_or(unknown)),
             Ok(Err(_)) => Err(ClusterError::Down("the proposer has stopped".to_owned())),
             Err(_) => Err(ClusterError::Unavailable { waited }),
         }
@@ -276,6 +290,33 @@ impl ControlPlane for Handle {
 
     fn bookings(&self) -> &Bookings {
         &self.inner.bookings
+    }
+
+    fn propose_cache(&self, command: CacheCommand) -> Answer<CacheOutcome> {
+        let inner = self.inner.clone();
+        Box::pin(async move { inner.propose_to(&inner.cache, command, CacheOutcome::Unknown).await })
+    }
+
+    fn tell_cache(&self, command: CacheCommand) {
+        // An answer that cannot be had, or no room: then it is not known. That is what was said.
+        let _ = self.inner.cache.submit(&[command]);
+    }
+
+    fn blocks(&self) -> &Blocks {
+        &self.inner.board.blocks
+    }
+
+    fn ranks(&self) -> watch::Receiver<Arc<Ranks>> {
+        self.inner.board.ranks.subscribe()
+    }
+
+    fn feed_cursor(&self, rank: RankKey) -> Option<Cursor> {
+        let member = self.inner.member.get()?;
+        member.cache.read(|state| state.ranks().get(rank).map(|record| record.cursor))
+    }
+
+    fn view_age_ms(&self) -> u64 {
+        self.inner.cache.oldest_in_flight().map_or(0, |age| age.as_millis() as u64)
     }
 
     fn member(&self, op: MemberOp) -> Answer<String> {

@@ -7,19 +7,28 @@ use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use super::machine::{Cell, Hooks};
 use super::proposer::Proposer;
 use crate::ids::{Group, ReplicaId, WorkerIx};
-use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
+use crate::kv::types::RankIx;
+use crate::routing::blocks::Blocks;
+use crate::routing::view::{NOT_SCORED, RegistryView, WorkerLive, WorkerView};
 use crate::state::cache::CacheState;
-use crate::state::command::{ControlCommand, ControlOutcome};
+use crate::state::command::{CacheOutcome, ControlCommand, ControlOutcome};
 use crate::state::control::ControlState;
+use crate::state::ranks::Ranks;
 
 /// What readers read, and what connects the groups.
 pub struct Board {
     /// The registry, replaced when it changes.
     pub registry: ArcSwap<RegistryView>,
+    /// Who has which blocks.
+    pub blocks: Blocks,
+    /// The ranks, as of the last time that one came, went, changed hands or became whole; their
+    /// cursors may be older.
+    pub ranks: watch::Sender<Arc<Ranks>>,
     /// Load and health of every worker that is registered or still booked on.
     pub lives: Mutex<HashMap<WorkerIx, Arc<WorkerLive>>>,
     /// Set when the cluster has released what this replica holds.
@@ -33,11 +42,36 @@ impl Board {
     pub fn new(diverged: impl Fn(String) + Send + Sync + 'static) -> Self {
         Self {
             registry: ArcSwap::default(),
+            blocks: Blocks::default(),
+            ranks: watch::Sender::default(),
             lives: Mutex::default(),
             lease_lost: AtomicBool::new(false),
             diverged: Box::new(diverged),
         }
     }
+}
+
+impl Board {
+    fn publish_ranks(&self, state: &CacheState) {
+        self.blocks.set_index(state.index());
+        let ranks = Arc::new(state.ranks().clone());
+        let lives = self.lives.lock();
+        for (worker, live) in lives.iter() {
+            live.set_ranks(scored(&ranks, *worker));
+        }
+        self.ranks.send_replace(ranks);
+    }
+}
+
+/// The names by which a worker's ranks are looked up; [`NOT_SCORED`] for one whose blocks are
+/// known only in part.
+fn scored(ranks: &Ranks, worker: WorkerIx) -> Vec<RankIx> {
+    let mut names = Vec::new();
+    for (key, record) in ranks.of(worker) {
+        names.resize(key.rank as usize, NOT_SCORED);
+        names.push(if record.cursor.recovering() { NOT_SCORED } else { record.ix });
+    }
+    names
 }
 
 fn report_digest(proposer: &Proposer<ControlState>, me: ReplicaId, group: Group, index: u64, digest: u64) {
@@ -93,18 +127,17 @@ impl Hooks<ControlState> for ControlHooks {
                     fresh.push((record.ix, live.clone()));
                     live
                 });
-                view.push(Arc::new(WorkerView {
-                    record: record.clone(),
-                    live: live.clone(),
-                    ranks: Vec::new(),
-                }));
+                view.push(Arc::new(WorkerView { record: record.clone(), live: live.clone() }));
             }
             view
         };
         if let (Some(cache), false) = (self.cache.get(), fresh.is_empty()) {
             // Under the other state's lock, so that no later value is overwritten.
             cache.read(|cache| {
-                fresh.iter().for_each(|(ix, live)| live.peers.set(cache.peers_load(self.me, *ix)))
+                for (ix, live) in &fresh {
+                    live.peers.set(cache.peers_load(self.me, *ix));
+                    live.set_ranks(scored(cache.ranks(), *ix));
+                }
             });
         }
         self.board.registry.store(Arc::new(RegistryView::new(index, workers)));
@@ -128,7 +161,7 @@ pub struct CacheHooks {
 }
 
 impl Hooks<CacheState> for CacheHooks {
-    fn acknowledged(&self, number: u64, outcomes: Vec<()>) {
+    fn acknowledged(&self, number: u64, outcomes: Vec<CacheOutcome>) {
         self.proposer.acknowledged(number, outcomes);
     }
 
@@ -144,6 +177,15 @@ impl Hooks<CacheState> for CacheHooks {
         if state.take_released().contains(&self.me) {
             self.board.lease_lost.store(true, Ordering::Release);
             self.proposer.wake();
+        }
+        if state.take_ranks_changed() {
+            self.board.publish_ranks(state);
+        }
+        for (origin, routed) in state.take_routed() {
+            // What this replica sent, it has noted itself, at once.
+            if origin != self.me {
+                self.board.blocks.recent.note(routed.rank, routed.seed, &routed.locals);
+            }
         }
         let changed = state.take_changed();
         if changed.is_empty() {

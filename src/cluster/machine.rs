@@ -118,8 +118,7 @@ impl<S: State> AnyCell for Cell<S> {
     }
 
     fn image(&self) -> Box<dyn FnOnce() -> Records + Send> {
-        let copy = self.state.read().clone();
-        Box::new(move || copy.records())
+        self.state.read().image()
     }
 
     fn restore(&self, records: Records) -> Result<(), String> {

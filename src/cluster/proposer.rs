@@ -127,6 +127,11 @@ impl<S: State> Proposer<S> {
         Self { shared: Arc::new(Shared { queue, batching, wake, counters: Arc::default() }) }
     }
 
+    /// How long the oldest segment that is on its way has been on it.
+    pub fn oldest_in_flight(&self) -> Option<Duration> {
+        self.shared.queue.lock().in_flight.front().map(|flight| flight.sealed.elapsed())
+    }
+
     /// Puts commands into the queue as one unbroken run. The receiver gets their outcomes when
     /// they are applied here; dropping it takes nothing back.
     pub fn submit(

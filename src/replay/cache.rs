@@ -131,7 +131,8 @@ impl BlockCache {
         }
         if self.idle.len() > 1024 + 4 * self.blocks.len() {
             let blocks = &self.blocks;
-            self.idle.retain(|(stamp, hash)| blocks.get(hash).is_some_and(|h| h.users == 0 && h.stamp == *stamp));
+            self.idle
+                .retain(|(stamp, hash)| blocks.get(hash).is_some_and(|h| h.users == 0 && h.stamp == *stamp));
         }
     }
 

@@ -124,7 +124,12 @@ impl Engine {
 
     /// Begins a step; how long it takes, or `None` if nothing can be done. Requests that can never
     /// fit into the cache are given to `refused`.
-    pub fn begin(&mut self, requests: &[Request], cache: &mut BlockCache, refused: &mut Vec<usize>) -> Option<f64> {
+    pub fn begin(
+        &mut self,
+        requests: &[Request],
+        cache: &mut BlockCache,
+        refused: &mut Vec<usize>,
+    ) -> Option<f64> {
         let model = self.model;
         let mut budget = model.chunk;
         let mut time = model.base;

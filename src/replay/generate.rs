@@ -152,7 +152,8 @@ pub fn generate(kind: Kind, requests: usize, block_size: u32, seed: u64) -> Vec<
             while maker.lines.len() < requests {
                 at += maker.pause(130.0);
                 let ticket = maker.rng.random_range(0.0..all);
-                let document = documents[shares.partition_point(|sum| *sum <= ticket).min(documents.len() - 1)];
+                let document =
+                    documents[shares.partition_point(|sum| *sum <= ticket).min(documents.len() - 1)];
                 let question = maker.piece(30..300);
                 let output = maker.rng.random_range(50..400);
                 maker.ask(at, &[system, document, question], output);

@@ -27,7 +27,7 @@ use crate::kv::hash::SequenceHash;
 use crate::kv::types::RankIx;
 use crate::routing::book::{Booking, Bookings};
 use crate::routing::breaker::BreakerOptions;
-use crate::routing::policy::{Policy, RouteRequest};
+use crate::routing::policy::{Policy, RouteRequest, from_spec};
 use crate::routing::select::{Limits, Overload, select};
 use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
 use crate::state::load::LoadDelta;
@@ -76,10 +76,10 @@ impl Options {
 }
 
 /// How requests find their engine.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Router<'a> {
-    /// By a policy, as the product does.
-    Policy(&'a dyn Fn() -> Arc<dyn Policy>),
+    /// By a policy, as the product does: its name and parameters.
+    Policy(&'a str),
     /// The bound: all engines share one cache as large as all of theirs, and a request goes to the
     /// one that truly has the least prefill before it.
     Pooled,
@@ -125,8 +125,9 @@ struct Simulation<'a> {
 
 const NANOS: f64 = 1e9;
 
-/// Runs a trace to its end.
-pub fn simulate(requests: &[Request], options: &Options, router: Router<'_>) -> Run {
+/// Runs a trace to its end. The error says what is wrong with the options or the policy.
+pub fn simulate(requests: &[Request], options: &Options, router: Router<'_>) -> Result<Run, String> {
+    options.check()?;
     let workers = options.workers as usize;
     let pooled = matches!(router, Router::Pooled);
     let caches = if pooled {
@@ -136,7 +137,10 @@ pub fn simulate(requests: &[Request], options: &Options, router: Router<'_>) -> 
     };
     let replicas = match router {
         Router::Pooled => Vec::new(),
-        Router::Policy(make) => (0..options.routers).map(|_| replica(options, make())).collect(),
+        // Each replica has one of its own.
+        Router::Policy(spec) => (0..options.routers)
+            .map(|_| from_spec(spec).map(|policy| replica(options, policy)))
+            .collect::<Result<_, _>>()?,
     };
     let mut simulation = Simulation {
         options: *options,
@@ -163,7 +167,7 @@ pub fn simulate(requests: &[Request], options: &Options, router: Router<'_>) -> 
             simulation.happens(event);
         }
     }
-    simulation.recorder.finish(requests)
+    Ok(simulation.recorder.finish(requests))
 }
 
 fn replica(options: &Options, policy: Arc<dyn Policy>) -> Replica {
@@ -204,7 +208,9 @@ fn worker(n: u32, options: &Options) -> Arc<WorkerView> {
         ix: WorkerIx(n),
         failed_by: Default::default(),
     };
-    Arc::new(WorkerView { record, live: Arc::new(WorkerLive::default()), ranks: vec![RankIx(n)] })
+    let live = Arc::new(WorkerLive::default());
+    live.set_ranks(vec![RankIx(n)]);
+    Arc::new(WorkerView { record, live })
 }
 
 impl Simulation<'_> {
@@ -278,16 +284,18 @@ impl Simulation<'_> {
     fn route(&mut self, router: usize, at: usize) -> usize {
         let request = &self.requests[at];
         let replica = &mut self.replicas[router];
-        let overlaps = if replica.policy.wants_overlap() {
-            overlaps(&self.index, &replica.predicted, &request.hashes)
+        let (overlaps, predicted) = if replica.policy.wants_overlap() {
+            let held = overlaps(&self.index, &Predicted::default(), &request.hashes);
+            (held, overlaps(&self.index, &replica.predicted, &request.hashes))
         } else {
-            Vec::new()
+            Default::default()
         };
         let peers_late = if self.options.routers > 1 { self.options.lag * 1000.0 } else { 0.0 };
         let asked = RouteRequest {
             prompt_tokens: request.input,
             hashes: &request.hashes,
             overlaps: &overlaps,
+            predicted: &predicted,
             session: request.ids.get(1).or(request.ids.first()).copied(),
             view_age_ms: peers_late as u64,
             ..RouteRequest::default()
@@ -331,6 +339,7 @@ impl Simulation<'_> {
         let time = self.engines[engine].begin(self.requests, &mut self.caches[cache], &mut refused);
         for request in refused {
             self.recorder.failed(request, engine);
+            self.later(Event::Forget { rank: RankIx(engine as u32), request });
             self.freed(request);
         }
         self.stepping[engine] = time.is_some();

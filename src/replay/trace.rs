@@ -198,7 +198,9 @@ mod tests {
     #[test]
     fn a_part_of_a_trace_can_be_taken() {
         let text: String = (1..=9)
-            .map(|n| format!("{{\"timestamp\":{n},\"input_length\":4,\"output_length\":1,\"hash_ids\":[{n}]}}\n"))
+            .map(|n| {
+                format!("{{\"timestamp\":{n},\"input_length\":4,\"output_length\":1,\"hash_ids\":[{n}]}}\n")
+            })
             .collect();
         let part = read(text.as_bytes(), 4, 2, 3).unwrap();
         let ids: Vec<u64> = part.iter().map(|r| r.ids[0]).collect();

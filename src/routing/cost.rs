@@ -15,6 +15,9 @@ use crate::kv::types::Overlap;
 pub struct CostInput {
     /// Leading blocks of the prompt that the rank holds; from the prefix index.
     pub overlap: Overlap,
+    /// Blocks after those that are being computed there for other requests, or will be before this
+    /// one; from the predictions of all replicas.
+    pub coming: u32,
     /// Tokens of the prompt; counted by the tokenizer or estimated.
     pub prompt_tokens: u32,
     /// Tokens in a block; from the worker's registration. Must not be 0.
@@ -26,8 +29,6 @@ pub struct CostInput {
     pub active_decode_blocks: u64,
     /// Requests in flight on the rank; from the bookings of all replicas.
     pub requests: u64,
-    /// Blocks the rank can hold, where its registration says so.
-    pub capacity_blocks: Option<u64>,
     /// Relative speed, 100 is ordinary; from the worker's registration. Must not be 0.
     pub weight: u32,
 }
@@ -65,6 +66,9 @@ pub struct CostOptions {
     pub overlap_weight: f64,
     /// Weight of the blocks whose prefill stands before it.
     pub queue_weight: f64,
+    /// Weight of blocks that are being computed there; at most `overlap_weight`. They save their
+    /// own computation, but are no copy yet whose double would push other blocks out.
+    pub coming_weight: f64,
     /// Weight of a block that a running request holds. A request in flight counts as one more, so
     /// that one of unknown length counts too.
     pub decode_weight: f64,
@@ -78,9 +82,10 @@ pub struct CostOptions {
 impl Default for CostOptions {
     fn default() -> Self {
         Self {
-            overlap_weight: 2.5,
+            overlap_weight: 3.3,
             queue_weight: 1.0,
-            decode_weight: 0.05,
+            coming_weight: 1.0,
+            decode_weight: 0.07,
             credits: TierCredits::default(),
             temperature: 0.0,
         }
@@ -152,11 +157,13 @@ impl CostOptions {
         // 100 is ordinary.
         let speed = f64::from(input.weight.max(1)) / 100.0;
         let prompt = f64::from(input.prompt_tokens) / block;
-        let credit = self.credits.credit(&input.overlap).min(prompt);
+        let held = self.credits.credit(&input.overlap).min(prompt);
+        let coming = f64::from(input.coming).min(prompt - held);
+        let coming_weight = self.coming_weight.min(self.overlap_weight);
         Terms {
             queued: self.queue_weight * (input.active_prefill_tokens as f64 / block) / speed,
             prompt: self.overlap_weight * prompt / speed,
-            credit: self.overlap_weight * credit / speed,
+            credit: (self.overlap_weight * held + coming_weight * coming) / speed,
             decode: self.decode_weight * (input.active_decode_blocks + input.requests) as f64 / speed,
         }
     }

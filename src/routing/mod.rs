@@ -1,9 +1,11 @@
 //! Choosing a worker: pure cost over a read view. Microseconds, no I/O, no await.
 
+pub mod blocks;
 pub mod book;
 pub mod breaker;
 pub mod cost;
 pub mod policy;
+pub mod recent;
 pub mod select;
 pub mod stale;
 #[cfg(test)]

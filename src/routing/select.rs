@@ -25,6 +25,8 @@ pub struct Selection {
     pub rank: u32,
     /// What that rank holds of the prompt.
     pub overlap: Overlap,
+    /// Blocks after those that requests on their way there will bring.
+    pub coming: u32,
     /// How many ranks it was chosen from.
     pub candidates: usize,
     /// All candidates were marked unreachable from here; one is tried all the same.
@@ -33,10 +35,10 @@ pub struct Selection {
 
 impl Selection {
     /// What to book for a prompt: tokens whose prefill is outstanding, those that the accelerator
-    /// holds left out, and the blocks that it will hold. One token at least is computed always.
+    /// holds or will hold left out, and the blocks that it will hold. One token at least is computed always.
     pub fn to_book(&self, prompt_tokens: u32) -> (u32, u32) {
         let block = self.worker.block_size();
-        let cached = self.overlap.gpu.saturating_mul(block);
+        let cached = self.overlap.gpu.saturating_add(self.coming).saturating_mul(block);
         let prefill = prompt_tokens.saturating_sub(cached).max(prompt_tokens.min(1));
         (prefill, prompt_tokens.div_ceil(block))
     }
@@ -203,13 +205,21 @@ fn ranks<'a>(
     request: &RouteRequest<'a>,
     peers_count: bool,
 ) -> impl Iterator<Item = Candidate<'a>> + use<'a> {
-    let (pinned, overlaps) = (request.pinned.and_then(|pin| pin.rank), request.overlaps);
+    let (pinned, overlaps, predicted) =
+        (request.pinned.and_then(|pin| pin.rank), request.overlaps, request.predicted);
     let all = 0..worker.dp_ranks();
-    all.filter(move |rank| pinned.is_none_or(|pinned| pinned == *rank)).map(move |rank| Candidate {
-        worker,
-        rank,
-        load: worker.rank_load(rank, peers_count),
-        overlap: worker.ranks.get(rank as usize).map(|ix| overlap_of(overlaps, *ix)).unwrap_or_default(),
+    let names = worker.live.ranks();
+    all.filter(move |rank| pinned.is_none_or(|pinned| pinned == *rank)).map(move |rank| {
+        let ix = names.get(rank as usize).copied();
+        let overlap = ix.map(|ix| overlap_of(overlaps, ix)).unwrap_or_default();
+        let with_coming = ix.map(|ix| overlap_of(predicted, ix).blocks).unwrap_or_default();
+        Candidate {
+            worker,
+            rank,
+            load: worker.rank_load(rank, peers_count),
+            overlap,
+            coming: with_coming.saturating_sub(overlap.blocks),
+        }
     })
 }
 
@@ -290,7 +300,14 @@ pub fn select(
 
 fn selection(picked: &Candidate<'_>, candidates: usize, last_resort: bool) -> Selection {
     let worker = Arc::clone(picked.worker);
-    Selection { worker, rank: picked.rank, overlap: picked.overlap, candidates, last_resort }
+    Selection {
+        worker,
+        rank: picked.rank,
+        overlap: picked.overlap,
+        coming: picked.coming,
+        candidates,
+        last_resort,
+    }
 }
 
 /// Positions of the workers that serve the model.
@@ -311,6 +328,8 @@ pub struct Explained {
     pub rank: u32,
     /// What it holds of the prompt.
     pub overlap: Overlap,
+    /// Blocks after those that requests on their way there will bring.
+    pub coming: u32,
     /// What is booked there.
     pub load: LoadSum,
     /// Its cost, if the policy goes by cost.
@@ -341,6 +360,7 @@ pub fn explain(
                 worker: worker.id().clone(),
                 rank: candidate.rank,
                 overlap: candidate.overlap,
+                coming: candidate.coming,
                 load: candidate.load,
                 terms: policy.terms(&candidate, request),
                 filtered: whole.or(overloaded),

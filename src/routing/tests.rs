@@ -46,10 +46,8 @@ fn record(id: &str, weight: u32) -> WorkerRecord {
 }
 
 fn view(records: Vec<WorkerRecord>) -> RegistryView {
-    let workers = records
-        .into_iter()
-        .map(|record| Arc::new(WorkerView { record, live: Arc::default(), ranks: Vec::new() }))
-        .collect();
+    let workers =
+        records.into_iter().map(|record| Arc::new(WorkerView { record, live: Arc::default() })).collect();
     RegistryView::new(1, workers)
 }
 
@@ -131,7 +129,7 @@ fn prefill_and_decode_both_count_as_work() {
     let worker = &view.workers[0];
     worker.live.own.set(LoadSum { requests: 1, prefill_tokens: 32, decode_blocks: 5 });
     let load = worker.rank_load(0, true);
-    let candidate = Candidate { worker, rank: 0, load, overlap: Overlap::default() };
+    let candidate = Candidate { worker, rank: 0, load, overlap: Overlap::default(), coming: 0 };
     assert_eq!(candidate.weighted_load(), 8.0);
 }
 

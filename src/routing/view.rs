@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
+use arc_swap::ArcSwap;
 use parking_lot::RwLock;
 
 use super::breaker::Breaker;
@@ -63,6 +64,9 @@ pub struct WorkerLive {
     /// The part of `own` on each data-parallel rank, where there are several and one was booked.
     /// At most as many as a worker may have ranks.
     own_ranks: RwLock<Vec<LoadCell>>,
+    /// What the prefix index calls its ranks, by rank; shorter than there are ranks, or empty,
+    /// where the index knows nothing of them.
+    ranks: ArcSwap<Vec<RankIx>>,
     /// This replica's last attempts to connect failed: not chosen while set, whatever the
     /// registry says (the cluster-wide decision follows).
     pub unreachable: AtomicBool,
@@ -82,7 +86,22 @@ impl WorkerLive {
     }
 }
 
+/// In place of a rank's name, when what is known of it is not to be scored.
+pub const NOT_SCORED: RankIx = RankIx(u32::MAX);
+
 impl WorkerLive {
+    /// Sets what the prefix index calls its ranks.
+    pub fn set_ranks(&self, ranks: Vec<RankIx>) {
+        if **self.ranks.load() != ranks {
+            self.ranks.store(Arc::new(ranks));
+        }
+    }
+
+    /// What the prefix index calls its ranks.
+    pub fn ranks(&self) -> Arc<Vec<RankIx>> {
+        self.ranks.load_full()
+    }
+
     /// Notes a booking of this replica on a rank of several.
     pub fn book_rank(&self, rank: u32, d: &LoadDelta) {
         let rank = rank as usize;
@@ -131,9 +150,6 @@ pub struct WorkerView {
     pub record: WorkerRecord,
     /// Load and local health, shared by all views that hold this worker.
     pub live: Arc<WorkerLive>,
-    /// What the prefix index calls its ranks, by rank; shorter than there are ranks, or empty,
-    /// where the index knows nothing of them.
-    pub ranks: Vec<RankIx>,
 }
 
 impl WorkerView {

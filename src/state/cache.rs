@@ -1,15 +1,23 @@
-//! The cache group's state: what each replica has booked on each worker, and the leases that
-//! hold it.
+//! The cache group's state: what each replica has booked on each worker and the leases that hold
+//! it, and the prefix index with the feeds that fill it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::command::CacheCommand;
+use bytes::Bytes;
+
+use super::command::{CacheCommand, CacheOutcome};
 use super::digest::Digest;
 use super::load::{LoadDelta, LoadSum};
+use super::ranks::{Knowledge, RankKey, RankRecord, Ranks};
 use super::replicated::{Records, State};
 use crate::ids::{Incarnation, ReplicaId, WorkerIx};
+use crate::kv::feed::Cursor;
+use crate::kv::hash::{LocalHash, Seed};
+use crate::kv::index::{self, Index};
+use crate::kv::types::RankIx;
 
 /// What one replica holds.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug, Default)]
@@ -20,7 +28,18 @@ struct Column {
     cells: BTreeMap<WorkerIx, LoadSum>,
 }
 
-/// See the module.
+/// A prompt that some replica sent to a rank with events.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Routed {
+    /// Where to.
+    pub rank: RankIx,
+    /// What the hashes were made with.
+    pub seed: Seed,
+    /// The prompt's blocks.
+    pub locals: Vec<LocalHash>,
+}
+
+/// See the module. A clone shares the index, and is for [`State::image`] only.
 #[derive(Clone, Debug, Default)]
 pub struct CacheState {
     now_ms: u64,
@@ -28,12 +47,25 @@ pub struct CacheState {
     /// Sum over all columns, so that a reader need not add them up.
     totals: BTreeMap<WorkerIx, LoadSum>,
     digest: Digest,
+    ranks: Ranks,
+    index: Arc<Index>,
     changed: BTreeSet<WorkerIx>,
     released: Vec<ReplicaId>,
+    ranks_changed: bool,
+    routed: Vec<(ReplicaId, Routed)>,
 }
 
 const CLOCK: u8 = 1;
 const COLUMN: u8 = 2;
+const RANKS: u8 = 3;
+/// Records of the index; see [`Index::dump`].
+const INDEX: u8 = b'x';
+
+/// Most blocks of a prompt that [`CacheCommand::Routed`] tells of: the first ones.
+pub const MOST_ROUTED: usize = 8192;
+
+/// Prompts that wait for [`CacheState::take_routed`]; more are forgotten.
+const ROUTED_WAITING: usize = 4096;
 
 impl CacheState {
     /// What all replicas but `me` hold on a worker.
@@ -57,6 +89,27 @@ impl CacheState {
     /// Cluster time since the last sign of life of a replica that was applied.
     pub fn heard_ms_ago(&self, id: ReplicaId) -> Option<u64> {
         Some(self.now_ms.saturating_sub(self.columns.get(&id)?.last_heard_ms))
+    }
+
+    /// The prefix index. Look-ups need no lock of the state's.
+    pub fn index(&self) -> &Arc<Index> {
+        &self.index
+    }
+
+    /// The ranks and their feeds.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
+    /// Whether ranks came, went, changed hands or became whole since the last call. Local, not
+    /// replicated.
+    pub fn take_ranks_changed(&mut self) -> bool {
+        std::mem::take(&mut self.ranks_changed)
+    }
+
+    /// Prompts sent to ranks with events since the last call, and by whom. Local, not replicated.
+    pub fn take_routed(&mut self) -> Vec<(ReplicaId, Routed)> {
+        std::mem::take(&mut self.routed)
     }
 
     /// Whether any replica holds anything: then leases are watched closely.
@@ -93,11 +146,90 @@ impl CacheState {
     }
 
     fn release(&mut self, replica: ReplicaId) {
+        self.ranks_changed |= self.ranks.disown(replica);
         let Some(column) = self.columns.get(&replica) else { return };
         let held: Vec<_> = column.cells.iter().map(|(worker, cell)| (*worker, *cell)).collect();
         for (worker, cell) in held {
             self.change(replica, worker, &cell.undo());
         }
+    }
+
+    fn claim(&mut self, origin: ReplicaId, rank: RankKey, from: Option<ReplicaId>) -> CacheOutcome {
+        let alive = self.columns.get(&origin).is_some_and(|column| column.alive);
+        let Some(record) = self.ranks.entry(rank, Knowledge::Events) else { return CacheOutcome::Refused };
+        if record.owner != Some(origin) {
+            // A replica without a lease would keep it from the others for ever.
+            if record.owner != from || !alive {
+                return CacheOutcome::NotOwner(record.owner);
+            }
+            record.owner = Some(origin);
+            self.ranks_changed = true;
+        }
+        if record.knowledge == Knowledge::Predicted {
+            // The engine is found to have events after all: what was reckoned is void.
+            *record =
+                RankRecord { knowledge: Knowledge::Events, cursor: Cursor::default(), ..record.clone() };
+            self.index.remove_rank(record.ix);
+            self.ranks_changed = true;
+        }
+        CacheOutcome::Feed(record.cursor)
+    }
+
+    fn events(
+        &mut self,
+        origin: ReplicaId,
+        rank: RankKey,
+        after: Cursor,
+        cursor: Cursor,
+        ops: &Bytes,
+    ) -> CacheOutcome {
+        let Some(record) = self.ranks.get_mut(rank) else { return CacheOutcome::NotOwner(None) };
+        if record.owner != Some(origin) {
+            return CacheOutcome::NotOwner(record.owner);
+        }
+        if record.cursor != after {
+            return CacheOutcome::Moved(record.cursor);
+        }
+        if self.index.apply_encoded(record.ix, ops).is_err() {
+            return CacheOutcome::Refused;
+        }
+        self.ranks_changed |= record.cursor.recovering() != cursor.recovering();
+        record.cursor = cursor;
+        CacheOutcome::Done
+    }
+
+    fn routed(
+        &mut self,
+        origin: ReplicaId,
+        key: RankKey,
+        seed: Seed,
+        locals: &[u8],
+        capacity: Option<u64>,
+    ) -> CacheOutcome {
+        let locals: Vec<LocalHash> = locals
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .take(MOST_ROUTED)
+            .map(|bytes| LocalHash(u64::from_le_bytes(*bytes)))
+            .collect();
+        let known = self.ranks.get(key).is_some();
+        if let (false, Some(_)) = (known, capacity) {
+            if self.ranks.entry(key, Knowledge::Predicted).is_none() {
+                return CacheOutcome::Refused;
+            }
+            self.ranks_changed = true;
+        }
+        match (self.ranks.get(key), capacity) {
+            (Some(record), Some(capacity)) if record.knowledge == Knowledge::Predicted => {
+                self.index.predict(record.ix, seed, &locals, capacity);
+            }
+            (Some(record), _) if self.routed.len() < ROUTED_WAITING => {
+                self.routed.push((origin, Routed { rank: record.ix, seed, locals }));
+            }
+            _ => {}
+        }
+        CacheOutcome::Done
     }
 
     /// A proposal of a replica that was applied is a sign of life, too.
@@ -112,17 +244,39 @@ impl CacheState {
 
 impl State for CacheState {
     type Command = CacheCommand;
-    type Outcome = ();
+    type Outcome = CacheOutcome;
 
     fn mutations(command: &CacheCommand) -> u64 {
         match command {
             CacheCommand::Loads(deltas) | CacheCommand::ReplaceLoads(deltas) => deltas.len() as u64,
+            // Two columns of u64.
+            CacheCommand::Events { ops, .. } => (ops.len() as u64 / 16).max(1),
             _ => 1,
         }
     }
 
-    fn apply(&mut self, origin: ReplicaId, command: CacheCommand) {
+    fn apply(&mut self, origin: ReplicaId, command: CacheCommand) -> CacheOutcome {
         match command {
+            CacheCommand::ClaimFeed { rank, from } => return self.claim(origin, rank, from),
+            CacheCommand::Events { rank, after, cursor, ops } => {
+                self.heard(origin);
+                return self.events(origin, rank, after, cursor, &ops);
+            }
+            CacheCommand::ReleaseFeed { rank } => {
+                if let Some(record) = self.ranks.get_mut(rank).filter(|r| r.owner == Some(origin)) {
+                    record.owner = None;
+                    self.ranks_changed = true;
+                }
+            }
+            CacheCommand::Routed { rank, seed, locals, capacity } => {
+                return self.routed(origin, rank, seed, &locals, capacity);
+            }
+            CacheCommand::ForgetWorker { worker } => {
+                for ix in self.ranks.forget(worker) {
+                    self.index.remove_rank(ix);
+                    self.ranks_changed = true;
+                }
+            }
             CacheCommand::Loads(deltas) => {
                 self.heard(origin);
                 for (worker, delta) in &deltas {
@@ -172,31 +326,43 @@ impl State for CacheState {
             }
             CacheCommand::Noop => {}
         }
+        CacheOutcome::Done
     }
 
-    fn unknown() {}
+    fn unknown() -> CacheOutcome {
+        CacheOutcome::Unknown
+    }
 
     fn digest(&self) -> u64 {
-        self.digest.0
+        let all = [self.digest.0, self.ranks.digest(), self.index.digest()];
+        xxhash_rust::xxh3::xxh3_64(&all.map(u64::to_le_bytes).concat())
+    }
+
+    fn image(&self) -> Box<dyn FnOnce() -> Records + Send> {
+        // The index goes on changing, and there is no cheap copy of it: written down here.
+        let (index, rest) = (self.index.dump(), self.clone());
+        Box::new(move || rest.records_with(index))
     }
 
     fn records(&self) -> Records {
-        use crate::codec::encode;
-        let mut records = vec![(vec![CLOCK], encode(&self.now_ms))];
-        for (id, column) in &self.columns {
-            let mut key = vec![COLUMN];
-            key.extend_from_slice(&id.0.to_be_bytes());
-            records.push((key, encode(&(id, column))));
-        }
-        records
+        self.image()()
     }
 
     fn restore(records: Records) -> Result<Self, String> {
         use crate::codec::decode;
         let mut state = Self::default();
+        let (index, records): (Records, Records) =
+            records.into_iter().partition(|(key, _)| key.first() == Some(&INDEX));
+        if !index.is_empty() {
+            let loaded = Index::load(index::Options::default(), &index);
+            state.index = Arc::new(loaded.map_err(|e| format!("prefix index: {e}"))?);
+        }
+        // Readers have the old ones.
+        state.ranks_changed = true;
         for (key, value) in records {
             let text = |e: crate::codec::CodecError| format!("record {key:02x?}: {e}");
             match key.first() {
+                Some(&RANKS) => state.ranks = decode(&value).map_err(text)?,
                 Some(&CLOCK) => state.now_ms = decode(&value).map_err(text)?,
                 Some(&COLUMN) => {
                     let (id, mut column): (ReplicaId, Column) = decode(&value).map_err(text)?;
@@ -210,5 +376,20 @@ impl State for CacheState {
             }
         }
         Ok(state)
+    }
+}
+
+impl CacheState {
+    fn records_with(&self, index: Records) -> Records {
+        use crate::codec::encode;
+        let mut records = vec![(vec![CLOCK], encode(&self.now_ms))];
+        for (id, column) in &self.columns {
+            let mut key = vec![COLUMN];
+            key.extend_from_slice(&id.0.to_be_bytes());
+            records.push((key, encode(&(id, column))));
+        }
+        records.push((vec![RANKS], encode(&self.ranks)));
+        records.extend(index);
+        records
     }
 }

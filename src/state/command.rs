@@ -8,7 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use super::load::LoadDelta;
 use super::worker::{WorkerSource, WorkerSpec};
+use bytes::Bytes;
+
+use super::ranks::RankKey;
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
+use crate::kv::feed::Cursor;
+use crate::kv::hash::Seed;
 
 /// A mutation of the control group.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
@@ -133,8 +138,66 @@ pub enum CacheCommand {
         /// Which.
         id: ReplicaId,
     },
+    /// The proposing replica wants to listen to a rank's events. It gets the feed if `from` has
+    /// it, so that two who want it at once do not take it from each other.
+    ClaimFeed {
+        /// Whose events.
+        rank: RankKey,
+        /// Who has it, as far as the proposer knows.
+        from: Option<ReplicaId>,
+    },
+    /// The proposing replica listens no longer.
+    ReleaseFeed {
+        /// To whose events.
+        rank: RankKey,
+    },
+    /// What a rank's engine said, from its feed's owner. All of it is applied, or nothing.
+    Events {
+        /// Whose blocks.
+        rank: RankKey,
+        /// Where the feed stands, for this to be applied.
+        after: Cursor,
+        /// Where it stands then.
+        cursor: Cursor,
+        /// [`crate::kv::wire::encode`]d operations.
+        ops: Bytes,
+    },
+    /// The proposing replica sent a prompt to a rank.
+    Routed {
+        /// Where to.
+        rank: RankKey,
+        /// What the hashes were made with.
+        seed: Seed,
+        /// Local hashes of the prompt's blocks, as little-endian u64.
+        locals: Bytes,
+        /// Blocks that the rank holds, for one whose engine tells nothing: its blocks are
+        /// reckoned from what is sent to it. `None` for one with events.
+        capacity: Option<u64>,
+    },
+    /// A worker has left the registry: its ranks hold nothing.
+    ForgetWorker {
+        /// Which.
+        worker: WorkerIx,
+    },
     /// Nothing.
     Noop,
+}
+
+/// The answer to a cache command.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
+pub enum CacheOutcome {
+    /// Done.
+    Done,
+    /// The feed is the proposer's, and stands here.
+    Feed(Cursor),
+    /// Nothing was applied: the feed stands here.
+    Moved(Cursor),
+    /// Nothing was applied: the feed is not the proposer's, but this replica's, if anybody's.
+    NotOwner(Option<ReplicaId>),
+    /// Nothing was applied, and never will be.
+    Refused,
+    /// Applied, but this replica learned it from a snapshot and does not know the answer.
+    Unknown,
 }
 
 /// A replica as others know it.

@@ -6,6 +6,7 @@ pub mod command;
 pub mod control;
 pub mod digest;
 pub mod load;
+pub mod ranks;
 pub mod replicated;
 #[cfg(test)]
 mod tests;

@@ -42,6 +42,12 @@ pub trait State: Clone + Default + Send + Sync + 'static {
     /// with 0: that is for [`Replicated`].
     fn records(&self) -> Records;
 
+    /// A consistent copy as records: taken at once, encoded when called.
+    fn image(&self) -> Box<dyn FnOnce() -> Records + Send> {
+        let copy = self.clone();
+        Box::new(move || copy.records())
+    }
+
     /// The inverse of [`State::records`].
     fn restore(records: Records) -> Result<Self, String>;
 }
@@ -105,6 +111,16 @@ impl<S: State> Replicated<S> {
     /// How far a replica's proposals have been applied.
     pub fn session(&self, origin: ReplicaId) -> Session {
         self.sessions.get(&origin).copied().unwrap_or_default()
+    }
+
+    /// A consistent copy as records: taken at once, encoded when called.
+    pub fn image(&self) -> Box<dyn FnOnce() -> Records + Send> {
+        let (sessions, state) = (self.sessions.clone(), self.state.image());
+        Box::new(move || {
+            let mut records = vec![(vec![SESSIONS], crate::codec::encode(&sessions))];
+            records.extend(state());
+            records
+        })
     }
 
     /// State and sessions as records.

@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::api::{
@@ -19,9 +20,12 @@ use crate::cluster::api::{
 use crate::cluster::stats::GroupCounters;
 use crate::http::{Front, FrontConfig, Metrics, bind, serve_admin, serve_client};
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::kv::feed::Cursor;
+use crate::routing::blocks::Blocks;
 use crate::routing::book::Bookings;
 use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
-use crate::state::command::{ControlCommand, ControlOutcome, ReplicaInfo};
+use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo};
+use crate::state::ranks::{RankKey, Ranks};
 use crate::state::worker::{Liveness, ServedModel, WorkerRecord, WorkerSource, WorkerSpec};
 
 /// Applies commands to a map and publishes views, as the real cluster does after a commit.
@@ -29,6 +33,9 @@ pub(super) struct MemoryCluster {
     records: Mutex<BTreeMap<WorkerId, (WorkerRecord, Arc<WorkerLive>)>>,
     view: ArcSwap<RegistryView>,
     bookings: Bookings,
+    blocks: Blocks,
+    ranks: watch::Sender<Arc<Ranks>>,
+    pub(super) told: Mutex<Vec<CacheCommand>>,
     index: AtomicUsize,
     pub(super) heartbeats: Mutex<Vec<WorkerId>>,
     pub(super) probes: Mutex<Vec<(WorkerId, bool)>>,
@@ -43,6 +50,9 @@ impl MemoryCluster {
             records: Mutex::default(),
             view: ArcSwap::from_pointee(RegistryView::new(1, Vec::new())),
             bookings: Bookings::new(|| {}),
+            blocks: Blocks::default(),
+            ranks: watch::Sender::default(),
+            told: Mutex::default(),
             index: AtomicUsize::new(1),
             heartbeats: Mutex::default(),
             probes: Mutex::default(),
@@ -56,9 +66,7 @@ impl MemoryCluster {
         let index = self.index.fetch_add(1, Ordering::Relaxed) as u64 + 1;
         let workers = records
             .values()
-            .map(|(record, live)| {
-                Arc::new(WorkerView { record: record.clone(), live: Arc::clone(live), ranks: Vec::new() })
-            })
+            .map(|(record, live)| Arc::new(WorkerView { record: record.clone(), live: Arc::clone(live) }))
             .collect();
         self.view.store(Arc::new(RegistryView::new(index, workers)));
     }
@@ -176,6 +184,31 @@ impl ControlPlane for MemoryCluster {
 
     fn bookings(&self) -> &Bookings {
         &self.bookings
+    }
+
+    fn propose_cache(&self, command: CacheCommand) -> Answer<CacheOutcome> {
+        self.told.lock().push(command);
+        Box::pin(async { Ok(CacheOutcome::Done) })
+    }
+
+    fn tell_cache(&self, command: CacheCommand) {
+        self.told.lock().push(command);
+    }
+
+    fn blocks(&self) -> &Blocks {
+        &self.blocks
+    }
+
+    fn ranks(&self) -> watch::Receiver<Arc<Ranks>> {
+        self.ranks.subscribe()
+    }
+
+    fn feed_cursor(&self, _: RankKey) -> Option<Cursor> {
+        None
+    }
+
+    fn view_age_ms(&self) -> u64 {
+        0
     }
 
     fn member(&self, op: MemberOp) -> Answer<String> {

@@ -2,6 +2,7 @@
 
 use super::body::TIERS;
 use super::names::Given;
+use super::ranks::ones;
 use super::slab::ROOT;
 use super::tree::{ALL_TIERS, Held, MOST_BLOCKS, Rank, Source, Writer};
 use crate::kv::hash::{LocalHash, Seed};
@@ -184,18 +185,23 @@ impl Writer<'_> {
         }
     }
 
+    /// All nodes of blocks that a rank has names for, which are all that it holds.
+    fn named_nodes(&self, rank: RankIx) -> Vec<u32> {
+        let mut marked = vec![0u64; self.tree.metas.len().div_ceil(64)];
+        for (_, block) in self.tree.ranks[rank.0 as usize].names.iter() {
+            let node = self.tree.places[block as usize].node;
+            marked[node as usize / 64] |= 1 << (node % 64);
+        }
+        ones(&marked).collect()
+    }
+
     /// The rank holds nothing, and is as new.
     pub(super) fn clear(&mut self, rank: RankIx) {
-        let mut nodes: Vec<u32> = match self.rank(rank).source {
+        let nodes: Vec<u32> = match self.rank(rank).source {
             Source::None => return,
-            Source::Events => {
-                let names = &self.tree.ranks[rank.0 as usize].names;
-                names.iter().map(|(_, block)| self.tree.places[block as usize].node).collect()
-            }
+            Source::Events => self.named_nodes(rank),
             Source::Predictions => self.predicted_nodes(rank),
         };
-        nodes.sort_unstable();
-        nodes.dedup();
         for node in &nodes {
             self.forget_prediction(rank.0, *node);
         }

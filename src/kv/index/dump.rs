@@ -81,8 +81,18 @@ impl Section {
 
     fn u64s(&mut self, numbers: impl ExactSizeIterator<Item = u64>) {
         self.u32(numbers.len() as u32);
-        self.open.reserve(numbers.len() * 8);
-        numbers.for_each(|number| self.open.extend_from_slice(&number.to_le_bytes()));
+        let from = self.open.len();
+        self.open.resize(from + numbers.len() * 8, 0);
+        let places = self.open[from..].as_chunks_mut().0;
+        places.iter_mut().zip(numbers).for_each(|(to, number)| *to = number.to_le_bytes());
+    }
+
+    fn u32s(&mut self, numbers: &[u32]) {
+        self.u32(numbers.len() as u32);
+        let from = self.open.len();
+        self.open.resize(from + numbers.len() * 4, 0);
+        let places = self.open[from..].as_chunks_mut().0;
+        places.iter_mut().zip(numbers).for_each(|(to, number)| *to = number.to_le_bytes());
     }
 
     fn node(&mut self, parent: u32, meta: &Meta, body: &Body) {
@@ -111,8 +121,7 @@ impl Section {
         self.u32(rank);
         self.open.push(kind);
         self.u64s(names.iter().copied());
-        self.u32(blocks.len() as u32);
-        blocks.iter().for_each(|block| self.u32(*block));
+        self.u32s(blocks);
         self.item();
     }
 }

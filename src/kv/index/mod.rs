@@ -101,6 +101,12 @@ struct Owned {
     names: Vec<EngineHash>,
 }
 
+impl std::fmt::Debug for Index {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Index").field("counters", &self.counters()).finish_non_exhaustive()
+    }
+}
+
 impl Default for Index {
     fn default() -> Self {
         Self::new(Options::default())

@@ -6,7 +6,7 @@
 //! any below it. A rank's *leaves* are its nodes below which it has none; no two have the same
 //! time, as one prompt has one end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::slab::ROOT;
 use super::tree::{MOST_BLOCKS, Source, Writer};
@@ -134,14 +134,14 @@ impl Writer<'_> {
     /// All nodes of a rank's predictions.
     pub(super) fn predicted_nodes(&mut self, rank: RankIx) -> Vec<u32> {
         let leaves: Vec<u32> = self.rank(rank).leaves.values().copied().collect();
-        let mut nodes = Vec::new();
+        let mut nodes = BTreeSet::new();
         for leaf in leaves {
             let mut node = leaf;
-            while self.prediction(rank.0, node).is_some() {
-                nodes.push(node);
+            // Up to where another leaf's way was taken already.
+            while self.prediction(rank.0, node).is_some() && nodes.insert(node) {
                 node = self.tree.metas[node as usize].parent;
             }
         }
-        nodes
+        nodes.into_iter().collect()
     }
 }

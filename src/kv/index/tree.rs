@@ -131,7 +131,7 @@ pub(super) struct Tree {
 }
 
 /// One rank's and tier's share of the digest.
-fn term(rank: u32, tier: usize, (count, sum): (u64, u64)) -> u64 {
+pub(super) fn term(rank: u32, tier: usize, (count, sum): (u64, u64)) -> u64 {
     if count == 0 {
         return 0;
     }
@@ -368,7 +368,7 @@ impl<'a> Writer<'a> {
         let above = &self.tree.metas[parent as usize];
         let (depth, stamp) = (above.depth + above.ids.len() as u32, self.tree.clock);
         *self.meta(node) = Meta { alive: true, parent, depth, seed, stamp, ..Meta::default() };
-        // Nobody can come here before it is linked, but for stragglers in what was freed.
+        // Nobody can come here before it is linked.
         let mut body = self.slab.get(node).write();
         self.append(node, locals, &mut body);
         drop(body);
@@ -579,10 +579,8 @@ impl<'a> Writer<'a> {
         true
     }
 
-    /// Lets a rank go from all nodes given, and restores the invariants.
+    /// Lets a rank go from all nodes given, each once, and restores the invariants.
     pub(super) fn leave_all(&mut self, rank: u32, mut nodes: Vec<u32>) {
-        nodes.sort_unstable();
-        nodes.dedup();
         // In an order that does not depend on the nodes' numbers.
         let metas = &self.tree.metas;
         nodes.sort_by_key(|node| {

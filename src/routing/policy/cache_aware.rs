@@ -66,7 +66,8 @@ impl Policy for CacheAware {
     }
 
     fn pick(&self, candidates: &[Candidate<'_>], request: &RouteRequest<'_>, rng: &mut dyn Rng) -> usize {
-        let held = |c: &Candidate<'_>| f64::from(c.overlap.blocks) * f64::from(c.worker.block_size());
+        let held =
+            |c: &Candidate<'_>| f64::from(c.overlap.blocks + c.coming) * f64::from(c.worker.block_size());
         let most = candidates.iter().map(held).fold(0.0, f64::max);
         let enough = most > self.cache_threshold * f64::from(request.prompt_tokens);
         if !enough || most == 0.0 || self.unbalanced(candidates) {

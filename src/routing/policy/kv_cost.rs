@@ -19,6 +19,7 @@ impl KvCost {
         parameters.fill(&mut [
             ("weight", &mut options.overlap_weight),
             ("queue", &mut options.queue_weight),
+            ("coming", &mut options.coming_weight),
             ("decode", &mut options.decode_weight),
             ("temperature", &mut options.temperature),
             ("host", &mut options.credits.host),

@@ -4,6 +4,8 @@ mod cache_aware;
 mod hashed;
 mod kv_cost;
 mod plain;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::sync::Arc;
@@ -36,6 +38,9 @@ pub struct RouteRequest<'a> {
     /// What the ranks hold of it, sorted by rank, each rank at most once; those that hold nothing
     /// may be left out.
     pub overlaps: &'a [Overlap],
+    /// The same with what requests on their way there will bring, sorted by rank; ranks for which
+    /// that makes no difference may be left out.
+    pub predicted: &'a [Overlap],
     /// The session it belongs to, if it says so.
     pub session: Option<u64>,
     /// What the client wants otherwise than configured.
@@ -109,6 +114,8 @@ pub struct Candidate<'a> {
     pub load: LoadSum,
     /// What it holds of the prompt.
     pub overlap: Overlap,
+    /// Blocks after those that requests on their way there will bring.
+    pub coming: u32,
 }
 
 impl Candidate<'_> {
@@ -127,16 +134,15 @@ impl Candidate<'_> {
 
     /// What its cost is reckoned from. Loads below zero are those of an unlucky moment.
     pub fn cost_input(&self, request: &RouteRequest<'_>) -> CostInput {
-        let spec = &self.worker.record.spec;
         let count = |n: i64| u64::try_from(n).unwrap_or(0);
         CostInput {
             overlap: self.overlap,
+            coming: self.coming,
             prompt_tokens: request.prompt_tokens,
             block_size: self.worker.block_size(),
             active_prefill_tokens: count(self.load.prefill_tokens),
             active_decode_blocks: count(self.load.decode_blocks),
             requests: count(self.load.requests),
-            capacity_blocks: spec.capacity_blocks,
             weight: self.weight(),
         }
     }

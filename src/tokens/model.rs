@@ -1,0 +1,269 @@
+//! One model: from a request to its prompt, on the thread that asks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+
+use super::ModelOptions;
+use super::content::{ContentFormat, detect};
+use super::conversation::{Conversation, MEDIA, normalise};
+use super::engine::Question;
+use super::json::Json;
+use super::load::{LoadError, Loaded, load};
+use super::prompt::{Prompt, Source, estimate};
+use super::request::{Chat, Form, Input, Request, read};
+use super::segments::Segments;
+use super::template::{ChatTemplate, Variables};
+use crate::kv::hash::Seed;
+
+/// Text of a prompt that is hashed where nobody tokenises: a quarter of a million tokens.
+pub const MAX_TEXT: usize = 1 << 20;
+
+/// Tokens that a picture or the like counts as: one of 500 × 500 pixels has about as many.
+const MEDIA_TOKENS: usize = 256;
+
+/// Where a model's token ids come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// From its own files, here.
+    Tokenizer,
+    /// From an engine that serves it: `POST /tokenize`.
+    Engine,
+    /// From nowhere: pieces of text are hashed.
+    #[default]
+    Text,
+}
+
+/// A request that was read, or a question to an engine.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Known(Prompt),
+    Ask {
+        question: Question,
+        seed: Seed,
+        /// Tokens, if no engine answers.
+        estimate: usize,
+        /// Tokens of the request's other prompts.
+        further: usize,
+    },
+}
+
+/// A model and what was counted for it.
+#[derive(Debug)]
+pub(super) struct Model {
+    options: ModelOptions,
+    local: Option<Local>,
+    sources: [AtomicU64; Source::ALL.len()],
+    failures: AtomicU64,
+    warned: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Local {
+    loaded: Loaded,
+    default: Option<Template>,
+    tool_use: Option<Template>,
+}
+
+/// What is known of a template besides itself.
+#[derive(Debug)]
+struct Template {
+    template: ChatTemplate,
+    format: ContentFormat,
+    knows_developers: bool,
+}
+
+/// What was counted for a model.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ModelFigures {
+    /// Its name; empty for all that are not configured.
+    pub model: String,
+    /// Prompts, by [`Source::ALL`].
+    pub sources: [u64; Source::ALL.len()],
+    /// Prompts whose template or tokenizer failed.
+    pub failures: u64,
+}
+
+impl Model {
+    pub(super) fn load(
+        options: ModelOptions,
+        segments: &Arc<Segments>,
+        seed: u64,
+    ) -> Result<Self, LoadError> {
+        let local = match (options.mode, &options.directory) {
+            (Mode::Tokenizer, None) => return Err(LoadError::NoDirectory(options.name)),
+            (Mode::Tokenizer, Some(directory)) => {
+                let template = options.chat_template.as_deref();
+                let mut loaded = load(&options.name, directory, template, Arc::clone(segments), seed)?;
+                let known = |template: Option<ChatTemplate>| {
+                    template.map(|template| Template::new(template, options.content_format))
+                };
+                let (default, tool_use) = (loaded.templates.default.take(), loaded.templates.tool_use.take());
+                Some(Local { loaded, default: known(default), tool_use: known(tool_use) })
+            }
+            _ => None,
+        };
+        Ok(Self {
+            options,
+            local,
+            sources: Default::default(),
+            failures: AtomicU64::new(0),
+            warned: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn figures(&self) -> ModelFigures {
+        ModelFigures {
+            model: self.options.name.clone(),
+            sources: std::array::from_fn(|at| self.sources[at].load(Ordering::Relaxed)),
+            failures: self.failures.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn count(&self, source: Source) {
+        self.sources[source as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Reads a request and does all that can be done without asking anybody.
+    pub(super) fn prompt(&self, form: Form, body: &Bytes, lora: Option<&str>, now: SystemTime) -> Outcome {
+        let Request { input, salt } = read(form, body);
+        let seed = Seed::new(lora, salt.as_deref());
+        let known = match input {
+            Input::Opaque => Prompt::unknown(estimate(body.len()), seed),
+            Input::Ids { ids, further } => Prompt::of_ids(ids, seed, Source::Ids).and_further(further),
+            Input::Text { text, special, further } => match (self.options.mode, &self.local) {
+                (Mode::Tokenizer, Some(local)) => {
+                    let ids = local.loaded.tokenizer.encode(&text, special);
+                    let ids = ids.map(|ids| Prompt::of_ids(ids, seed, Source::Tokenizer));
+                    ids.unwrap_or_else(|error| {
+                        self.failed(&error);
+                        Prompt::of_text(bounded(text.into_bytes()), seed)
+                    })
+                    .and_further(further)
+                }
+                (Mode::Engine, _) => {
+                    let question = Question::of_text(&self.options.name, &text, special);
+                    return Outcome::Ask { question, seed, estimate: estimate(text.len()), further };
+                }
+                _ => of_text(text.into_bytes(), seed).and_further(further),
+            },
+            Input::Chat(chat) => match (self.options.mode, &self.local) {
+                (Mode::Tokenizer, Some(local)) => self.converse(local, &chat, seed, now),
+                (Mode::Engine, _) if !has_media(&chat) => {
+                    let estimate = estimate(flat(&chat).len());
+                    let question = Question::of_chat(&self.options.name, &chat);
+                    return Outcome::Ask { question, seed, estimate, further: 0 };
+                }
+                // Engines put other ids where pictures are than they tell.
+                (Mode::Engine, _) => Prompt::unknown(estimate(body.len()), seed),
+                _ => of_text(flat(&chat), seed),
+            },
+        };
+        Outcome::Known(known)
+    }
+
+    fn converse(&self, local: &Local, chat: &Chat, seed: Seed, now: SystemTime) -> Prompt {
+        match self.rendered(local, chat, seed, now) {
+            Ok(prompt) => prompt,
+            Err(why) => {
+                self.failed(&why);
+                of_text(flat(chat), seed)
+            }
+        }
+    }
+
+    fn rendered(&self, local: &Local, chat: &Chat, seed: Seed, now: SystemTime) -> Result<Prompt, String> {
+        let template = match (&local.tool_use, &chat.tools) {
+            (Some(template), Some(_)) => template,
+            _ => local.default.as_ref().ok_or("the model's directory has no chat template")?,
+        };
+        let Conversation { messages, mut tools } =
+            normalise(chat, template.format, self.options.dialect, template.knows_developers)
+                .ok_or("the conversation has a form that the engine's types do not know")?;
+        if chat.no_tool_choice && self.options.exclude_tools_when_none {
+            tools = None;
+        }
+        let text = template.template.render(&Variables {
+            messages: &messages,
+            tools: tools.as_deref(),
+            add_generation_prompt: chat.add_generation_prompt,
+            continue_final_message: chat.continue_final_message,
+            others: &[&local.loaded.special, &self.options.template_kwargs, &chat.kwargs],
+            now,
+        });
+        let text = text.map_err(|error| format!("the chat template failed: {error}"))?;
+        let tokenizer = &local.loaded.tokenizer;
+        if let Some(media_at) = text.find(MEDIA) {
+            let ids = tokenizer.encode_open(&text[..media_at], chat.special).map_err(|e| e.to_string())?;
+            let certain = ids.len();
+            let media = text.matches(MEDIA).count() * MEDIA_TOKENS;
+            let tokens = certain + estimate(text.len() - media_at) + media;
+            return Ok(Prompt::of_ids(ids, seed, Source::Tokenizer).certain_up_to(certain, tokens));
+        }
+        let ids = tokenizer.encode(&text, chat.special).map_err(|e| e.to_string())?;
+        Ok(Prompt::of_ids(ids, seed, Source::Tokenizer))
+    }
+
+    fn failed(&self, why: &dyn std::fmt::Display) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                model = self.options.name,
+                %why,
+                "a prompt could not be rendered or tokenised as the engine does it, and is routed by its \
+                 text; further ones are only counted"
+            );
+        }
+    }
+}
+
+impl Template {
+    fn new(template: ChatTemplate, format: Option<ContentFormat>) -> Self {
+        let source = template.source();
+        Self {
+            format: format.unwrap_or_else(|| detect(source)),
+            knows_developers: source.contains("\"developer\"") || source.contains("'developer'"),
+            template,
+        }
+    }
+}
+
+fn bounded(mut text: Vec<u8>) -> Vec<u8> {
+    text.truncate(MAX_TEXT);
+    text
+}
+
+/// A prompt of text, of which the beginning is kept and the whole is counted.
+fn of_text(text: Vec<u8>, seed: Seed) -> Prompt {
+    let tokens = estimate(text.len());
+    let kept = bounded(text);
+    let length = kept.len();
+    Prompt::of_text(kept, seed).certain_up_to(length, tokens)
+}
+
+/// A conversation as bytes of which a longer one of the same beginning has the same beginning:
+/// tools, then messages, a line of JSON each.
+fn flat(chat: &Chat) -> Vec<u8> {
+    let mut out = Vec::new();
+    for line in chat.tools.iter().flatten().chain(&chat.messages) {
+        // Writing JSON to memory fails for nothing that came from JSON.
+        let _ = serde_json::to_writer(&mut out, line);
+        out.push(b'\n');
+    }
+    out
+}
+
+fn has_media(chat: &Chat) -> bool {
+    let parts = chat.messages.iter().filter_map(|message| message.list("content")).flatten();
+    parts.into_iter().any(|part| {
+        let kind = part.text("type").unwrap_or_default();
+        !matches!(part, Json::Text(_))
+            && !matches!(
+                kind,
+                "text" | "input_text" | "output_text" | "refusal" | "thinking" | "tool_reference"
+            )
+    })
+}
