@@ -224,7 +224,7 @@ sections! {
     /// How requests are routed and forwarded.
     "proxy" => ProxyConfig {
         /// How a worker is chosen among those that serve the model.
-        policy: Policy = Policy::LeastLoaded, Kind::Choice(Policy::NAMES);
+        policy: Policy = Policy::KvCost, Kind::Choice(Policy::NAMES);
         /// Connecting to a worker fails after this time.
         connect_timeout_ms: u64 = 1_000, Kind::int("ms", 1, 600_000);
         /// A worker must send the first byte of its answer within this time.

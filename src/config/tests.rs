@@ -294,3 +294,13 @@ fn docs_are_up_to_date() {
         "run: EVERLINE_REGENERATE_DOCS=1 cargo test docs_are_up_to_date"
     );
 }
+
+#[test]
+fn every_policy_of_the_file_is_one_that_routing_knows() {
+    for name in Policy::NAMES {
+        let policy: Policy = serde_json::from_value((*name).into()).unwrap();
+        assert_eq!(policy.name(), *name);
+        assert_eq!(crate::routing::policy::by_name(name).unwrap().name(), *name);
+    }
+    assert_eq!(Policy::default().name(), "kv_cost");
+}

@@ -125,28 +125,40 @@ impl<'de> Deserialize<'de> for TokenDigest {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Policy {
-    /// The least load per weight, cluster-wide.
+    /// The least of what waits, what is not cached and what runs.
     #[default]
+    KvCost,
+    /// The longest cached prefix while balanced, the shortest queue otherwise.
+    CacheAware,
+    /// Equal beginnings to the same worker, within a bound on its load.
+    PrefixHash,
+    /// Equal sessions to the same worker.
+    ConsistentHash,
+    /// The least load per weight, cluster-wide.
     LeastLoaded,
+    /// The less loaded of two chosen at random.
+    PowerOfTwo,
     /// One after the other.
     RoundRobin,
     /// Any, by weight.
     Random,
-    /// The less loaded of two chosen at random.
-    PowerOfTwo,
 }
 
 impl Policy {
     /// Their names in the file.
-    pub const NAMES: &[&str] = &["least_loaded", "round_robin", "random", "power_of_two"];
+    pub const NAMES: &[&str] = &crate::routing::policy::POLICY_NAMES;
 
     /// Its name in the file, and as [`crate::routing::policy`] knows it.
     pub fn name(self) -> &'static str {
         match self {
+            Policy::KvCost => "kv_cost",
+            Policy::CacheAware => "cache_aware",
+            Policy::PrefixHash => "prefix_hash",
+            Policy::ConsistentHash => "consistent_hash",
             Policy::LeastLoaded => "least_loaded",
+            Policy::PowerOfTwo => "power_of_two",
             Policy::RoundRobin => "round_robin",
             Policy::Random => "random",
-            Policy::PowerOfTwo => "power_of_two",
         }
     }
 }

@@ -14,7 +14,7 @@ use super::queue::Held;
 use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
 use crate::ids::WorkerId;
 use crate::routing::policy::RouteRequest;
-use crate::routing::select::{Limits, NoWorker, Overload, select};
+use crate::routing::select::{Limits, NoWorker, Overload, Selection, select};
 use crate::routing::view::WorkerView;
 
 /// A worker's answer, to its head.
@@ -95,14 +95,14 @@ impl<'a> Attempts<'a> {
         // A 502, 503 or 504 of a worker, kept in case nobody else does better.
         let mut held: Option<Answered> = None;
         loop {
-            let worker = match self.choose() {
-                Ok(worker) => worker,
+            let selection = match self.choose() {
+                Ok(selection) => selection,
                 Err(NoWorker::Saturated { .. }) => {
                     let began = Instant::now();
                     let found = Box::pin(self.wait_in_line()).await;
                     self.tracked.waited(began.elapsed());
                     match found {
-                        Ok(worker) => worker,
+                        Ok(selection) => selection,
                         Err(error) => return held.ok_or(error),
                     }
                 }
@@ -111,7 +111,8 @@ impl<'a> Attempts<'a> {
             if self.retries > 0 {
                 self.tracked.retrying(self.trouble);
             }
-            let booking = self.book(&worker);
+            let booking = self.book(&selection);
+            let worker = selection.worker;
             if let Some(model) = &self.asked.model {
                 self.tracked.set_model(model);
             }
@@ -166,7 +167,7 @@ impl<'a> Attempts<'a> {
         true
     }
 
-    fn choose(&self) -> Result<Arc<WorkerView>, NoWorker> {
+    fn choose(&self) -> Result<Selection, NoWorker> {
         // Who came earlier goes first.
         if self.shard.front.queue.has_line(self.asked.model.as_deref()) {
             return Err(NoWorker::Saturated { workers: 0 });
@@ -174,7 +175,7 @@ impl<'a> Attempts<'a> {
         self.select()
     }
 
-    fn select(&self) -> Result<Arc<WorkerView>, NoWorker> {
+    fn select(&self) -> Result<Selection, NoWorker> {
         let front = &self.shard.front;
         let request = RouteRequest {
             model: self.asked.model.as_deref(),
@@ -190,11 +191,10 @@ impl<'a> Attempts<'a> {
         };
         let (view, policy) = (front.control.registry(), front.config.policy.as_ref());
         select(&view, policy, &request, &limits, &self.tried, &mut rand::rng())
-            .map(|selection| selection.worker)
     }
 
     /// Waits for room at a worker, first come, first served.
-    async fn wait_in_line(&self) -> Result<Arc<WorkerView>, ApiError> {
+    async fn wait_in_line(&self) -> Result<Selection, ApiError> {
         let front = &self.shard.front;
         let options = &front.config.proxy.queue;
         let saturated = |text: String| ApiError::new(Code::WorkersSaturated, text).retry_after(1);
@@ -208,7 +208,7 @@ impl<'a> Attempts<'a> {
         loop {
             place.wait(until).await;
             match self.select() {
-                Ok(worker) => return Ok(worker),
+                Ok(selection) => return Ok(selection),
                 Err(NoWorker::Saturated { .. }) if Instant::now() < until => {
                     // Somebody who may go where this one has been must not wait for it.
                     if !self.tried.is_empty() {
@@ -226,11 +226,11 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    fn book(&self, worker: &Arc<WorkerView>) -> Held {
+    fn book(&self, selection: &Selection) -> Held {
         let front = &self.shard.front;
-        let tokens = self.asked.prompt_tokens;
-        let block = worker.block_size();
-        let booking = front.control.bookings().book(Arc::clone(worker), tokens, tokens.div_ceil(block));
+        let (tokens, blocks) = selection.to_book(self.asked.prompt_tokens);
+        let bookings = front.control.bookings();
+        let booking = bookings.book_rank(Arc::clone(&selection.worker), selection.rank, tokens, blocks);
         Held::new(booking, &front.queue)
     }
 
