@@ -13,7 +13,7 @@ use crate::kv::types::RankIx;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::cost::choose;
 use crate::routing::select::{Filtered, Limits, NoWorker, Overload, Selection, explain, select};
-use crate::routing::view::RegistryView;
+use crate::routing::view::{RegistryView, WorkerLive};
 use crate::state::worker::{Liveness, WorkerRecord, WorkerRole, WorkerSource, WorkerSpec};
 
 fn worker(n: u32, dp_ranks: u32, weight: u32) -> Arc<WorkerView> {
