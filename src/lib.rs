@@ -40,9 +40,10 @@
 //! [`engines`]: what is known of inference engines: how to ask one about itself
 //! ([`engines::probe`]), and how to be one ([`engines::sim`], a simulated vLLM).
 //!
-//! [`zmtp`]: ZeroMQ's protocol: the four socket types that engines use, with bounds.
+//! [`zmtp`]: as much of ZeroMQ's wire protocol as engines' event feeds need, on both sides of it.
 //!
-//! [`ingest`]: listening to engines' KV events and loads.
+//! [`ingest`]: listening to engines. A task for each rank's feed of KV events, which asks again for
+//! what it missed and hands on what is in order; what is in order [`kv::feed`] knows.
 //!
 //! [`http`]: the front: connections and their bounds, the proxy path, the node and admin planes,
 //! health and metrics.

@@ -6,7 +6,9 @@
 //! `http.shutdown_grace_ms`, then the log is closed. A second signal
 //! ends the process at once; the log takes that as it takes a crash.
 
+pub mod feeds;
 mod keys;
+mod sources;
 
 use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpListener};
@@ -31,13 +33,14 @@ use crate::config::{
 use crate::http::{
     Access, AccessOptions, Allowed, BodyLimits, CertificateGauges, ConnTimeouts, Front, FrontConfig,
     FrontOptions, HeaderRules, KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions,
-    QueueOptions, RetryOptions, TokenDigests, WorkerTls, bind, keep_configured_workers, run_prober,
+    QueueOptions, RetryOptions, Shard, TokenDigests, WorkerTls, bind, keep_configured_workers, run_prober,
     serve_admin, serve_client,
 };
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
 use crate::telemetry::trace::{TraceOptions, Tracing};
+use feeds::Feeds;
 use keys::{KeysFile, client_key};
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
@@ -134,7 +137,7 @@ async fn serve(
     let metrics = Arc::new(metrics);
     let front_config = FrontConfig { pool: pool_options(config)?, ..front_config(config, certificates) };
     let keys_file = KeysFile::load(config, Arc::clone(&front_config.keys))?;
-    let front = Front::new(front_config, plane, Arc::clone(&metrics));
+    let front = Front::new(front_config, Arc::clone(&plane), Arc::clone(&metrics));
     for tls in [&certificates.http, &certificates.admin].into_iter().flatten() {
         let tls = Arc::clone(tls);
         // Ends with the runtime: nothing is left half done by it.
@@ -153,6 +156,10 @@ async fn serve(
     let operators = tokio::spawn(serve_admin(admin, Arc::clone(&front), admin_shutdown.clone()));
     tokio::spawn(run_prober(Arc::clone(&front), shutdown.clone()));
     tokio::spawn(keep_configured_workers(Arc::clone(&front), config.worker.clone(), shutdown.clone()));
+
+    let feeds =
+        Feeds::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), Arc::clone(&front.config.allow));
+    let feeds = tokio::spawn(feeds.run(shutdown.clone()));
 
     if let Some(file) = keys_file {
         tokio::spawn(file.follow(shutdown.clone()));
@@ -195,6 +202,7 @@ async fn serve(
             tokio::join!(transfer, tokio::time::sleep(settle));
             shutdown.cancel();
             let _ = clients.await;
+            let _ = feeds.await;
             // The admin listener stays to the end, so that an operator can watch.
             admin_shutdown.cancel();
             let _ = operators.await;

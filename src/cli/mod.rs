@@ -56,7 +56,7 @@ pub struct Cli {
 enum Command {
     Serve(Box<serve::Args>),
     Demo(demo::Args),
-    EngineSim(engine_sim::Args),
+    EngineSim(Box<engine_sim::Args>),
     Balancer(balancer::Args),
     Replay(Box<replay::Args>),
     Status(status::Args),

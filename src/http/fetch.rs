@@ -20,6 +20,9 @@ pub(super) enum FetchError {
     /// No answer in time.
     #[error("no answer within {} ms", .0.as_millis())]
     Timeout(Duration),
+    /// An answer with another status than 2xx.
+    #[error("answered {0}")]
+    Refused(http::StatusCode),
     /// An answer, but not a good one.
     #[error("{0}")]
     Bad(String),
@@ -38,7 +41,7 @@ pub(super) async fn get(
             other => FetchError::Bad(other.to_string()),
         })?;
         if !status.is_success() {
-            return Err(FetchError::Bad(format!("answered {status}")));
+            return Err(FetchError::Refused(status));
         }
         let limits = BodyLimits::of(MAX_ANSWER);
         collect(body, &limits).await.map_err(|error| FetchError::Bad(error.message.into()))

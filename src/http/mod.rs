@@ -61,7 +61,7 @@ pub use gauges::CertificateGauges;
 pub use headers::HeaderRules;
 pub use keys::{ClientKey, KeyRing};
 pub use metrics::{Access, AccessOptions, Metrics, RecentErrors};
-pub use probe::run_prober;
+pub use probe::{ask_worker, run_prober};
 pub use queue::QueueOptions;
 pub use register::keep_configured_workers;
 pub use retry::RetryOptions;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream;
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,23 @@ pub async fn run_prober(front: Arc<Front>, shutdown: CancellationToken) {
             () = shutdown.cancelled() => return,
             () = round => {}
         }
+    }
+}
+
+/// Asks a worker for `path`, for what it says about itself. `None` if it answers that there is
+/// no such thing; an error if it does not answer, or something that cannot be used.
+pub async fn ask_worker(
+    shard: &Shard,
+    worker: &WorkerView,
+    path: &str,
+    limit: Duration,
+) -> Result<Option<Bytes>, String> {
+    let spec = &worker.record.spec;
+    let endpoint = Endpoint::parse(&spec.url, spec.http2).map_err(|why| why.to_string())?;
+    match fetch::get(&shard.pool, &endpoint, path, limit).await {
+        Ok(body) => Ok(Some(body)),
+        Err(fetch::FetchError::Refused(status)) if status.is_client_error() => Ok(None),
+        Err(error) => Err(error.to_string()),
     }
 }
 

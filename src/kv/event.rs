@@ -500,13 +500,12 @@ impl<'a> ExtraKeys<'a> {
     }
 }
 
+/// The salt, and the raw bytes of everything else.
+type Keys<'a> = (Option<&'a [u8]>, Vec<&'a [u8]>);
+
 /// Reads one block's keys: the salt, if one is looked for, and everything that is neither it nor
 /// the adapter's name, as raw bytes.
-fn items<'a>(
-    reader: &mut Reader<'a>,
-    lora: Option<&[u8]>,
-    salted: bool,
-) -> Result<(Option<&'a [u8]>, Vec<&'a [u8]>), Malformed> {
+fn items<'a>(reader: &mut Reader<'a>, lora: Option<&[u8]>, salted: bool) -> Result<Keys<'a>, Malformed> {
     let (mut salt, mut rest) = (None, Vec::new());
     let mut lora = lora;
     let count = match reader.value()? {

@@ -220,9 +220,16 @@ impl<B> Feed<B> {
     /// Somebody else has continued the feed; goes on behind that.
     pub fn moved(&mut self, cursor: Cursor, out: &mut Vec<Action<B>>) {
         self.last = cursor.last;
-        if self.phase != Phase::Away {
-            self.high = None;
-            self.check(out);
+        if self.phase == Phase::Away {
+            return;
+        }
+        self.high = None;
+        if self.replays {
+            self.ask(out);
+        } else {
+            // The connection is the same: what comes with a lower number is what they had already.
+            self.phase = Phase::Live { joining: false };
+            self.drain(out);
         }
     }
 

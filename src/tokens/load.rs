@@ -107,7 +107,8 @@ pub(super) fn load(
         None => Json::Null,
         Some(text) => serde_json::from_str(&text).map_err(|e| invalid(&config_path, e.to_string(), SAVE))?,
     };
-    as_transformers_builds(model, directory, &mut tokenizer)?;
+    let model_type = model_type(model, directory)?;
+    as_transformers_builds(&model_type, &mut tokenizer).map_err(|why| invalid(&path, why, SAVE))?;
     add_missing(&mut tokenizer, &config).map_err(|why| invalid(&config_path, why, SAVE))?;
 
     let special = special_tokens(&config);
@@ -117,7 +118,16 @@ pub(super) fn load(
         Some(Json::Bool(true)) => bos.and_then(|bos| tokenizer.token_to_id(bos)).map(Some),
         _ => None,
     };
-    let templates = templates(model, directory, template, &config)?;
+    let templates = if template.is_none() && is_rendered_by_code(&model_type, directory) {
+        tracing::warn!(
+            model,
+            "engines render this model's conversations by code of their own, so these are routed by their \
+             text; completions and token ids are hashed exactly"
+        );
+        Templates::default()
+    } else {
+        templates(model, directory, template, &config)?
+    };
     let tokenizer = TextTokenizer::new(tokenizer, bos, segments, seed)
         .map_err(|e| invalid(&path, e.to_string(), NO_FAST))?;
     Ok(Loaded { tokenizer, templates, special })
@@ -133,6 +143,28 @@ fn optional(model: &str, path: &Path) -> Result<Option<String>, LoadError> {
     }
 }
 
+/// Types of models whose conversations vLLM renders by code, whatever template there is.
+const BY_CODE: [&str; 6] = ["gpt_oss", "deepseek_v32", "deepseek_v4", "deepseek_v41", "kimi_k3", "inkling"];
+
+/// `model_type` of `config.json`; empty if there is none.
+fn model_type(model: &str, directory: &Path) -> Result<String, LoadError> {
+    let path = directory.join("config.json");
+    let Some(text) = optional(model, &path)? else { return Ok(String::new()) };
+    let config: Json = serde_json::from_str(&text).map_err(|e| LoadError::Invalid {
+        model: model.to_owned(),
+        path,
+        why: e.to_string(),
+        fix: SAVE,
+    })?;
+    Ok(config.text("model_type").unwrap_or_default().to_owned())
+}
+
+/// Whether an engine goes by code of its own where a template would do: for models of such a type,
+/// and for those with a vocabulary in Mistral's format.
+fn is_rendered_by_code(model_type: &str, directory: &Path) -> bool {
+    BY_CODE.contains(&model_type) || directory.join("tekken.json").exists()
+}
+
 /// Types of models for which transformers 5 takes vocabulary and merges out of `tokenizer.json`
 /// and builds the rest itself. In the published models the file says the same; in models made
 /// with a tokenizer of another kind it does not, and the engine goes by transformers.
@@ -141,18 +173,13 @@ const QWEN2: [&str; 4] = ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"];
 /// The pre-tokenizer of `Qwen2Tokenizer`.
 const QWEN2_SPLIT: &str = r#"{"type":"Sequence","pretokenizers":[{"type":"Split","pattern":{"Regex":"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"},"behavior":"Isolated","invert":false},{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false}]}"#;
 
-fn as_transformers_builds(model: &str, directory: &Path, tokenizer: &mut Tokenizer) -> Result<(), LoadError> {
-    let path = directory.join("config.json");
-    let Some(text) = optional(model, &path)? else { return Ok(()) };
-    let invalid =
-        |why: String| LoadError::Invalid { model: model.to_owned(), path: path.clone(), why, fix: SAVE };
-    let config: Json = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
-    if !QWEN2.iter().any(|kind| config.text("model_type") == Some(kind)) {
+fn as_transformers_builds(model_type: &str, tokenizer: &mut Tokenizer) -> Result<(), String> {
+    if !QWEN2.contains(&model_type) {
         return Ok(());
     }
-    let split: PreTokenizerWrapper = serde_json::from_str(QWEN2_SPLIT).map_err(|e| invalid(e.to_string()))?;
+    let split: PreTokenizerWrapper = serde_json::from_str(QWEN2_SPLIT).map_err(|e| e.to_string())?;
     tokenizer.with_pre_tokenizer(Some(split));
-    tokenizer.with_normalizer(Some(NFC)).map_err(|e| invalid(e.to_string()))?;
+    tokenizer.with_normalizer(Some(NFC)).map_err(|e| e.to_string())?;
     Ok(())
 }
 

@@ -207,8 +207,8 @@ fn tojson(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<Valu
         };
         Ok(value.filter(|v| !v.is_none() && !v.is_undefined()))
     };
-    let mut style = Style::default();
-    style.ascii = argument(0, "ensure_ascii")?.is_some_and(|v| v.is_true());
+    let ascii = argument(0, "ensure_ascii")?.is_some_and(|v| v.is_true());
+    let mut style = Style { ascii, ..Style::default() };
     if let Some(indent) = argument(1, "indent")? {
         style.indent = Some(match (indent.as_str(), indent.as_usize()) {
             (Some(text), _) => text.to_owned(),

@@ -29,6 +29,9 @@ const STEP: usize = 256;
 /// again, and the conversation's next turn cuts elsewhere.
 const KEPT_TAIL: usize = 1024;
 
+/// Ids before and behind a text.
+type Around = (Vec<u32>, Vec<u32>);
+
 /// A tokenizer that could not do its work.
 #[derive(Debug, thiserror::Error)]
 #[error("the tokenizer failed: {0}")]
@@ -40,7 +43,7 @@ pub struct TextTokenizer {
     tokenizer: Tokenizer,
     splitter: Option<Splitter>,
     /// What `add_special_tokens` puts before and behind, where it is the same for every text.
-    around: Option<(Vec<u32>, Vec<u32>)>,
+    around: Option<Around>,
     segments: Arc<Segments>,
     seed: u64,
 }
@@ -205,8 +208,8 @@ fn splitter(tokenizer: &Tokenizer) -> Option<Splitter> {
 }
 
 /// What the tokenizer puts around every text, tried out with some; `None` if it differs.
-fn around(tokenizer: &Tokenizer) -> Result<Option<(Vec<u32>, Vec<u32>)>, EncodeError> {
-    let mut same: Option<(Vec<u32>, Vec<u32>)> = None;
+fn around(tokenizer: &Tokenizer) -> Result<Option<Around>, EncodeError> {
+    let mut same: Option<Around> = None;
     for text in ["a", "two words, 7", "\n"] {
         let ids = |special| {
             let encoding = tokenizer.encode_fast(text, special).map_err(|e| EncodeError(e.to_string()))?;

@@ -173,7 +173,116 @@ pub struct Incoming(Box<dyn Stream>);
 impl Incoming {
     /// Shakes hands as a socket of type `ours`, within [`HANDSHAKE_TIMEOUT`].
     pub async fn shake(self, ours: SocketType, limits: Limits) -> Result<Link, ZmtpError> {
+        self.shake_within(HANDSHAKE_TIMEOUT, ours, limits).await
+    }
+
+    async fn shake_within(
+        self,
+        within: Duration,
+        ours: SocketType,
+        limits: Limits,
+    ) -> Result<Link, ZmtpError> {
         let shaking = Link::shake(self.0, ours, limits);
-        timeout(HANDSHAKE_TIMEOUT, shaking).await.unwrap_or(Err(ZmtpError::Handshake))
+        timeout(within, shaking).await.unwrap_or(Err(ZmtpError::Handshake))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::zmtp::AnyAddress;
+
+    async fn listener() -> Listener {
+        Listener::bind(&Endpoint::parse("tcp://127.0.0.1:0").unwrap()).await.unwrap()
+    }
+
+    /// Both ends of a connection, shaken hands.
+    async fn pair(
+        ours: SocketType,
+        theirs: SocketType,
+    ) -> (Result<Link, ZmtpError>, Result<Link, ZmtpError>) {
+        let listener = listener().await;
+        let limits = Limits { bytes: 1000, parts: 3 };
+        let connect = Link::connect(listener.endpoint(), ours, limits, &AnyAddress);
+        let accept = async { Link::accept(&listener).await?.shake(theirs, limits).await };
+        tokio::join!(connect, accept)
+    }
+
+    #[tokio::test]
+    async fn messages_pass_both_ways_and_the_end_is_an_end() {
+        let (dealer, router) = pair(SocketType::Dealer, SocketType::Router).await;
+        let (mut dealer, mut router) = (dealer.unwrap(), router.unwrap());
+        let parts = vec![Bytes::new(), Bytes::from(vec![1; 500])];
+        dealer.send(&parts).await.unwrap();
+        assert_eq!(router.recv().await.unwrap(), parts);
+        router.send(&parts).await.unwrap();
+        assert_eq!(dealer.recv().await.unwrap(), parts);
+        drop(router);
+        assert!(matches!(dealer.recv().await, Err(ZmtpError::Closed)));
+    }
+
+    #[tokio::test]
+    async fn sockets_that_cannot_talk_say_so() {
+        let (sub, dealer) = pair(SocketType::Sub, SocketType::Dealer).await;
+        let error = sub.err().unwrap().to_string();
+        assert_eq!(error, "a SUB socket cannot talk to a socket of type \"DEALER\"");
+        assert!(dealer.is_err());
+    }
+
+    #[tokio::test]
+    async fn too_long_and_too_many_parts_are_refused() {
+        for message in [vec![Bytes::from(vec![0; 600]); 2], vec![Bytes::new(); 4], vec![vec![0; 1001].into()]]
+        {
+            let (dealer, router) = pair(SocketType::Dealer, SocketType::Router).await;
+            let (mut dealer, mut router) = (dealer.unwrap(), router.unwrap());
+            dealer.send(&message).await.unwrap();
+            assert!(matches!(router.recv().await, Err(ZmtpError::TooLong(..))), "{}", message.len());
+        }
+    }
+
+    #[tokio::test]
+    async fn who_speaks_something_else_is_told_apart() {
+        let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = http.local_addr().unwrap().port();
+        let endpoint = Endpoint::Tcp { host: "127.0.0.1".into(), port };
+        let serve = async {
+            let (mut stream, _) = http.accept().await.unwrap();
+            stream
+                .write_all(&[b"HTTP/1.1 400 Bad Request\r\n".as_slice(), &[b' '; 64]].concat())
+                .await
+                .unwrap();
+            stream
+        };
+        let connect = Link::connect(&endpoint, SocketType::Sub, Limits::default(), &AnyAddress);
+        let (link, _stream) = tokio::join!(connect, serve);
+        assert!(matches!(link, Err(ZmtpError::Protocol(_))));
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_is_given_up() {
+        let listener = listener().await;
+        let Endpoint::Tcp { port, .. } = *listener.endpoint() else { panic!() };
+        let silent = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let incoming = Link::accept(&listener).await.unwrap();
+        let soon = Duration::from_millis(20);
+        let shaken = incoming.shake_within(soon, SocketType::Sub, Limits::default()).await;
+        assert!(matches!(shaken, Err(ZmtpError::Handshake)));
+        drop(silent);
+    }
+
+    #[tokio::test]
+    async fn a_ping_is_answered_with_what_it_brought() {
+        let (subscriber, publisher) = pair(SocketType::Sub, SocketType::Pub).await;
+        let (mut subscriber, mut publisher) = (subscriber.unwrap(), publisher.unwrap());
+        publisher.stream.write_all(b"\x04\x09\x04PING\0\x0aab").await.unwrap();
+        publisher.send(&[Bytes::from_static(b"topic")]).await.unwrap();
+        publisher.send(&[Bytes::from_static(b"more")]).await.unwrap();
+        assert_eq!(subscriber.recv().await.unwrap().len(), 1);
+        // Written before the next message is read.
+        subscriber.recv().await.unwrap();
+        let Frame::Command(pong) = publisher.frame(100).await.unwrap() else { panic!() };
+        assert_eq!(wire::command(&pong), Some((&b"PONG"[..], &b"ab"[..])));
     }
 }

@@ -165,7 +165,9 @@ pub fn dump() {
         let index = subject.index();
         for _ in 0..3 {
             let start = Instant::now();
-            let records = index.dump();
+            let frozen = index.freeze();
+            let froze = start.elapsed();
+            let records = frozen.records();
             let dumped = start.elapsed();
             let bytes: usize = records.iter().map(|(_, value)| value.len()).sum();
             let start = Instant::now();
@@ -173,10 +175,11 @@ pub fn dump() {
             let loaded = start.elapsed();
             assert_eq!(again.digest(), index.digest());
             println!(
-                "{} worker-blocks stored, {} held, {} blocks: dump {:.1} ms ({:.1} MiB in {} records), load {:.1} ms",
+                "{} worker-blocks stored, {} held, {} blocks: freeze {:.1} ms, dump {:.1} ms ({:.1} MiB in {} records), load {:.1} ms",
                 load.blocks,
                 index.counters().worker_blocks,
                 index.counters().blocks,
+                froze.as_secs_f64() * 1e3,
                 dumped.as_secs_f64() * 1e3,
                 bytes as f64 / (1 << 20) as f64,
                 records.len(),

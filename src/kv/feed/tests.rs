@@ -113,6 +113,24 @@ fn without_a_replay_socket_a_gap_is_a_loss_and_zero_is_a_new_engine() {
 }
 
 #[test]
+fn a_feed_that_somebody_else_continued_goes_on_behind_them() {
+    let mut feed = connected(at(1, 7));
+    feed.replayed(message(1, 7), &mut Vec::new());
+    feed.replay_ended(&mut Vec::new());
+    let out = done(&mut feed, |f, out| f.moved(at(1, 9), out));
+    assert_eq!(out, [Action::Replay { from: 9 }]);
+    // Without a replay socket: what they had comes again, and is known.
+    let mut feed = Feed::new(at(1, 7), false);
+    feed.connected(&mut Vec::new());
+    feed.live(message(1, 8), &mut Vec::new());
+    assert_eq!(done(&mut feed, |f, out| f.moved(at(1, 10), out)), []);
+    for seq in [9, 10] {
+        assert_eq!(done(&mut feed, |f, out| f.live(message(1, seq), out)), []);
+    }
+    assert_eq!(done(&mut feed, |f, out| f.live(message(1, 11), out)), [Action::Apply(message(1, 11))]);
+}
+
+#[test]
 fn a_replay_socket_that_never_answers_is_done_without() {
     let mut feed = connected(at(1, 7));
     feed.live(message(1, 8), &mut Vec::new());

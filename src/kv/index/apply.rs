@@ -121,7 +121,7 @@ impl Writer<'_> {
             at += took;
         }
         for block in displaced {
-            if !self.tree.ranks[rank.0 as usize].names.lost_main(block) {
+            if !self.rank(rank).names_mut().lost_main(block) {
                 self.forget(rank, block);
             } else {
                 self.tree.aliases -= 1;
@@ -141,7 +141,7 @@ impl Writer<'_> {
     ) {
         let tree = &mut *self.tree;
         let ids = &tree.metas[node as usize].ids[at..at + names.len()];
-        let known = &mut tree.ranks[rank.0 as usize].names;
+        let known = tree.ranks[rank.0 as usize].names_mut();
         let aliases = known.aliases() as u64;
         for (i, (name, block)) in names.iter().zip(ids).enumerate() {
             let (given, other) = known.give(*name, *block, held.contains(at + i));
@@ -175,12 +175,12 @@ impl Writer<'_> {
         if !self.body(node).holds_in(rank.0, at, tier) {
             return;
         }
-        if self.rank(rank).names.remove_one_of_several(name, block) {
+        if self.rank(rank).names_mut().remove_one_of_several(name, block) {
             self.tree.aliases -= 1;
             return;
         }
         if self.let_go(rank.0, block, tier) {
-            self.rank(rank).names.remove_main(name);
+            self.rank(rank).names_mut().remove_main(name);
             self.settle(node);
         }
     }

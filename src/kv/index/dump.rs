@@ -13,8 +13,11 @@
 //! Sums, sequence hashes, places and the digest are reckoned again when loading, so what was
 //! damaged is noticed by the digest.
 
+use std::sync::Arc;
+
 use super::Records;
 use super::body::Body;
+use super::names::Names;
 use super::slab::{ROOT, Slab};
 use super::tree::{Meta, Source, Tree};
 
@@ -126,7 +129,19 @@ impl Section {
     }
 }
 
-pub(super) fn dump(tree: &Tree, slab: &Slab) -> Records {
+/// An index as it was at one moment, to be written out while it goes on.
+///
+/// Nodes are copied when it is made. Tables of names are shared: a rank's is copied when that
+/// rank's names change for the first time while this lives.
+pub struct Frozen {
+    /// The head and the nodes.
+    records: Records,
+    /// By number of block: which one it is in the records.
+    blocks: Vec<u32>,
+    ranks: Vec<(Source, Arc<Names>)>,
+}
+
+pub(super) fn freeze(tree: &Tree, slab: &Slab) -> Frozen {
     let mut numbers = vec![0u32; tree.metas.len()];
     let mut blocks = vec![0u32; tree.places.len()];
     let (mut nodes_written, mut blocks_written) = (0, 0);
@@ -158,39 +173,44 @@ pub(super) fn dump(tree: &Tree, slab: &Slab) -> Records {
         nodes.node(numbers[meta.parent as usize], meta, &slab.get(node as u32).read());
     }
     nodes.close();
-    let mut names = Section::new(NAMES);
-    let (mut some, mut theirs) = (Vec::with_capacity(NAMES_AT_ONCE), Vec::with_capacity(NAMES_AT_ONCE));
-    for (rank, state) in tree.ranks.iter().enumerate() {
-        let rank = rank as u32;
-        if state.source == Source::Predictions {
-            names.names(rank, PREDICTED, &[], &[]);
-            continue;
-        }
-        let aliases = state.names.iter_aliases().map(|name| (ALIASES, name));
-        for (kind, (name, block)) in state.names.iter().map(|name| (MAIN, name)).chain(aliases) {
-            if some.len() == NAMES_AT_ONCE || kind == ALIASES {
-                if !some.is_empty() {
-                    names.names(rank, MAIN, &some, &theirs);
-                }
-                some.clear();
-                theirs.clear();
-            }
-            if kind == ALIASES {
-                names.names(rank, ALIASES, &[name.0], &[blocks[block as usize]]);
-                continue;
-            }
-            some.push(name.0);
-            theirs.push(blocks[block as usize]);
-        }
-        if !some.is_empty() || state.source == Source::Events {
-            names.names(rank, MAIN, &some, &theirs);
-        }
-        some.clear();
-        theirs.clear();
-    }
-    names.close();
     let mut records = head.records;
     records.append(&mut nodes.records);
-    records.append(&mut names.records);
-    records
+    let ranks = tree.ranks.iter().map(|state| (state.source, Arc::clone(&state.names))).collect();
+    Frozen { records, blocks, ranks }
+}
+
+impl Frozen {
+    /// Everything, as records of about 256 KiB.
+    pub fn records(mut self) -> Records {
+        let mut names = Section::new(NAMES);
+        for (rank, (source, known)) in self.ranks.iter().enumerate() {
+            self.write_names(rank as u32, *source, known, &mut names);
+        }
+        names.close();
+        self.records.append(&mut names.records);
+        self.records
+    }
+
+    fn write_names(&self, rank: u32, source: Source, known: &Names, section: &mut Section) {
+        match source {
+            Source::None => {}
+            Source::Predictions => section.names(rank, PREDICTED, &[], &[]),
+            Source::Events => {
+                let (mut names, mut blocks) = (Vec::new(), Vec::new());
+                for (name, block) in known.iter() {
+                    if names.len() == NAMES_AT_ONCE {
+                        section.names(rank, MAIN, &names, &blocks);
+                        names.clear();
+                        blocks.clear();
+                    }
+                    names.push(name.0);
+                    blocks.push(self.blocks[block as usize]);
+                }
+                section.names(rank, MAIN, &names, &blocks);
+                for (name, block) in known.iter_aliases() {
+                    section.names(rank, ALIASES, &[name.0], &[self.blocks[block as usize]]);
+                }
+            }
+        }
+    }
 }

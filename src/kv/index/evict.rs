@@ -78,7 +78,7 @@ impl Writer<'_> {
             }
         }
         for rank in swept.iter().enumerate().filter_map(|(rank, swept)| swept.then_some(rank)) {
-            let names = &mut self.tree.ranks[rank].names;
+            let names = self.tree.ranks[rank].names_mut();
             let aliases = names.aliases() as u64;
             names.retain(|block| dead[block as usize / 64] >> (block % 64) & 1 == 0);
             self.tree.aliases = self.tree.aliases + names.aliases() as u64 - aliases;

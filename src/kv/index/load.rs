@@ -253,7 +253,7 @@ impl Writer<'_> {
             return Err(LoadError("names cannot be"));
         }
         state.source = source;
-        state.names.reserve(if kind == MAIN { names.len() } else { 0 });
+        state.names_mut().reserve(if kind == MAIN { names.len() } else { 0 });
         for (name, block) in names.into_iter().zip(blocks) {
             if block as usize >= self.tree.places.len() {
                 return Err(LoadError("a name is of no block"));
@@ -261,7 +261,7 @@ impl Writer<'_> {
             let (node, at) = self.place(block);
             let held = self.body(node).holds(rank.0, at);
             let expected = if kind == MAIN { Given::Main } else { Given::Alias };
-            let known = &mut self.rank(rank).names;
+            let known = self.rank(rank).names_mut();
             let (given, other) = known.give(EngineHash(name), block, kind == ALIASES);
             if !held || given != expected || other.is_some() || known.aliases() > MOST_ALIASES {
                 return Err(LoadError("a name cannot be"));

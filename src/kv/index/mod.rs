@@ -32,6 +32,7 @@ mod tree;
 use parking_lot::Mutex;
 
 use self::apply::Op;
+pub use self::dump::Frozen;
 use self::slab::{MOST_NODES, Slab};
 use self::tree::{Meta, Source, Tree, Writer};
 use super::hash::{LocalHash, Seed};
@@ -233,11 +234,17 @@ impl Index {
         state.map_or((0, false), |state| (state.held, state.source == Source::Predictions))
     }
 
+    /// What there is at this moment, to be written out later ([`Frozen::records`]) while other
+    /// operations are applied.
+    pub fn freeze(&self) -> Frozen {
+        let owned = self.tree.lock();
+        dump::freeze(&owned.tree, &self.slab)
+    }
+
     /// Everything, as records of about 256 KiB, the keys of which begin with `b'x'`. Equal
     /// content does not mean equal bytes: compare digests.
     pub fn dump(&self) -> Records {
-        let owned = self.tree.lock();
-        dump::dump(&owned.tree, &self.slab)
+        self.freeze().records()
     }
 
     /// The inverse of [`Self::dump`]. Whatever cannot have come from there is an error.

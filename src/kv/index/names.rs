@@ -34,8 +34,9 @@ impl Name {
     }
 }
 
-/// Names of one rank's blocks, by number of block.
-#[derive(Default)]
+/// Names of one rank's blocks, by number of block. Cloned when one of them changes while a frozen
+/// image still has it.
+#[derive(Clone, Default)]
 pub(super) struct Names {
     table: HashTable<Name>,
     aliases: BTreeMap<u64, u32>,

@@ -299,6 +299,18 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
+    fn what_was_frozen_does_not_change_with_the_index(before in steps(20), after in steps(20)) {
+        let mut index = Index::default();
+        before.iter().for_each(|step| run(&mut index, step, false));
+        let (frozen, digest, counters, kept) = (index.freeze(), index.digest(), index.counters(), content(&index));
+        after.iter().for_each(|step| run(&mut index, step, false));
+        check(&index);
+        let again = Index::load(Options::default(), &frozen.records()).unwrap();
+        check(&again);
+        prop_assert_eq!((again.digest(), again.counters(), content(&again)), (digest, counters, kept));
+    }
+
+    #[test]
     fn it_holds_what_the_reference_holds(steps in steps(40)) {
         let (mut index, mut reference) = (Index::default(), Reference::default());
         for (n, step) in steps.iter().enumerate() {

@@ -9,6 +9,8 @@
 //! - Two nodes in a row, of which the lower is the only child and both are wholly held by the same
 //!   ranks, are one (unless predictions, whose nodes end where prompts ended, are among them).
 
+use std::sync::Arc;
+
 use super::Counters;
 use super::bits::Bits;
 use super::body::{Body, Children, TIERS, common, spread};
@@ -84,12 +86,19 @@ pub(super) enum Source {
 #[derive(Default)]
 pub(super) struct Rank {
     pub(super) source: Source,
-    pub(super) names: Names,
+    /// Shared with images that are being written out.
+    pub(super) names: Arc<Names>,
     /// By tier: how many blocks, and the sum of their sequence hashes.
     pub(super) tiers: [(u64, u64); TIERS],
     /// Blocks held in any tier.
     pub(super) held: u64,
     pub(super) leaves: Leaves,
+}
+
+impl Rank {
+    pub(super) fn names_mut(&mut self) -> &mut Names {
+        Arc::make_mut(&mut self.names)
+    }
 }
 
 /// What of a stretch a rank held before something happened.

@@ -189,6 +189,33 @@ async fn named_templates_and_tokens_of_the_configuration_are_used() {
     assert_eq!(of(ask(&tokenizers, "m", "/v1/completions", text).await), ids("some words"));
 }
 
+#[tokio::test]
+async fn a_model_that_engines_render_by_code_has_no_template_here() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["tokenizer.json", "chat_template.jinja"] {
+        std::fs::copy(golden("tokenizer/tiny").join(file), folder.path().join(file)).unwrap();
+    }
+    let source_of_chat = async || {
+        let options = ModelOptions {
+            name: "m".to_owned(),
+            mode: Mode::Tokenizer,
+            directory: Some(folder.path().to_owned()),
+            ..ModelOptions::default()
+        };
+        let tokenizers = Tokenizers::load(vec![options], &Options::default(), None).unwrap();
+        let chat = r#"{"messages":[{"role":"user","content":"x"}]}"#;
+        let text = ask(&tokenizers, "m", "/v1/completions", r#"{"prompt":"x"}"#).await;
+        assert_eq!(text.source(), Source::Tokenizer);
+        ask(&tokenizers, "m", "/v1/chat/completions", chat).await.source()
+    };
+    assert_eq!(source_of_chat().await, Source::Tokenizer);
+    std::fs::write(folder.path().join("config.json"), r#"{"model_type":"gpt_oss"}"#).unwrap();
+    assert_eq!(source_of_chat().await, Source::Text);
+    std::fs::write(folder.path().join("config.json"), r#"{"model_type":"mistral"}"#).unwrap();
+    std::fs::write(folder.path().join("tekken.json"), "{}").unwrap();
+    assert_eq!(source_of_chat().await, Source::Text);
+}
+
 /// An engine that counts, fails and stalls as told.
 struct Engine {
     asked: AtomicUsize,

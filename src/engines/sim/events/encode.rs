@@ -248,9 +248,11 @@ mod tests {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    fn written(decoded: &Value, format: EventFormat) -> String {
-        let timestamp = decoded[0].as_f64().unwrap();
-        hex(&batch(&KvEventBatch { sequence: 0, timestamp, events: events(decoded) }, format))
+    /// The payload of a recorded batch, from its decoding; the time from its bytes, to the last bit.
+    fn written(record: &Value, format: EventFormat) -> String {
+        let bits = &record["frames_hex"][2].as_str().unwrap()[4..20];
+        let timestamp = f64::from_bits(u64::from_str_radix(bits, 16).unwrap());
+        hex(&batch(&KvEventBatch { sequence: 0, timestamp, events: events(&record["decoded"]) }, format))
     }
 
     #[test]
@@ -258,7 +260,7 @@ mod tests {
         let mut compared = 0;
         for line in REAL.lines() {
             let record: Value = serde_json::from_str(line).unwrap();
-            let written = written(&record["decoded"], EventFormat::VllmMap);
+            let written = written(&record, EventFormat::VllmMap);
             assert_eq!(written, record["frames_hex"][2].as_str().unwrap());
             compared += 1;
         }
@@ -273,7 +275,7 @@ mod tests {
             // Those with a tier, a session or a rank are of things that are not simulated.
             let simulated = ["stored_neg_i64_root", "removed"].map(Value::from);
             if record["version"] == "0.5.23" && simulated.contains(&record["case"]) {
-                let written = written(&record["decoded"], EventFormat::Sglang);
+                let written = written(&record, EventFormat::Sglang);
                 assert_eq!(written, record["frames_hex"][2].as_str().unwrap());
                 compared += 1;
             }

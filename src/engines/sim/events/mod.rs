@@ -135,7 +135,7 @@ impl KvPublisher {
             }
         }
         let number = self.published.fetch_add(1, Ordering::Relaxed) + 1;
-        if self.drop_every > 0 && number % self.drop_every == 0 {
+        if self.drop_every > 0 && number.is_multiple_of(self.drop_every) {
             return;
         }
         let sequence = Bytes::copy_from_slice(&batch.sequence.to_be_bytes());

@@ -1,0 +1,356 @@
+//! Which engines this replica listens to. One task: it looks at the workers and at who owns their
+//! feeds, asks engines where their events are to be had, claims feeds that nobody has, and starts
+//! and stops [`FeedHandle`]s.
+//!
+//! Of the live replicas each rank prefers one (rendezvous hashing), which claims its feed; the
+//! others do only after it has not for [`PATIENCE`]. A feed stays where it is while its owner lives.
+//! Whether a claim is right is decided by the replicated state alone.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::sources::{self, Found};
+use crate::cluster::api::{ClusterError, ControlPlane};
+use crate::http::{Allowed, Shard};
+use crate::ids::{ReplicaId, WorkerIx};
+use crate::ingest::{Delivery, FeedBatch, FeedConfig, FeedCounters, FeedHandle, FeedSink, Source};
+use crate::kv::event::Format;
+use crate::kv::hash::Seed;
+use crate::kv::types::{EngineHash, RankIx};
+use crate::kv::wire;
+use crate::routing::view::WorkerView;
+use crate::state::command::{CacheCommand, CacheOutcome};
+use crate::state::ranks::{Knowledge, RankKey, Ranks};
+
+/// How often everything is looked at where nothing says that it changed.
+const ROUND: Duration = Duration::from_millis(500);
+
+/// How long the preferred replica has to claim a feed before any other does.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long an engine's word on where its events are holds; much shorter where it has none, or
+/// did not answer.
+const WORD_HOLDS: Duration = Duration::from_secs(300);
+const NO_WORD_HOLDS: Duration = Duration::from_secs(15);
+
+/// How long a worker must have been out of the registry until its blocks are forgotten.
+const FORGET_AFTER: Duration = Duration::from_secs(5);
+
+/// Blocks that an engine without events is taken to hold where it does not say.
+const ORDINARY_CAPACITY: u64 = 8192;
+
+/// Claims and questions to engines under way at once.
+const AT_ONCE: usize = 16;
+
+/// What is told of the feeds to whoever asks.
+pub type FeedBoard = Arc<parking_lot::Mutex<Vec<(RankKey, FeedCounters)>>>;
+
+/// What an engine said, and until when that holds.
+struct Word {
+    /// The registration it belongs to.
+    generation: u64,
+    found: Found,
+    until: Instant,
+}
+
+/// See the module.
+pub struct Feeds {
+    shard: Arc<Shard>,
+    plane: Arc<dyn ControlPlane>,
+    allow: Arc<Allowed>,
+    running: HashMap<RankKey, FeedHandle>,
+    words: HashMap<WorkerIx, Word>,
+    /// Since when a feed has had no owner.
+    orphaned: HashMap<RankKey, Instant>,
+    /// Since when a worker with ranks has been out of the registry.
+    missing: HashMap<WorkerIx, Instant>,
+    board: FeedBoard,
+}
+
+impl Feeds {
+    /// Listens through `plane`; asks engines through `shard`.
+    pub fn new(shard: Arc<Shard>, plane: Arc<dyn ControlPlane>, allow: Arc<Allowed>) -> Self {
+        Self {
+            shard,
+            plane,
+            allow,
+            running: HashMap::new(),
+            words: HashMap::new(),
+            orphaned: HashMap::new(),
+            missing: HashMap::new(),
+            board: FeedBoard::default(),
+        }
+    }
+
+    /// What the feeds did, refreshed with every round.
+    pub fn board(&self) -> FeedBoard {
+        Arc::clone(&self.board)
+    }
+
+    /// Runs until `shutdown`; then gives the feeds up, so that others need not wait for the lease.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut ranks = self.plane.ranks();
+        loop {
+            let round = self.round(&mut ranks);
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break,
+                () = round => {}
+            }
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break,
+                changed = ranks.changed() => if changed.is_err() { break },
+                () = tokio::time::sleep(ROUND) => {}
+            }
+        }
+        for (rank, feed) in self.running.drain() {
+            feed.stop().await;
+            self.plane.tell_cache(CacheCommand::ReleaseFeed { rank });
+        }
+    }
+
+    async fn round(&mut self, changed: &mut watch::Receiver<Arc<Ranks>>) {
+        let ranks = changed.borrow_and_update().clone();
+        let status = self.plane.status();
+        let live: Vec<ReplicaId> = status.members.iter().filter(|m| m.alive).map(|m| m.id).collect();
+        if !live.contains(&status.me) {
+            // No place in the cluster, or no lease: what is owned will be taken away.
+            return;
+        }
+        let view = self.plane.registry();
+        self.stop_what_is_not_ours(&ranks, status.me);
+        let leads = status.members.iter().any(|m| m.id == status.me && m.leads_cache);
+        self.forget_the_removed(&ranks, &view.workers, leads);
+        self.ask_engines(&view.workers, &ranks, status.me, &live).await;
+        let mut claims = Vec::new();
+        for worker in view.workers.iter().filter(|worker| worker.record.online) {
+            for rank in 0..worker.dp_ranks() {
+                let key = RankKey { worker: worker.record.ix, rank };
+                if self.is_wanted(key, &ranks, status.me, &live) {
+                    claims.push((key, Arc::clone(worker)));
+                }
+            }
+        }
+        for (key, worker) in claims.into_iter().take(AT_ONCE) {
+            self.claim(key, &worker, &ranks, status.me).await;
+        }
+        *self.board.lock() = self.running.iter().map(|(key, feed)| (*key, feed.counters())).collect();
+    }
+
+    /// A feed that was taken away, whose worker is gone, or that ended by itself.
+    fn stop_what_is_not_ours(&mut self, ranks: &Ranks, me: ReplicaId) {
+        self.running.retain(|key, feed| {
+            let ours = ranks.get(*key).is_some_and(|record| record.owner == Some(me));
+            ours && !feed.is_finished()
+        });
+    }
+
+    /// The leader forgets workers that left the registry. Not at once: this replica may not have
+    /// heard of a worker that another one listens to already.
+    fn forget_the_removed(&mut self, ranks: &Ranks, workers: &[Arc<WorkerView>], leads: bool) {
+        let known = |ix: WorkerIx| workers.iter().any(|worker| worker.record.ix == ix);
+        let now = Instant::now();
+        self.words.retain(|ix, _| known(*ix));
+        self.missing.retain(|ix, _| !known(*ix) && ranks.of(*ix).next().is_some());
+        for (key, _) in ranks.iter().filter(|(key, _)| !known(key.worker)) {
+            let since = *self.missing.entry(key.worker).or_insert(now);
+            if leads && key.rank == 0 && now.duration_since(since) >= FORGET_AFTER {
+                self.plane.tell_cache(CacheCommand::ForgetWorker { worker: key.worker });
+            }
+        }
+    }
+
+    /// Whether this replica should claim the feed now.
+    fn is_wanted(&mut self, key: RankKey, ranks: &Ranks, me: ReplicaId, live: &[ReplicaId]) -> bool {
+        let owner = ranks.get(key).and_then(|record| record.owner);
+        if owner.is_some_and(|owner| owner != me) {
+            self.orphaned.remove(&key);
+            return false;
+        }
+        if owner == Some(me) {
+            self.orphaned.remove(&key);
+            return !self.running.contains_key(&key);
+        }
+        let since = *self.orphaned.entry(key).or_insert_with(Instant::now);
+        preferred(key, live) == Some(me) || since.elapsed() >= PATIENCE
+    }
+
+    /// Asks the engines whose feeds this replica may have to claim, and of which it knows nothing.
+    async fn ask_engines(
+        &mut self,
+        workers: &[Arc<WorkerView>],
+        ranks: &Ranks,
+        me: ReplicaId,
+        live: &[ReplicaId],
+    ) {
+        use futures_util::StreamExt as _;
+        let now = Instant::now();
+        let mut due = Vec::new();
+        for worker in workers.iter().filter(|worker| worker.record.online) {
+            let key = RankKey { worker: worker.record.ix, rank: 0 };
+            let owner = ranks.get(key).and_then(|record| record.owner);
+            let ours = owner == Some(me) || (owner.is_none() && self.is_wanted(key, ranks, me, live));
+            let word = self.words.get(&worker.record.ix);
+            let knows = word.is_some_and(|w| w.generation == worker.record.generation && w.until > now);
+            if ours && !knows && !self.running.contains_key(&key) {
+                due.push(Arc::clone(worker));
+            }
+        }
+        let shard = &self.shard;
+        let words: Vec<_> = futures_util::stream::iter(due)
+            .map(|worker| async move {
+                let found = sources::of(shard, &worker).await;
+                (worker, found)
+            })
+            .buffer_unordered(AT_ONCE)
+            .collect()
+            .await;
+        for (worker, found) in words {
+            let holds = if matches!(found, Found::Sources(_)) { WORD_HOLDS } else { NO_WORD_HOLDS };
+            let word = Word { generation: worker.record.generation, found, until: Instant::now() + holds };
+            self.words.insert(worker.record.ix, word);
+        }
+    }
+
+    async fn claim(&mut self, key: RankKey, worker: &Arc<WorkerView>, ranks: &Ranks, me: ReplicaId) {
+        let Some(word) = self.words.get(&key.worker) else { return };
+        let source = match &word.found {
+            Found::Sources(found) => found.ranks.iter().find(|source| source.rank == key.rank),
+            Found::Nothing => None,
+            // It may yet tell.
+            Found::Silence => return,
+        };
+        let Some(source) = source.filter(|source| source.listens).cloned() else {
+            if ranks.get(key).is_none() {
+                self.reckon(key, worker);
+            }
+            return;
+        };
+        let from = ranks.get(key).and_then(|record| record.owner).filter(|owner| *owner == me);
+        let claim = CacheCommand::ClaimFeed { rank: key, from };
+        let cursor = match self.plane.propose_cache(claim).await {
+            Ok(CacheOutcome::Feed(cursor)) => cursor,
+            Ok(other) => {
+                return tracing::debug!(worker = %worker.id(), rank = key.rank, ?other, "feed not claimed");
+            }
+            Err(error) => return tracing::debug!(worker = %worker.id(), %error, "feed not claimed"),
+        };
+        let Some(ix) = self.plane.ranks().borrow().get(key).map(|record| record.ix) else { return };
+        tracing::info!(worker = %worker.id(), rank = key.rank, ?cursor, "listening to the engine's KV events");
+        let format = Format { block_size: worker.block_size(), group: 0 };
+        let resolve = Arc::new(sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url));
+        let config = FeedConfig {
+            topic: source.topic,
+            rank: (worker.dp_ranks() > 1).then_some(key.rank),
+            capacity: capacity_of(worker),
+            ..FeedConfig::new(Source::Connect(source.endpoint), source.replay, format, resolve)
+        };
+        let sink = Sink { plane: Arc::clone(&self.plane), key, ix };
+        self.running.insert(key, FeedHandle::spawn(config, cursor, sink));
+    }
+
+    /// An engine that tells nothing: its blocks are reckoned from what is sent to it.
+    fn reckon(&self, rank: RankKey, worker: &WorkerView) {
+        let capacity = Some(capacity_of(worker).unwrap_or(ORDINARY_CAPACITY));
+        let seed = Seed::default();
+        self.plane.tell_cache(CacheCommand::Routed { rank, seed, locals: Bytes::new(), capacity });
+    }
+}
+
+/// Blocks of one rank of a worker, where it says so.
+pub(crate) fn capacity_of(worker: &WorkerView) -> Option<u64> {
+    worker.record.spec.capacity_blocks.map(|blocks| (blocks / u64::from(worker.dp_ranks())).max(1))
+}
+
+/// The replica that a feed had best be with; the same wherever it is reckoned, and few feeds
+/// move when a replica comes or goes.
+fn preferred(key: RankKey, live: &[ReplicaId]) -> Option<ReplicaId> {
+    live.iter().copied().max_by_key(|id| {
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&key.worker.0.to_le_bytes());
+        bytes[4..8].copy_from_slice(&key.rank.to_le_bytes());
+        bytes[8..].copy_from_slice(&id.0.to_le_bytes());
+        xxh3_64(&bytes)
+    })
+}
+
+/// Takes a feed's batches through the log.
+struct Sink {
+    plane: Arc<dyn ControlPlane>,
+    key: RankKey,
+    ix: RankIx,
+}
+
+/// Pause before a batch is proposed again that could not be.
+const AGAIN: Duration = Duration::from_millis(100);
+
+impl FeedSink for Sink {
+    async fn deliver(&self, batch: FeedBatch) -> Delivery {
+        let ops = Bytes::from(wire::encode(&batch.ops));
+        loop {
+            let command = CacheCommand::Events {
+                rank: self.key,
+                after: batch.after,
+                cursor: batch.cursor,
+                ops: ops.clone(),
+            };
+            match self.plane.propose_cache(command).await {
+                Ok(CacheOutcome::Done) => return Delivery::Applied,
+                // Perhaps by an earlier attempt whose answer was lost.
+                Ok(CacheOutcome::Moved(cursor)) if cursor == batch.cursor => return Delivery::Applied,
+                Ok(CacheOutcome::Moved(cursor)) => return Delivery::Moved(cursor),
+                Ok(CacheOutcome::Unknown) => match self.plane.feed_cursor(self.key) {
+                    Some(cursor) => return Delivery::Moved(cursor),
+                    None => return Delivery::Stop,
+                },
+                Ok(CacheOutcome::NotOwner(_) | CacheOutcome::Refused | CacheOutcome::Feed(_)) => {
+                    return Delivery::Stop;
+                }
+                // No leader, or no room: the engine keeps what we do not read.
+                Err(ClusterError::Unavailable { .. } | ClusterError::Overloaded { .. }) => {
+                    tokio::time::sleep(AGAIN).await;
+                }
+                Err(_) => return Delivery::Stop,
+            }
+        }
+    }
+
+    fn seed_of(&self, block: EngineHash) -> Option<Seed> {
+        self.plane.blocks().index.load().seed_of(self.ix, block)
+    }
+}
+
+/// Whether routing should reckon the blocks of a rank from what it sends there, and how many it
+/// holds: what [`CacheCommand::Routed`] wants to know.
+pub(crate) fn reckoned_capacity(ranks: &Ranks, key: RankKey, worker: &WorkerView) -> Option<u64> {
+    let predicted = ranks.get(key).is_some_and(|record| record.knowledge == Knowledge::Predicted);
+    predicted.then(|| capacity_of(worker).unwrap_or(ORDINARY_CAPACITY))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn feeds_are_spread_and_few_move_when_a_replica_goes() {
+        let all = [1, 2, 3].map(ReplicaId);
+        let keys: Vec<RankKey> = (0..300).map(|n| RankKey { worker: WorkerIx(n), rank: n % 2 }).collect();
+        let owners: Vec<_> = keys.iter().map(|key| preferred(*key, &all)).collect();
+        for id in all {
+            let share = owners.iter().filter(|owner| **owner == Some(id)).count();
+            assert!((60..140).contains(&share), "{id:?} has {share} of 300");
+        }
+        for (key, owner) in keys.iter().zip(&owners) {
+            let after = preferred(*key, &all[..2]);
+            assert!(*owner == Some(all[2]) || after == *owner, "a feed of a replica that stays has moved");
+        }
+        assert_eq!(preferred(keys[0], &[]), None);
+    }
+}

@@ -1,0 +1,165 @@
+//! Where an engine's KV events are to be had: what its labels say, or what it says when asked.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::http::{Allowed, Shard, ask_worker};
+use crate::ingest::discover::{self, RankSource, Sources};
+use crate::routing::view::WorkerView;
+use crate::state::worker::EngineKind;
+use crate::zmtp::{Endpoint, Resolve, Resolved};
+
+/// How long an engine may take to say it.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// Labels of a worker that say it in place of the engine: endpoint of rank 0, of its replay
+/// socket, and the topic. Engines before vLLM 0.31 and SGLang 0.5.14 cannot be asked.
+const EVENTS: &str = "kv-events";
+const REPLAY: &str = "kv-replay";
+const TOPIC: &str = "kv-topic";
+
+/// What is known of an engine's events.
+pub enum Found {
+    /// They are here.
+    Sources(Sources),
+    /// It has none.
+    Nothing,
+    /// It did not answer.
+    Silence,
+}
+
+/// Reads a worker's labels, or asks its engine.
+pub async fn of(shard: &Shard, worker: &WorkerView) -> Found {
+    let labels = &worker.record.spec.labels;
+    if let Some(endpoint) = labels.get(EVENTS) {
+        if endpoint == "none" {
+            return Found::Nothing;
+        }
+        let label = |name: &str| labels.get(name).map(String::as_str).filter(|text| !text.is_empty());
+        return match labelled(endpoint, label(REPLAY), label(TOPIC), worker.dp_ranks()) {
+            Ok(sources) => Found::Sources(sources),
+            Err(why) => {
+                tracing::warn!(worker = %worker.id(), why, "label {EVENTS} or {REPLAY} cannot be used");
+                Found::Nothing
+            }
+        };
+    }
+    let host = host_of(&worker.record.spec.url);
+    let asked: &[(&str, Reader)] = match worker.record.spec.engine {
+        EngineKind::Sglang => &[("/server_info", discover::sglang)],
+        _ => &[("/kv_event_sources", discover::vllm), ("/server_info", discover::sglang)],
+    };
+    let mut answered = false;
+    for (path, read) in asked {
+        match ask_worker(shard, worker, path, LIMIT).await {
+            Ok(Some(body)) => match read(&body, host) {
+                Ok(sources) if !sources.ranks.is_empty() => return Found::Sources(sources),
+                Ok(_) => answered = true,
+                Err(why) => {
+                    tracing::debug!(worker = %worker.id(), path, why, "unreadable");
+                    answered = true;
+                }
+            },
+            Ok(None) => answered = true,
+            Err(why) => tracing::debug!(worker = %worker.id(), path, why, "not asked"),
+        }
+    }
+    if answered { Found::Nothing } else { Found::Silence }
+}
+
+type Reader = fn(&[u8], &str) -> Result<Sources, String>;
+
+fn labelled(
+    endpoint: &str,
+    replay: Option<&str>,
+    topic: Option<&str>,
+    ranks: u32,
+) -> Result<Sources, String> {
+    let read = |text: &str| Endpoint::parse(text).map_err(|error| error.to_string());
+    let (endpoint, replay) = (read(endpoint)?, replay.map(read).transpose()?);
+    let beyond = |rank: u32| format!("rank {rank} would be beyond port 65535");
+    let ranks = (0..ranks).map(|rank| {
+        Ok(RankSource {
+            rank,
+            endpoint: endpoint.of_rank(rank).ok_or_else(|| beyond(rank))?,
+            listens: true,
+            replay: match &replay {
+                Some(replay) => Some(replay.of_rank(rank).ok_or_else(|| beyond(rank))?),
+                None => None,
+            },
+            topic: topic.unwrap_or_default().to_owned(),
+            load: None,
+        })
+    });
+    Ok(Sources { ranks: ranks.collect::<Result<_, String>>()?, block_size: None })
+}
+
+/// The host of a worker's URL, without brackets.
+fn host_of(url: &str) -> &str {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let host = rest.rsplit_once(':').map_or(rest, |(host, _)| host);
+    host.trim_start_matches('[').trim_end_matches(']')
+}
+
+/// `workers.allow` for the sockets that engines name: an engine could name any.
+pub struct OnlyAllowed {
+    allow: Arc<Allowed>,
+    /// Files are on this machine, and so must the engine be that names them.
+    is_local: bool,
+}
+
+impl OnlyAllowed {
+    /// For the engine at `url`.
+    pub fn new(allow: Arc<Allowed>, url: &str) -> Self {
+        let host = host_of(url);
+        let is_local = host.parse::<IpAddr>().map_or(host == "localhost", |ip| ip.is_loopback());
+        Self { allow, is_local }
+    }
+}
+
+impl Resolve for OnlyAllowed {
+    fn addresses(&self, host: &str, port: u16) -> Resolved {
+        let (allow, host) = (Arc::clone(&self.allow), host.to_owned());
+        Box::pin(async move { allow.resolve(&host, port).await })
+    }
+
+    fn path(&self, path: &Path) -> std::io::Result<()> {
+        if self.is_local {
+            return Ok(());
+        }
+        let text = format!("{} is on this machine, and the engine is not", path.display());
+        Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_name_the_first_ranks_sockets_and_the_others_follow() {
+        let sources = labelled("tcp://10.0.0.1:5557", Some("tcp://10.0.0.1:6557"), Some("kv"), 2).unwrap();
+        let second = &sources.ranks[1];
+        assert_eq!(second.endpoint, Endpoint::parse("tcp://10.0.0.1:5558").unwrap());
+        assert_eq!(second.replay, Some(Endpoint::parse("tcp://10.0.0.1:6558").unwrap()));
+        assert_eq!((second.topic.as_str(), second.listens), ("kv", true));
+        assert!(labelled("udp://x:1", None, None, 1).is_err());
+        assert!(labelled("tcp://x:65535", None, None, 2).is_err());
+    }
+
+    #[test]
+    fn a_file_is_used_only_if_the_engine_is_on_this_machine() {
+        let path = Path::new("/run/kv.ipc");
+        for (url, local) in [
+            ("http://127.0.0.1:8000", true),
+            ("http://[::1]:8000", true),
+            ("http://localhost:8000", true),
+            ("http://10.0.0.7:8000", false),
+            ("http://engine:8000", false),
+        ] {
+            assert_eq!(OnlyAllowed::new(Arc::default(), url).path(path).is_ok(), local, "{url}");
+        }
+    }
+}
