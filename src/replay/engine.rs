@@ -205,7 +205,7 @@ impl Engine {
                 outcomes.push(Outcome::Ended { request });
                 let full = u64::from((asked.input + running.output) / block) - asked.hashes.len() as u64;
                 cache.release(&asked.hashes, running.nameless, full);
-            } else if (asked.input + running.output) % block == 0 {
+            } else if (asked.input + running.output).is_multiple_of(block) {
                 outcomes.push(Outcome::Grown { request });
             }
         }

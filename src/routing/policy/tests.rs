@@ -13,7 +13,7 @@ use crate::kv::types::RankIx;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::cost::choose;
 use crate::routing::select::{Filtered, Limits, NoWorker, Overload, Selection, explain, select};
-use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
+use crate::routing::view::{RegistryView, WorkerLive};
 use crate::state::worker::{Liveness, WorkerRecord, WorkerRole, WorkerSource, WorkerSpec};
 
 fn worker(n: u32, dp_ranks: u32, weight: u32) -> Arc<WorkerView> {
@@ -221,7 +221,7 @@ fn bounded_load_stays_bounded_when_all_ask_the_same() {
         let most = (1.25 * sent as f64 / 5.0).ceil() as i64;
         assert!(counts.iter().all(|count| *count <= most), "{counts:?} after {sent}");
     }
-    assert!(counts.iter().any(|count| *count == 125), "the key's home is full: {counts:?}");
+    assert!(counts.contains(&125), "the key's home is full: {counts:?}");
 }
 
 #[test]
