@@ -57,6 +57,7 @@ pub struct Builder {
     replicas: usize,
     engines: usize,
     settings: Vec<String>,
+    config: Option<String>,
     engine_args: Vec<String>,
 }
 
@@ -70,6 +71,12 @@ impl Builder {
     /// A setting of every replica, as `section.key=value`.
     pub fn set(mut self, setting: &str) -> Self {
         self.settings.push(setting.to_owned());
+        self
+    }
+
+    /// The configuration file of every replica, for what no setting can say.
+    pub fn config(mut self, text: &str) -> Self {
+        self.config = Some(text.to_owned());
         self
     }
 
@@ -87,7 +94,12 @@ impl Builder {
         let peers: Vec<String> = endpoints.iter().map(|e| format!("{}={}", e.name, e.peer)).collect();
         let mut more = vec!["--peers".to_owned(), peers.join(",")];
         let settings = self.settings.iter().flat_map(|setting| ["--set".to_owned(), setting.clone()]);
-        let settings: Vec<String> = settings.collect();
+        let mut settings: Vec<String> = settings.collect();
+        if let Some(text) = &self.config {
+            let file = folder.path().join("everline.toml");
+            std::fs::write(&file, text).expect("a file can be written");
+            settings.extend(["--config".to_owned(), file.display().to_string()]);
+        }
         more.extend_from_slice(&settings);
         let replicas: Vec<Replica> =
             endpoints.into_iter().map(|e| Replica::new(e, folder.path(), &more)).collect();
@@ -131,6 +143,7 @@ impl Fleet {
             engines: 0,
             // A test that stops replicas does not want to wait for idle connections.
             settings: vec!["http.shutdown_grace_ms=3000".to_owned(), "http.drain_settle_ms=0".to_owned()],
+            config: None,
             engine_args: Vec::new(),
         }
     }

@@ -14,6 +14,7 @@ mod leader_kill;
 mod liveness;
 mod loads;
 mod quorum;
+mod real_engine;
 mod rolling;
 mod sdk;
 mod seen;
