@@ -275,7 +275,8 @@ async fn what_is_expected_to_be_cached_is_what_a_real_vllm_has_cached() {
         .map(|(id, events)| Vllm::new(id, &installed, folder.path(), BLOCKS, &events));
     engines.iter_mut().for_each(Vllm::start);
     for engine in &mut engines {
-        println!("{} well after {:.0} s", engine.id, engine.ready().await.as_secs_f32());
+        let took = engine.ready().await;
+        println!("{} well after {:.0} s", engine.id, took.as_secs_f32());
     }
 
     let directory = format!("directory = \"{}\"", installed.join("tiny-model").display());
