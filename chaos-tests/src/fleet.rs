@@ -58,6 +58,7 @@ pub struct Builder {
     engines: usize,
     settings: Vec<String>,
     engine_args: Vec<String>,
+    kv_events: bool,
 }
 
 impl Builder {
@@ -76,6 +77,12 @@ impl Builder {
     /// An argument of every engine.
     pub fn engine_arg(mut self, arg: &str) -> Self {
         self.engine_args.push(arg.to_owned());
+        self
+    }
+
+    /// Every engine publishes its KV events, and can say them again.
+    pub fn kv_events(mut self) -> Self {
+        self.kv_events = true;
         self
     }
 
@@ -103,6 +110,15 @@ impl Builder {
         let mut args: Vec<String> =
             ["engine-sim", "--listen", &address.to_string(), "--model", MODEL].map(str::to_owned).into();
         args.extend_from_slice(&self.engine_args);
+        if self.kv_events {
+            let config = serde_json::json!({
+                "enable_kv_cache_events": true,
+                "publisher": "zmq",
+                "endpoint": format!("tcp://*:{}", free_address().port()),
+                "replay_endpoint": format!("tcp://*:{}", free_address().port()),
+            });
+            args.extend(["--kv-events-config".to_owned(), config.to_string()]);
+        }
         Engine { log: folder.join(format!("{id}.log")), id, address, args, process: None }
     }
 }
@@ -132,6 +148,7 @@ impl Fleet {
             // A test that stops replicas does not want to wait for idle connections.
             settings: vec!["http.shutdown_grace_ms=3000".to_owned(), "http.drain_settle_ms=0".to_owned()],
             engine_args: Vec::new(),
+            kv_events: false,
         }
     }
 
