@@ -59,6 +59,7 @@ pub struct Builder {
     settings: Vec<String>,
     config: Option<String>,
     engine_args: Vec<String>,
+    kv_events: bool,
 }
 
 impl Builder {
@@ -83,6 +84,12 @@ impl Builder {
     /// An argument of every engine.
     pub fn engine_arg(mut self, arg: &str) -> Self {
         self.engine_args.push(arg.to_owned());
+        self
+    }
+
+    /// Every engine publishes its KV events, and can say them again.
+    pub fn kv_events(mut self) -> Self {
+        self.kv_events = true;
         self
     }
 
@@ -115,6 +122,15 @@ impl Builder {
         let mut args: Vec<String> =
             ["engine-sim", "--listen", &address.to_string(), "--model", MODEL].map(str::to_owned).into();
         args.extend_from_slice(&self.engine_args);
+        if self.kv_events {
+            let config = serde_json::json!({
+                "enable_kv_cache_events": true,
+                "publisher": "zmq",
+                "endpoint": format!("tcp://*:{}", free_address().port()),
+                "replay_endpoint": format!("tcp://*:{}", free_address().port()),
+            });
+            args.extend(["--kv-events-config".to_owned(), config.to_string()]);
+        }
         Engine { log: folder.join(format!("{id}.log")), id, address, args, process: None }
     }
 }
@@ -145,6 +161,7 @@ impl Fleet {
             settings: vec!["http.shutdown_grace_ms=3000".to_owned(), "http.drain_settle_ms=0".to_owned()],
             config: None,
             engine_args: Vec::new(),
+            kv_events: false,
         }
     }
 

@@ -10,6 +10,7 @@ mod hijack;
 mod hostile_clients;
 mod hostile_workers;
 mod keys;
+mod kv;
 mod leader_kill;
 mod liveness;
 mod loads;
