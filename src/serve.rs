@@ -39,6 +39,7 @@ use crate::http::{
 };
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
+use crate::routing::select::Overload;
 use crate::state::command::ReplicaInfo;
 use crate::telemetry::trace::{TraceOptions, Tracing};
 use feeds::Feeds;
@@ -448,6 +449,10 @@ fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
             first_byte_timeout: ms(proxy.first_byte_timeout_ms),
             idle_timeout: ms(proxy.idle_timeout_ms),
             total_timeout: ms(proxy.total_timeout_ms),
+            overload: Overload {
+                prefill_tokens: Some(proxy.overload_prefill_tokens).filter(|most| *most > 0),
+                kv_share: Some(f64::from(proxy.overload_kv_percent) / 100.0).filter(|share| *share > 0.0),
+            },
             ..ProxyOptions::default()
         },
         pool: PoolOptions::default(),

@@ -248,6 +248,10 @@ sections! {
         breaker_max_open_ms: u64 = 30_000, Kind::int("ms", 1, HOUR_MS);
         /// Requests a worker should have at once, over the whole cluster, where its registration does not say (`max_requests`). More wait.
         max_requests_per_worker: u32 = 8_192, Kind::int("requests", 1, 1_000_000);
+        /// A worker with more prompt tokens waiting for their prefill than this is left out while others have fewer; 0 means never.
+        overload_prefill_tokens: u64 = 0, Kind::int("tokens", 0, 1_000_000_000_000);
+        /// A worker of whose KV blocks running requests hold more than this is left out while others are below; 0 means never. Known only of workers that say how many blocks they have.
+        overload_kv_percent: u32 = 0, Kind::int("percent", 0, 100);
         /// Most requests that wait at this replica because all workers have as many as they should; further ones get 429.
         queue_max: u32 = 1_024, Kind::int("requests", 0, 1_000_000);
         /// A waiting request gets 429 after this time.

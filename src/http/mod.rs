@@ -24,6 +24,7 @@ mod errors;
 mod fetch;
 mod front;
 mod gauges;
+mod growth;
 mod head;
 mod headers;
 mod health;

@@ -190,7 +190,7 @@ impl Overload {
     fn has(&self, candidate: &Candidate<'_>) -> bool {
         let load = &candidate.load;
         let prefill = self.prefill_tokens.is_some_and(|most| load.prefill_tokens > most as i64);
-        let capacity = candidate.worker.record.spec.capacity_blocks;
+        let capacity = candidate.worker.rank_capacity();
         let blocks = self
             .kv_share
             .zip(capacity)
