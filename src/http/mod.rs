@@ -42,6 +42,7 @@ mod pump;
 mod queue;
 mod register;
 mod relay;
+mod reserving;
 mod retry;
 mod routes;
 mod server;

@@ -263,7 +263,7 @@ impl Feeds {
 
 /// The replica that a feed had best be with; the same wherever it is reckoned, and few feeds
 /// move when a replica comes or goes.
-fn preferred(key: RankKey, live: &[ReplicaId]) -> Option<ReplicaId> {
+pub(super) fn preferred(key: RankKey, live: &[ReplicaId]) -> Option<ReplicaId> {
     live.iter().copied().max_by_key(|id| {
         let mut bytes = [0; 16];
         bytes[..4].copy_from_slice(&key.worker.0.to_le_bytes());
@@ -302,9 +302,7 @@ impl FeedSink for Sink {
                     Some(cursor) => return Delivery::Moved(cursor),
                     None => return Delivery::Stop,
                 },
-                Ok(CacheOutcome::NotOwner(_) | CacheOutcome::Refused | CacheOutcome::Feed(_)) => {
-                    return Delivery::Stop;
-                }
+                Ok(_) => return Delivery::Stop,
                 // No leader, or no room: the engine keeps what we do not read.
                 Err(ClusterError::Unavailable { .. } | ClusterError::Overloaded { .. }) => {
                     tokio::time::sleep(AGAIN).await;
