@@ -171,10 +171,12 @@ async fn serve(
 
     let feeds =
         Feeds::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), Arc::clone(&front.config.allow));
+    let sockets = feeds.loads();
     let feeds = tokio::spawn(feeds.run(shutdown.clone()));
 
     if config.kv.scrape_ms > 0 {
-        let loads = Loads::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), ms(config.kv.scrape_ms));
+        let every = ms(config.kv.scrape_ms);
+        let loads = Loads::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), every, sockets);
         tokio::spawn(loads.run(shutdown.clone()));
     }
 

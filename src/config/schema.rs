@@ -274,7 +274,7 @@ sections! {
     "kv" => KvConfig {
         /// Where the token ids of a prompt come from if its model has no `[[model]]` entry: `engine` asks one that serves it (`POST /tokenize`; answers are kept), `text` compares pieces of text, which meet only what this cluster has sent itself and never an engine's events.
         default_mode: PromptMode = PromptMode::Engine, Kind::Choice(PromptMode::WITHOUT_FILES);
-        /// Time between two looks at an engine's own figures (`/metrics`). Where it has more to do than the cluster gave it, three times in a row, that counts as load. One replica looks at each engine. 0 never looks.
+        /// Time between two looks at an engine's own figures (SGLang's load sockets, or `/metrics`). Where it has more to do than the cluster gave it, three times in a row, that counts as load. One replica looks at each engine. 0 never looks.
         scrape_ms: u64 = 2_000, Kind::int("ms", 0, HOUR_MS);
         /// Threads that tokenise prompts.
         tokenize_threads: u32 = 2, Kind::int("threads", 1, 256);

@@ -20,14 +20,16 @@ use crate::cluster::api::{ClusterError, ControlPlane};
 use crate::http::{Allowed, Shard};
 use crate::ids::{ReplicaId, WorkerIx};
 use crate::ingest::discover::RankSource;
+use crate::ingest::load::LoadFeed;
 use crate::ingest::{Delivery, FeedBatch, FeedConfig, FeedCounters, FeedHandle, FeedSink, Source};
-use crate::kv::event::Format;
+use crate::kv::event::{Format, LoadStat};
 use crate::kv::hash::Seed;
 use crate::kv::types::{EngineHash, RankIx};
 use crate::kv::wire;
 use crate::routing::view::{ORDINARY_CAPACITY, WorkerView};
 use crate::state::command::{CacheCommand, CacheOutcome};
 use crate::state::ranks::{RankKey, Ranks};
+use crate::zmtp::Resolve;
 
 /// How often everything is looked at where nothing says that it changed.
 const ROUND: Duration = Duration::from_millis(500);
@@ -52,6 +54,9 @@ const AT_ONCE: usize = 16;
 
 /// What is told of the feeds to whoever asks.
 pub type FeedBoard = Arc<parking_lot::Mutex<Vec<(RankKey, FeedCounters)>>>;
+
+/// What the ranks that we listen to said last of their load, where they publish it.
+pub type LoadBoard = Arc<parking_lot::Mutex<HashMap<RankKey, LoadStat>>>;
 
 /// What an engine said, and until when that holds.
 struct Word {
@@ -90,6 +95,8 @@ struct Running {
     plan: Plan,
     /// How often it had lost its connection, or not got one, when its engine last answered.
     disconnects: u64,
+    /// Its load, if it publishes that.
+    load: Option<LoadFeed>,
 }
 
 /// See the module.
@@ -104,6 +111,7 @@ pub struct Feeds {
     /// Since when a worker with ranks has been out of the registry.
     missing: HashMap<WorkerIx, Instant>,
     board: FeedBoard,
+    loads: LoadBoard,
 }
 
 impl Feeds {
@@ -118,12 +126,18 @@ impl Feeds {
             orphaned: HashMap::new(),
             missing: HashMap::new(),
             board: FeedBoard::default(),
+            loads: LoadBoard::default(),
         }
     }
 
     /// What the feeds did, refreshed with every round.
     pub fn board(&self) -> FeedBoard {
         Arc::clone(&self.board)
+    }
+
+    /// What the ranks said last of their load, refreshed with every round.
+    pub fn loads(&self) -> LoadBoard {
+        Arc::clone(&self.loads)
     }
 
     /// Runs until `shutdown`; then gives the feeds up, so that others need not wait for the lease.
@@ -176,6 +190,11 @@ impl Feeds {
         }
         *self.board.lock() =
             self.running.iter().map(|(key, running)| (*key, running.feed.counters())).collect();
+        *self.loads.lock() = self
+            .running
+            .iter()
+            .filter_map(|(key, running)| Some((*key, running.load.as_ref()?.newest()?)))
+            .collect();
     }
 
     /// A feed that was taken away, whose worker is gone, or that ended by itself.
@@ -316,17 +335,20 @@ impl Feeds {
         tracing::info!(worker = %worker.id(), rank = key.rank, ?cursor, "listening to the engine's KV events");
         let plan = Plan::new(source, worker);
         let format = Format { block_size: plan.block_size, group: 0 };
-        let resolve = Arc::new(sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url));
+        let resolve: Arc<dyn Resolve> =
+            Arc::new(sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url));
         let RankSource { endpoint, replay, topic, .. } = plan.source.clone();
         let config = FeedConfig {
             topic,
             rank: plan.only,
             capacity: plan.capacity,
-            ..FeedConfig::new(Source::Connect(endpoint), replay, format, resolve)
+            ..FeedConfig::new(Source::Connect(endpoint), replay, format, resolve.clone())
         };
         let sink = Sink { plane: Arc::clone(&self.plane), key, ix };
+        let load = plan.source.load.clone();
+        let load = load.map(|(endpoint, topic)| LoadFeed::spawn(endpoint, &topic, resolve));
         let feed = FeedHandle::spawn(config, cursor, sink);
-        self.running.insert(key, Running { feed, plan, disconnects: 0 });
+        self.running.insert(key, Running { feed, plan, disconnects: 0, load });
     }
 
     /// An engine that tells nothing: its blocks are reckoned from what is sent to it.

@@ -3,7 +3,8 @@
 //! An engine may have more to do than this cluster gave it: another router sends to it, too, or it
 //! still works for clients that are gone. Where it says so for [`IN_A_ROW`] looks, the difference
 //! becomes a correction that all replicas add to its load. One replica looks at each worker: the
-//! one that listens to its events, or would. Less than is booked is no reason: requests are on
+//! one that listens to its events, or would. It goes by the load sockets of the ranks (SGLang), if
+//! it listens to all of them, and asks for `/metrics` otherwise. Less than is booked is no reason: requests are on
 //! their way, and answers too.
 
 use std::collections::{HashMap, VecDeque};
@@ -13,11 +14,12 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
-use super::feeds::preferred;
+use super::feeds::{LoadBoard, preferred};
 use crate::cluster::api::ControlPlane;
 use crate::engines::probe::{EngineLoad, parse_load};
 use crate::http::{Shard, ask_worker};
 use crate::ids::{ReplicaId, WorkerIx};
+use crate::kv::event::LoadStat;
 use crate::routing::view::WorkerView;
 use crate::state::command::CacheCommand;
 use crate::state::load::LoadSum;
@@ -82,13 +84,20 @@ pub(super) struct Loads {
     shard: Arc<Shard>,
     plane: Arc<dyn ControlPlane>,
     every: Duration,
+    /// What the ranks' load sockets said.
+    sockets: LoadBoard,
     looks: HashMap<WorkerIx, Looks>,
 }
 
 impl Loads {
-    /// Looks through `shard` as often as that, and tells `plane`.
-    pub(super) fn new(shard: Arc<Shard>, plane: Arc<dyn ControlPlane>, every: Duration) -> Self {
-        Self { shard, plane, every, looks: HashMap::new() }
+    /// Looks through `shard`, and at `sockets`, as often as that; tells `plane`.
+    pub(super) fn new(
+        shard: Arc<Shard>,
+        plane: Arc<dyn ControlPlane>,
+        every: Duration,
+        sockets: LoadBoard,
+    ) -> Self {
+        Self { shard, plane, every, sockets, looks: HashMap::new() }
     }
 
     /// Looks until `shutdown`. What was told is forgotten by the cluster with this replica's lease.
@@ -116,10 +125,14 @@ impl Loads {
             .cloned()
             .collect();
         self.looks.retain(|ix, _| ours.iter().any(|worker| worker.record.ix == *ix));
-        let shard = &self.shard;
+        let (shard, sockets) = (&self.shard, &self.sockets);
         let answers: Vec<_> = futures_util::stream::iter(ours)
             .map(|worker| async move {
-                let load = ask(shard, &worker).await;
+                let published = published(&sockets.lock(), &worker);
+                let load = match published {
+                    Some(load) => Some(load),
+                    None => ask(shard, &worker).await,
+                };
                 (worker, load)
             })
             .buffer_unordered(AT_ONCE)
@@ -151,6 +164,18 @@ fn is_ours(worker: &WorkerView, ranks: &Ranks, me: ReplicaId, live: &[ReplicaId]
     let key = RankKey { worker: worker.record.ix, rank: 0 };
     let owner = ranks.get(key).and_then(|record| record.owner);
     owner.or_else(|| preferred(key, live)) == Some(me)
+}
+
+/// What a worker's ranks said of their load, if all of them did.
+fn published(said: &HashMap<RankKey, LoadStat>, worker: &WorkerView) -> Option<EngineLoad> {
+    let mut load = EngineLoad { requests: 0, kv_usage: Some(0.0) };
+    for rank in 0..worker.dp_ranks() {
+        let stat = said.get(&RankKey { worker: worker.record.ix, rank })?;
+        load.requests = load.requests.saturating_add(stat.running).saturating_add(stat.waiting);
+        let usage = (stat.max_tokens > 0).then(|| stat.tokens as f64 / stat.max_tokens as f64);
+        load.kv_usage = load.kv_usage.zip(usage).map(|(sum, usage)| sum + usage.min(1.0));
+    }
+    Some(load)
 }
 
 async fn ask(shard: &Shard, worker: &WorkerView) -> Option<EngineLoad> {
@@ -211,6 +236,53 @@ mod tests {
         }
         assert_eq!(after(&[(119, 0); 5], load(100, 0)).1, 0);
         assert_eq!(after(&[(40, 0), (41, 0), (40, 0), (42, 0), (43, 0), (42, 0)], load(0, 0)).1, 1);
+    }
+
+    #[test]
+    fn the_load_of_published_ranks_is_summed_if_all_of_them_say_it() {
+        use crate::state::worker::{Liveness, WorkerRecord, WorkerSource, WorkerSpec};
+        let spec = WorkerSpec {
+            id: crate::ids::WorkerId("w".into()),
+            url: "http://127.0.0.1:9".to_owned(),
+            engine: Default::default(),
+            models: Vec::new(),
+            role: Default::default(),
+            dp_ranks: 2,
+            block_size: None,
+            capacity_blocks: Some(200),
+            labels: Default::default(),
+            weight: 100,
+            http2: false,
+            max_requests: None,
+            owner: None,
+            source: WorkerSource::Admin,
+        };
+        let record = WorkerRecord {
+            spec,
+            ix: WorkerIx(4),
+            drain: false,
+            online: true,
+            liveness: Liveness::Probe,
+            last_heard_ms: 0,
+            generation: 1,
+            failed_by: Default::default(),
+        };
+        let worker = WorkerView { record, live: Arc::default() };
+        let key = |rank| RankKey { worker: WorkerIx(4), rank };
+        let stat = |running, waiting, tokens| LoadStat {
+            running,
+            waiting,
+            tokens,
+            max_tokens: 1000,
+            rank: None,
+            waiting_uncached_tokens: None,
+        };
+        let mut ranks = HashMap::from([(key(0), stat(3, 1, 500))]);
+        assert_eq!(published(&ranks, &worker), None);
+        ranks.insert(key(1), stat(2, 0, 250));
+        let sum = published(&ranks, &worker).unwrap();
+        assert_eq!(sum, EngineLoad { requests: 6, kv_usage: Some(0.75) });
+        assert_eq!(said(&sum, &worker, LoadSum::default()), load(6, 75), "of 100 blocks a rank");
     }
 
     #[test]

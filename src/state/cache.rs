@@ -190,8 +190,9 @@ impl CacheState {
 
     fn release(&mut self, replica: ReplicaId) {
         self.ranks_changed |= self.ranks.disown(replica);
-        let theirs = self.corrections.extract_if(.., |_, (by, _)| *by == replica);
-        self.changed.extend(theirs.map(|(worker, _)| worker));
+        let theirs = self.corrections.iter().filter(|(_, (by, _))| *by == replica);
+        self.changed.extend(theirs.map(|(worker, _)| *worker));
+        self.corrections.retain(|_, (by, _)| *by != replica);
         let Some(column) = self.columns.get(&replica) else { return };
         let held: Vec<_> = column.cells.iter().map(|(worker, cell)| (*worker, *cell)).collect();
         for (worker, cell) in held {

@@ -579,9 +579,8 @@ async fn with_no_word_from_the_cluster_a_linearizable_request_is_sent_all_the_sa
 
 #[tokio::test]
 async fn a_session_is_bound_once_and_a_named_worker_does_not_move_it() {
-    let mut config = FrontConfig::default();
-    config.policy = crate::routing::policy::by_name("consistent_hash").unwrap();
-    let front = start(config);
+    let policy = crate::routing::policy::by_name("consistent_hash").unwrap();
+    let front = start(FrontConfig { policy, ..FrontConfig::default() });
     let ask = async |header: &str| {
         let body = r#"{"model":"m","messages":[{"role":"user","content":"hello"}]}"#;
         let response = exchange(front.address, request("POST", "/v1/chat/completions", header, body)).await;
