@@ -276,6 +276,8 @@ sections! {
         default_mode: PromptMode = PromptMode::Engine, Kind::Choice(PromptMode::WITHOUT_FILES);
         /// Time between two looks at an engine's own figures (SGLang's load sockets, or `/metrics`). Where it has more to do than the cluster gave it, three times in a row, that counts as load. One replica looks at each engine. 0 never looks.
         scrape_ms: u64 = 2_000, Kind::int("ms", 0, HOUR_MS);
+        /// `tcp://host:port` where engines connect that are told to publish their KV events to a router (vLLM: an endpoint without `*`). Their workers have the labels `kv-events=hub` and `kv-topic=...`. There is no authentication: loopback, or a network you trust and `http.insecure = true`.
+        listen: Option<String> = None, Kind::Text;
         /// Threads that tokenise prompts.
         tokenize_threads: u32 = 2, Kind::int("threads", 1, 256);
         /// Requests that wait for one of them; further ones are routed without knowing their prefix.
