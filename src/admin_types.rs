@@ -1,5 +1,7 @@
 //! What the admin listener says and takes, as JSON: shared by the server, the CLI and tests.
 
+mod routing;
+
 use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
 
@@ -8,6 +10,11 @@ use serde::{Deserialize, Serialize};
 use crate::cluster::api::{ClusterStatus, MemberStatus};
 use crate::ids::WorkerId;
 use crate::state::worker::{EngineKind, Liveness, ServedModel, WorkerRole, WorkerSource, WorkerSpec};
+
+pub use self::routing::{
+    CandidateReply, CostReply, ExplainReply, ExplainRequest, FeedStatus, IndexCounters, IndexReply, Known,
+    MOST_EXPLAINED, RankStatus, TierBlocks,
+};
 
 /// `GET /v1/admin/status`
 #[derive(Clone, Serialize, Deserialize, Debug)]

@@ -6,6 +6,7 @@ pub mod breaker;
 pub mod cost;
 pub mod policy;
 pub mod recent;
+pub mod rehearse;
 pub mod select;
 pub mod stale;
 #[cfg(test)]

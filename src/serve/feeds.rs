@@ -19,7 +19,7 @@ use super::sources::{self, Found};
 use crate::cluster::api::{ClusterError, ControlPlane};
 use crate::http::{Allowed, Shard};
 use crate::ids::{ReplicaId, WorkerIx};
-use crate::ingest::{Delivery, FeedBatch, FeedConfig, FeedCounters, FeedHandle, FeedSink, Source};
+use crate::ingest::{Delivery, FeedBatch, FeedBoard, FeedConfig, FeedHandle, FeedSink, Source};
 use crate::kv::event::Format;
 use crate::kv::hash::Seed;
 use crate::kv::types::{EngineHash, RankIx};
@@ -45,9 +45,6 @@ const FORGET_AFTER: Duration = Duration::from_secs(5);
 /// Claims and questions to engines under way at once.
 const AT_ONCE: usize = 16;
 
-/// What is told of the feeds to whoever asks.
-pub type FeedBoard = Arc<parking_lot::Mutex<Vec<(RankKey, FeedCounters)>>>;
-
 /// What an engine said, and until when that holds.
 struct Word {
     /// The registration it belongs to.
@@ -71,8 +68,10 @@ pub struct Feeds {
 }
 
 impl Feeds {
-    /// Listens through `plane`; asks engines through `shard`.
+    /// Listens through `plane`; asks engines through `shard`, and tells of its feeds on the board
+    /// of its front, refreshed with every round.
     pub fn new(shard: Arc<Shard>, plane: Arc<dyn ControlPlane>, allow: Arc<Allowed>) -> Self {
+        let board = Arc::clone(&shard.front.feeds);
         Self {
             shard,
             plane,
@@ -81,13 +80,8 @@ impl Feeds {
             words: HashMap::new(),
             orphaned: HashMap::new(),
             missing: HashMap::new(),
-            board: FeedBoard::default(),
+            board,
         }
-    }
-
-    /// What the feeds did, refreshed with every round.
-    pub fn board(&self) -> FeedBoard {
-        Arc::clone(&self.board)
     }
 
     /// Runs until `shutdown`; then gives the feeds up, so that others need not wait for the lease.
