@@ -114,6 +114,9 @@ impl<'a> Attempts<'a> {
             let booking = self.book(&selection);
             self.asked.placing.sent_to(&self.shard.front, &selection);
             let cached = self.asked.placing.cached_tokens(&selection);
+            if let Some(cached) = cached {
+                self.tracked.placed(self.asked.placing.prompt_tokens, cached);
+            }
             let Selection { worker, rank, .. } = selection;
             if let Some(model) = &self.asked.model {
                 self.tracked.set_model(model);
@@ -178,7 +181,11 @@ impl<'a> Attempts<'a> {
     }
 
     fn select(&self) -> Result<Selection, NoWorker> {
-        self.asked.placing.choose(&self.shard.front, self.asked.model.as_deref(), &self.tried)
+        let (front, placing) = (&self.shard.front, &self.asked.placing);
+        let began = std::time::Instant::now();
+        let selection = placing.choose(front, self.asked.model.as_deref(), &self.tried);
+        self.tracked.selected(placing.policy_name(front), began.elapsed());
+        selection
     }
 
     /// Waits for room at a worker, first come, first served.

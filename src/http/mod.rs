@@ -30,6 +30,7 @@ mod headers;
 mod health;
 mod index;
 mod keys;
+mod knowledge;
 mod metrics;
 mod models;
 mod nodes;

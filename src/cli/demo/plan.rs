@@ -19,6 +19,10 @@ const DEFAULT_ADMIN_PORT: u16 = 8081;
 /// The balancer's name among the children.
 pub(super) const BALANCER: &str = "balancer";
 
+/// Engines tell of their KV caches, at ports that they say when asked.
+const KV_EVENTS: &str =
+    r#"{"enable_kv_cache_events": true, "endpoint": "tcp://*:0", "replay_endpoint": "tcp://*:0"}"#;
+
 /// A replica's addresses and files.
 #[derive(Debug)]
 pub(super) struct Replica {
@@ -120,8 +124,9 @@ impl Plan {
         }
         drop(held);
         for engine in &layout.engines {
-            let args =
-                ["engine-sim", "--listen", &engine.address.to_string(), "--model", MODEL].map(str::to_owned);
+            let listen = engine.address.to_string();
+            let args = ["engine-sim", "--listen", &listen, "--model", MODEL, "--kv-events-config", KV_EVENTS]
+                .map(str::to_owned);
             children.start(&engine.name, layout.recipe(&engine.name, args.into()))?;
         }
         for replica in &layout.replicas {
