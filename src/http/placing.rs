@@ -172,9 +172,9 @@ impl Placing {
         let Some(blocks) = self.blocks(worker.block_size()).filter(|b| !b.key.hashes.is_empty()) else {
             return;
         };
-        let Some(ix) = worker.live.ranks().get(selection.rank as usize).copied() else { return };
         let (seed, hashes) = (blocks.key.seed, &blocks.key.hashes);
-        if ix != NOT_SCORED {
+        let ix = worker.live.ranks().get(selection.rank as usize).copied();
+        if let Some(ix) = ix.filter(|ix| *ix != NOT_SCORED) {
             front.control.blocks().recent.note(ix, seed, hashes);
         }
         let locals: Vec<u8> = hashes.iter().flat_map(|hash| hash.0.to_le_bytes()).collect();
@@ -182,7 +182,7 @@ impl Placing {
             rank: RankKey { worker: worker.record.ix, rank: selection.rank },
             seed,
             locals: locals.into(),
-            capacity: worker.reckoned_capacity(),
+            capacity: worker.reckoned_capacity(selection.rank),
         });
     }
 
