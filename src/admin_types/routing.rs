@@ -172,6 +172,19 @@ pub struct RankStatus {
     pub feed: Option<FeedStatus>,
 }
 
+/// What is known of a worker's cache, its ranks together.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct CacheStatus {
+    /// Blocks that it holds.
+    pub blocks: u64,
+    /// How they are known.
+    pub known: Known,
+    /// Whether some rank's are known in part only.
+    pub recovering: bool,
+    /// Names of the replicas that listen to its events.
+    pub owners: Vec<String>,
+}
+
 /// A feed of KV events, since the answering replica began to listen.
 #[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq, Default)]
 pub struct FeedStatus {

@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use super::front::Front;
-use crate::admin_types::{FeedStatus, IndexCounters, IndexReply, Known, RankStatus};
+use crate::admin_types::{CacheStatus, FeedStatus, IndexCounters, IndexReply, Known, RankStatus};
 use crate::cluster::api::MemberStatus;
-use crate::ids::WorkerIx;
+use crate::ids::{WorkerId, WorkerIx};
 use crate::ingest::FeedCounters;
 use crate::state::ranks::{Knowledge, RankKey};
 
@@ -58,6 +58,25 @@ pub(super) fn index(front: &Front) -> IndexReply {
         },
         ranks,
     }
+}
+
+/// What is known of each worker's cache, from the ranks of [`index`].
+pub(super) fn caches(ranks: &[RankStatus]) -> HashMap<WorkerId, CacheStatus> {
+    let mut caches: HashMap<WorkerId, CacheStatus> = HashMap::new();
+    for rank in ranks {
+        let Some(worker) = &rank.worker else { continue };
+        let empty = || CacheStatus { blocks: 0, known: rank.known, recovering: false, owners: Vec::new() };
+        let cache = caches.entry(worker.clone()).or_insert_with(empty);
+        cache.blocks += rank.blocks;
+        cache.recovering |= rank.recovering;
+        if rank.known == Known::Events {
+            cache.known = Known::Events;
+        }
+        cache.owners.extend(
+            rank.owner.iter().filter(|name| !cache.owners.contains(name)).cloned().collect::<Vec<_>>(),
+        );
+    }
+    caches
 }
 
 fn feed(counters: &FeedCounters) -> FeedStatus {

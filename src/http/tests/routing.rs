@@ -202,3 +202,34 @@ async fn the_index_is_shown_with_its_counts() {
     assert_eq!((status(&answer), &reply["name"]), (200, &json!("r1")), "{answer}");
     assert_eq!((&reply["counters"]["blocks"], &reply["counters"]["worker_blocks"]), (&json!(3), &json!(3)));
 }
+
+#[tokio::test]
+async fn choices_caches_and_feeds_are_counted() {
+    use crate::ids::WorkerIx;
+    use crate::ingest::FeedCounters;
+    use crate::state::ranks::RankKey;
+    let (front, _) = knowing().await;
+    for headers in ["", "everline-policy: random\r\neverline-trace: 1\r\neverline-worker: b\r\n"] {
+        send(&front, headers, &json!({})).await;
+    }
+    let key = RankKey { worker: WorkerIx(2), rank: 0 };
+    let counters = FeedCounters { connected: true, messages: 7, ..FeedCounters::default() };
+    let unknown = RankKey { worker: WorkerIx(99), rank: 0 };
+    *front.front.feeds.lock() = vec![(unknown, counters.clone()), (key, counters)];
+    let text = exchange(front.address, request("GET", "/metrics", "", "")).await;
+    for sample in [
+        "everline_selections_total{policy=\"kv_cost\"} 1",
+        "everline_selections_total{policy=\"random\"} 1",
+        "everline_selections_total{policy=\"least_loaded\"} 0",
+        "everline_selection_duration_seconds_count 2",
+        "everline_prompt_tokens_sum 144.0",
+        "everline_prompt_cached_tokens_sum 96.0",
+        "everline_index_blocks 3",
+        "everline_feed_connected{worker=\"b\",rank=\"0\"} 1",
+        "everline_feed_messages_total{worker=\"b\",rank=\"0\"} 7",
+        "everline_tokenizer_prompts_total{model=\"_other\",source=\"ids\"} 2",
+    ] {
+        assert!(text.lines().any(|line| line == sample), "{sample} is missing in\n{text}");
+    }
+    assert_eq!(text.matches("everline_feed_connected{").count(), 1, "a worker that is gone has no label");
+}
