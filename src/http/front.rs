@@ -19,7 +19,7 @@ use super::retry::{RetryBudget, RetryOptions};
 use super::routes::Listener;
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
-use crate::config::Reserve;
+use crate::routing::book::Reserve;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy::{self, POLICY_NAMES, Policy, PowerOfTwo};
 use crate::routing::select::Overload;
