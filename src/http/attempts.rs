@@ -14,8 +14,8 @@ use super::placing::Placing;
 use super::queue::Held;
 use super::reserving::{Reserving, book};
 use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
-use crate::config::Reserve;
 use crate::ids::WorkerId;
+use crate::routing::book::Reserve;
 use crate::routing::select::{NoWorker, Selection};
 use crate::routing::view::WorkerView;
 

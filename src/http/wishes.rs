@@ -9,8 +9,8 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::errors::{ApiError, Code};
 use super::headers;
-use crate::config::Reserve;
 use crate::ids::WorkerId;
+use crate::routing::book::Reserve;
 use crate::routing::policy::Overrides;
 
 const OVERLAP_WEIGHT: HeaderName = HeaderName::from_static("everline-overlap-weight");
