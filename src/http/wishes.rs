@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::errors::{ApiError, Code};
 use super::headers;
+use crate::config::Reserve;
 use crate::ids::WorkerId;
 use crate::routing::policy::Overrides;
 
@@ -39,8 +40,9 @@ pub(super) struct Wishes {
     pub(super) labels: Vec<(String, String)>,
     /// The session it belongs to.
     pub(super) session: Option<u64>,
-    /// `Everline-Reserve: linearizable`: book through the log before sending.
-    pub(super) reserve: bool,
+    /// `Everline-Reserve: linearizable`: book through the log before sending; `local`: do not;
+    /// otherwise as configured.
+    pub(super) reserve: Option<Reserve>,
     /// What the body calls its session; read together with the headers.
     named: Option<String>,
     /// `Everline-Trace: 1`: say in the answer what was known of each candidate.
@@ -117,8 +119,8 @@ impl Wishes {
         }
         if let Some((text, place)) = text_of(headers, &RESERVE)? {
             self.reserve = match text {
-                "local" => false,
-                "linearizable" => true,
+                "local" => Some(Reserve::Local),
+                "linearizable" => Some(Reserve::Linearizable),
                 _ => return Err(place.wrong("must be `local` or `linearizable`")),
             };
         }
@@ -228,7 +230,7 @@ mod tests {
         assert_eq!(wishes.overrides.policy(), Some("cache_aware"));
         assert_eq!(wishes.worker, Some((WorkerId::parse("w1").unwrap(), Some(3))));
         assert_eq!(wishes.labels, [("zone".into(), "a".into()), ("gpu".into(), "h100".into())]);
-        assert!(wishes.reserve && wishes.trace && wishes.session.is_some());
+        assert!(wishes.reserve == Some(Reserve::Linearizable) && wishes.trace && wishes.session.is_some());
         assert_eq!(read(&[]).unwrap(), Wishes::default());
     }
 
