@@ -368,3 +368,17 @@ fn what_is_counted_tells_of_batches_flushes_leaders_and_how_old_the_view_is() {
     let rest = (0..3).find(|i| *i != gone && *i != other).unwrap();
     assert!(ages[rest].view_age_ms.is_some_and(|age| age < 2500), "{ages:?}");
 }
+
+#[test]
+fn the_leaders_bound_of_the_index_holds_on_all_replicas_however_they_are_configured() {
+    let r = Replicas::with(3, |config| {
+        let number: u64 = config.info.name[1..].parse().unwrap();
+        config.index.bytes = number * (16 << 20);
+    });
+    r.until("one bound, the leader's", || {
+        let leader = (0..3).find(|i| r.plane(*i).status().groups.get(1).is_some_and(|g| g.role == "leader"));
+        let Some(leader) = leader else { return false };
+        let bound = |i| r.plane(i).blocks().index.load().options().bytes;
+        (0..3).all(|i| bound(i) == (leader as u64 + 1) * (16 << 20))
+    });
+}
