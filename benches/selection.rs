@@ -105,8 +105,12 @@ fn measure(workers: usize) {
         overload: Overload::default(),
     };
     // Every worker is at something.
-    let _busy: Vec<_> =
-        view.workers.iter().enumerate().map(|(n, w)| bookings.book(w.clone(), n as u32 * 37 % 4000, 100)).collect();
+    let _busy: Vec<_> = view
+        .workers
+        .iter()
+        .enumerate()
+        .map(|(n, w)| bookings.book(w.clone(), n as u32 * 37 % 4000, 100))
+        .collect();
     let (mut held, mut sent) = (Vec::new(), Vec::new());
     let choose = |tokens: usize, held: &[_], sent: &[_], policy: &dyn Policy| {
         let request = RouteRequest {
@@ -122,13 +126,17 @@ fn measure(workers: usize) {
 
     told("hash 4,000 tokens", time(|n| local_hashes(&prompts[n % PROMPTS], BLOCK, Seed::default())));
     told("sequence hashes of its blocks", time(|n| sequence_hashes(&hashed[n % PROMPTS])));
-    told("look up, nothing sent lately", time(|n| blocks.overlaps(&hashed[n % PROMPTS], &mut held, &mut sent)));
+    told(
+        "look up, nothing sent lately",
+        time(|n| blocks.overlaps(&hashed[n % PROMPTS], &mut held, &mut sent)),
+    );
     blocks.overlaps(&hashed[0], &mut held, &mut sent);
     assert_eq!(held.len(), workers, "every worker holds the first half");
     let (held_now, sent_now) = (held.clone(), sent.clone());
     told("filter, cost, choose", time(|_| choose(PROMPT, &held_now, &sent_now, policy.as_ref())));
     told("book and free", time(|n| bookings.book_rank(view.workers[n % workers].clone(), 0, 2000, 250)));
-    let note = |n: usize| blocks.recent.note(RankIx((n % workers) as u32), Seed::default(), &hashed[n % PROMPTS]);
+    let note =
+        |n: usize| blocks.recent.note(RankIx((n % workers) as u32), Seed::default(), &hashed[n % PROMPTS]);
     told("note where it was sent", time(note));
     told("look up, all sent lately", time(|n| blocks.overlaps(&hashed[n % PROMPTS], &mut held, &mut sent)));
     blocks.recent.turn();
@@ -164,5 +172,8 @@ fn main() {
         state.apply(ReplicaId(1), command);
         state.take_routed()
     });
-    println!("selection: a prompt of 4,000 tokens told to another replica, coding and applying: {:.1} us", ns / 1e3);
+    println!(
+        "selection: a prompt of 4,000 tokens told to another replica, coding and applying: {:.1} us",
+        ns / 1e3
+    );
 }

@@ -94,7 +94,8 @@ impl Feed {
         let (seq, after) = (self.cursor.last.map_or(0, |(seq, _)| seq + 1), self.cursor);
         self.cursor.last = Some((seq, seq));
         loop {
-            let command = CacheCommand::Events { rank: self.rank, after, cursor: self.cursor, ops: ops.clone() };
+            let command =
+                CacheCommand::Events { rank: self.rank, after, cursor: self.cursor, ops: ops.clone() };
             match self.plane.propose_cache(command).await {
                 Ok(CacheOutcome::Done) => return,
                 Ok(other) => panic!("events of {:?}: {other:?}", self.rank),
@@ -206,7 +207,8 @@ fn visible(r: &Replicas, feeds: usize, per_second: usize) {
             let block = LocalHash(xxhash_rust::xxh3::xxh3_64(&(n as u64).to_le_bytes()));
             let blocks = vec![(block, EngineHash(block.0))];
             let store = KvOp::Store { parent: None, tier: Tier::Gpu, seed: Seed::default(), blocks };
-            let others: Vec<_> = (1..3).map(|step| r.planes[(n + step) % 3].blocks().index.load_full()).collect();
+            let others: Vec<_> =
+                (1..3).map(|step| r.planes[(n + step) % 3].blocks().index.load_full()).collect();
             let asked = Instant::now();
             let ops = Bytes::from(wire::encode(&[store]));
             let mut seen_by = [None; 2];
@@ -231,7 +233,10 @@ fn visible(r: &Replicas, feeds: usize, per_second: usize) {
         forget(r, 2000..2003).await;
         samples
     });
-    let what = format!("{}k blocks/s of {feeds} feeds, proposed to looked up on another (timer 1 ms)", per_second / 1000);
+    let what = format!(
+        "{}k blocks/s of {feeds} feeds, proposed to looked up on another (timer 1 ms)",
+        per_second / 1000
+    );
     quantiles("events", &what, samples);
 }
 

@@ -1,6 +1,6 @@
 //! Where a request goes and why: its prompt's blocks, who holds them, and the choice.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -45,7 +45,13 @@ pub(super) struct Placing {
 #[derive(Debug)]
 struct Blocks {
     key: PromptKey,
-    chain: Vec<SequenceHash>,
+    chain: OnceLock<Vec<SequenceHash>>,
+}
+
+impl Blocks {
+    fn chain(&self) -> &[SequenceHash] {
+        self.chain.get_or_init(|| sequence_hashes(&self.key.hashes))
+    }
 }
 
 impl Placing {
@@ -90,8 +96,7 @@ impl Placing {
         }
         let mut key = prompt.key(size as usize);
         key.hashes.truncate(MOST_ROUTED);
-        let chain = sequence_hashes(&key.hashes);
-        let blocks = Arc::new(Blocks { key, chain });
+        let blocks = Arc::new(Blocks { key, chain: OnceLock::new() });
         keys.push(Arc::clone(&blocks));
         Some(blocks)
     }
@@ -112,6 +117,7 @@ impl Placing {
             look_up(front, &blocks.key.hashes, &mut held, &mut sent);
             first.get_or_insert(blocks);
         }
+        let wants_hashes = self.policy(front).wants_hashes();
         let labels: Vec<(&str, &str)> =
             self.wishes.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let pinned = self.wishes.worker.as_ref().map(|(worker, rank)| Pin { worker, rank: *rank });
@@ -119,7 +125,7 @@ impl Placing {
             model,
             prompt_tokens: self.prompt_tokens,
             max_tokens: self.max_tokens,
-            hashes: first.as_ref().map_or(&[], |blocks| &blocks.chain),
+            hashes: first.as_ref().filter(|_| wants_hashes).map_or(&[], |blocks| blocks.chain()),
             overlaps: &held,
             predicted: &sent,
             session: self.wishes.session,
@@ -161,7 +167,8 @@ impl Placing {
         self.prompt.as_ref().map_or("unknown", |prompt| prompt.source().name())
     }
 
-    /// Tells everybody that the prompt goes there: it is as good as cached from now on.
+    /// Tells everybody that the prompt goes there: it is as good as cached from now on. Where that
+    /// is known already, nothing is said: a prompt is some kilobytes of log on every replica.
     pub(super) fn sent_to(&self, front: &Front, selection: &Selection) {
         let worker = &selection.worker;
         let Some(blocks) = self.blocks(worker.block_size()).filter(|b| !b.key.hashes.is_empty()) else {
@@ -169,15 +176,31 @@ impl Placing {
         };
         let Some(ix) = worker.live.ranks().get(selection.rank as usize).copied() else { return };
         let (seed, hashes) = (blocks.key.seed, &blocks.key.hashes);
-        if ix != NOT_SCORED {
-            front.control.blocks().recent.note(ix, seed, hashes);
+        let known = front.control.blocks();
+        let capacity = worker.reckoned_capacity();
+        if ix == NOT_SCORED && capacity.is_none() {
+            // Nobody looks at it until it is whole.
+            return;
         }
-        let locals: Vec<u8> = hashes.iter().flat_map(|hash| hash.0.to_le_bytes()).collect();
+        let held = selection.overlap.blocks as usize >= hashes.len();
+        let is_news = match capacity {
+            None => !held && !known.was_just_sent(ix, hashes),
+            // What is reckoned needs to know what was used last, to a turn.
+            Some(_) => !held || !known.was_just_sent(ix, hashes),
+        };
+        if !is_news {
+            return;
+        }
+        if ix != NOT_SCORED {
+            known.recent.note(ix, seed, hashes);
+        }
+        let mut locals = Vec::with_capacity(hashes.len() * 8);
+        hashes.iter().for_each(|hash| locals.extend_from_slice(&hash.0.to_le_bytes()));
         front.control.tell_cache(CacheCommand::Routed {
             rank: RankKey { worker: worker.record.ix, rank: selection.rank },
             seed,
             locals: locals.into(),
-            capacity: worker.reckoned_capacity(),
+            capacity,
         });
     }
 

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use super::recent::Recent;
 use crate::kv::hash::LocalHash;
 use crate::kv::index::Index;
-use crate::kv::types::Overlap;
+use crate::kv::types::{Overlap, RankIx};
 
 /// See the module. Look-ups wait for nobody.
 #[derive(Debug, Default)]
@@ -37,5 +37,10 @@ impl Blocks {
         self.index.load().lookup(locals, held);
         sent.clear();
         BUFFER.with_borrow_mut(|buffer| self.recent.raise(locals, sent, buffer));
+    }
+
+    /// Whether the rank was sent all of these blocks a moment ago; see [`Recent::knows`].
+    pub fn was_just_sent(&self, rank: RankIx, locals: &[LocalHash]) -> bool {
+        BUFFER.with_borrow_mut(|buffer| self.recent.knows(rank, locals, buffer))
     }
 }

@@ -145,7 +145,7 @@ fn limited(limit: u64) -> Index {
 }
 
 fn restarted(index: &Index) -> Index {
-    let mut again = Index::load(Options::default(), &index.dump()).unwrap();
+    let again = Index::load(Options::default(), &index.dump()).unwrap();
     again.tree.lock().limit = index.tree.lock().limit;
     again
 }
