@@ -57,7 +57,9 @@ pub struct Builder {
     replicas: usize,
     engines: usize,
     settings: Vec<String>,
+    config: Option<String>,
     engine_args: Vec<String>,
+    kv_events: bool,
 }
 
 impl Builder {
@@ -73,9 +75,21 @@ impl Builder {
         self
     }
 
+    /// The configuration file of every replica, for what no setting can say.
+    pub fn config(mut self, text: &str) -> Self {
+        self.config = Some(text.to_owned());
+        self
+    }
+
     /// An argument of every engine.
     pub fn engine_arg(mut self, arg: &str) -> Self {
         self.engine_args.push(arg.to_owned());
+        self
+    }
+
+    /// Every engine publishes its KV events, and can say them again.
+    pub fn kv_events(mut self) -> Self {
+        self.kv_events = true;
         self
     }
 
@@ -87,7 +101,12 @@ impl Builder {
         let peers: Vec<String> = endpoints.iter().map(|e| format!("{}={}", e.name, e.peer)).collect();
         let mut more = vec!["--peers".to_owned(), peers.join(",")];
         let settings = self.settings.iter().flat_map(|setting| ["--set".to_owned(), setting.clone()]);
-        let settings: Vec<String> = settings.collect();
+        let mut settings: Vec<String> = settings.collect();
+        if let Some(text) = &self.config {
+            let file = folder.path().join("everline.toml");
+            std::fs::write(&file, text).expect("a file can be written");
+            settings.extend(["--config".to_owned(), file.display().to_string()]);
+        }
         more.extend_from_slice(&settings);
         let replicas: Vec<Replica> =
             endpoints.into_iter().map(|e| Replica::new(e, folder.path(), &more)).collect();
@@ -103,6 +122,15 @@ impl Builder {
         let mut args: Vec<String> =
             ["engine-sim", "--listen", &address.to_string(), "--model", MODEL].map(str::to_owned).into();
         args.extend_from_slice(&self.engine_args);
+        if self.kv_events {
+            let config = serde_json::json!({
+                "enable_kv_cache_events": true,
+                "publisher": "zmq",
+                "endpoint": format!("tcp://*:{}", free_address().port()),
+                "replay_endpoint": format!("tcp://*:{}", free_address().port()),
+            });
+            args.extend(["--kv-events-config".to_owned(), config.to_string()]);
+        }
         Engine { log: folder.join(format!("{id}.log")), id, address, args, process: None }
     }
 }
@@ -131,7 +159,9 @@ impl Fleet {
             engines: 0,
             // A test that stops replicas does not want to wait for idle connections.
             settings: vec!["http.shutdown_grace_ms=3000".to_owned(), "http.drain_settle_ms=0".to_owned()],
+            config: None,
             engine_args: Vec::new(),
+            kv_events: false,
         }
     }
 

@@ -15,5 +15,6 @@ pub mod ports;
 pub mod process;
 pub mod raw;
 pub mod replica;
+pub mod vllm;
 pub mod wait;
 pub mod writes;

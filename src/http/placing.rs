@@ -174,24 +174,14 @@ impl Placing {
         let Some(blocks) = self.blocks(worker.block_size()).filter(|b| !b.key.hashes.is_empty()) else {
             return;
         };
-        let Some(ix) = worker.live.ranks().get(selection.rank as usize).copied() else { return };
         let (seed, hashes) = (blocks.key.seed, &blocks.key.hashes);
+        let ix = worker.live.ranks().get(selection.rank as usize).copied();
+        let capacity = worker.reckoned_capacity(selection.rank);
         let known = front.control.blocks();
-        let capacity = worker.reckoned_capacity();
-        if ix == NOT_SCORED && capacity.is_none() {
-            // Nobody looks at it until it is whole.
+        if !known.is_news(ix, hashes, selection.overlap.blocks, capacity.is_some()) {
             return;
         }
-        let held = selection.overlap.blocks as usize >= hashes.len();
-        let is_news = match capacity {
-            None => !held && !known.was_just_sent(ix, hashes),
-            // What is reckoned needs to know what was used last, to a turn.
-            Some(_) => !held || !known.was_just_sent(ix, hashes),
-        };
-        if !is_news {
-            return;
-        }
-        if ix != NOT_SCORED {
+        if let Some(ix) = ix.filter(|ix| *ix != NOT_SCORED) {
             known.recent.note(ix, seed, hashes);
         }
         let mut locals = Vec::with_capacity(hashes.len() * 8);

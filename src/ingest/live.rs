@@ -17,7 +17,7 @@ use crate::zmtp::{Endpoint, Limits, Link, Parts, Resolve, SocketType, ZmtpError}
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Longest pause between attempts, about.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why parts are not a message of a feed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -173,9 +173,11 @@ impl WorkerView {
         self.record.spec.capacity_blocks.map(|blocks| (blocks / u64::from(self.dp_ranks())).max(1))
     }
 
-    /// Blocks that one of its ranks can hold, if what it holds is reckoned from what is sent there.
-    pub fn reckoned_capacity(&self) -> Option<u64> {
-        let reckoned = self.live.reckoned.load(Ordering::Relaxed);
+    /// Blocks that a rank can hold, if what it holds is reckoned from what is sent there: because
+    /// its engine tells nothing, or nobody knows yet whether it does.
+    pub fn reckoned_capacity(&self, rank: u32) -> Option<u64> {
+        let unknown = self.live.ranks.load().len() <= rank as usize;
+        let reckoned = unknown || self.live.reckoned.load(Ordering::Relaxed);
         reckoned.then(|| self.rank_capacity().unwrap_or(ORDINARY_CAPACITY))
     }
 

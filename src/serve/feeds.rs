@@ -19,6 +19,7 @@ use super::sources::{self, Found};
 use crate::cluster::api::{ClusterError, ControlPlane};
 use crate::http::{Allowed, Shard};
 use crate::ids::{ReplicaId, WorkerIx};
+use crate::ingest::discover::RankSource;
 use crate::ingest::{Delivery, FeedBatch, FeedConfig, FeedCounters, FeedHandle, FeedSink, Source};
 use crate::kv::event::Format;
 use crate::kv::hash::Seed;
@@ -39,6 +40,10 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const WORD_HOLDS: Duration = Duration::from_secs(300);
 const NO_WORD_HOLDS: Duration = Duration::from_secs(15);
 
+/// How often an engine is asked anew whose feed lost its connection, until it answers: it may have
+/// begun anew, at other ports or with other blocks.
+const LOST_WORD_HOLDS: Duration = Duration::from_secs(1);
+
 /// How long a worker must have been out of the registry until its blocks are forgotten.
 const FORGET_AFTER: Duration = Duration::from_secs(5);
 
@@ -53,7 +58,38 @@ struct Word {
     /// The registration it belongs to.
     generation: u64,
     found: Found,
+    asked: Instant,
     until: Instant,
+}
+
+/// How to listen to a rank.
+#[derive(Clone, PartialEq, Eq)]
+struct Plan {
+    source: RankSource,
+    block_size: u32,
+    capacity: Option<u64>,
+    /// The rank that batches must be of.
+    only: Option<u32>,
+}
+
+impl Plan {
+    fn new(source: &RankSource, worker: &WorkerView) -> Self {
+        Self {
+            source: source.clone(),
+            block_size: worker.block_size(),
+            capacity: worker.rank_capacity(),
+            only: (worker.dp_ranks() > 1).then_some(source.rank),
+        }
+    }
+}
+
+/// A feed of ours.
+struct Running {
+    feed: FeedHandle,
+    /// What it was started with.
+    plan: Plan,
+    /// How often it had lost its connection, or not got one, when its engine last answered.
+    disconnects: u64,
 }
 
 /// See the module.
@@ -61,7 +97,7 @@ pub struct Feeds {
     shard: Arc<Shard>,
     plane: Arc<dyn ControlPlane>,
     allow: Arc<Allowed>,
-    running: HashMap<RankKey, FeedHandle>,
+    running: HashMap<RankKey, Running>,
     words: HashMap<WorkerIx, Word>,
     /// Since when a feed has had no owner.
     orphaned: HashMap<RankKey, Instant>,
@@ -107,8 +143,8 @@ impl Feeds {
                 () = tokio::time::sleep(ROUND) => {}
             }
         }
-        for (rank, feed) in self.running.drain() {
-            feed.stop().await;
+        for (rank, running) in self.running.drain() {
+            running.feed.stop().await;
             self.plane.tell_cache(CacheCommand::ReleaseFeed { rank });
         }
     }
@@ -138,14 +174,15 @@ impl Feeds {
         for (key, worker) in claims.into_iter().take(AT_ONCE) {
             self.claim(key, &worker, &ranks, status.me).await;
         }
-        *self.board.lock() = self.running.iter().map(|(key, feed)| (*key, feed.counters())).collect();
+        *self.board.lock() =
+            self.running.iter().map(|(key, running)| (*key, running.feed.counters())).collect();
     }
 
     /// A feed that was taken away, whose worker is gone, or that ended by itself.
     fn stop_what_is_not_ours(&mut self, ranks: &Ranks, me: ReplicaId) {
-        self.running.retain(|key, feed| {
+        self.running.retain(|key, running| {
             let ours = ranks.get(*key).is_some_and(|record| record.owner == Some(me));
-            ours && !feed.is_finished()
+            ours && !running.feed.is_finished()
         });
     }
 
@@ -179,7 +216,21 @@ impl Feeds {
         preferred(key, live) == Some(me) || since.elapsed() >= PATIENCE
     }
 
-    /// Asks the engines whose feeds this replica may have to claim, and of which it knows nothing.
+    /// Whether an engine has to be asked about a rank that is ours, or should be.
+    fn is_due(&self, key: RankKey, worker: &WorkerView, now: Instant) -> bool {
+        let word = self.words.get(&key.worker).filter(|word| word.generation == worker.record.generation);
+        match (word, self.running.get(&key)) {
+            (None, _) => true,
+            (Some(word), None) => word.until <= now,
+            (Some(word), Some(running)) => {
+                let lost = running.feed.counters().disconnects > running.disconnects;
+                lost && now.duration_since(word.asked) >= LOST_WORD_HOLDS
+            }
+        }
+    }
+
+    /// Asks the engines whose feeds this replica may have to claim, and of which it knows nothing, or
+    /// that may have begun anew.
     async fn ask_engines(
         &mut self,
         workers: &[Arc<WorkerView>],
@@ -191,12 +242,13 @@ impl Feeds {
         let now = Instant::now();
         let mut due = Vec::new();
         for worker in workers.iter().filter(|worker| worker.record.online) {
-            let key = RankKey { worker: worker.record.ix, rank: 0 };
-            let owner = ranks.get(key).and_then(|record| record.owner);
-            let ours = owner == Some(me) || (owner.is_none() && self.is_wanted(key, ranks, me, live));
-            let word = self.words.get(&worker.record.ix);
-            let knows = word.is_some_and(|w| w.generation == worker.record.generation && w.until > now);
-            if ours && !knows && !self.running.contains_key(&key) {
+            let mut keys = (0..worker.dp_ranks()).map(|rank| RankKey { worker: worker.record.ix, rank });
+            let is_due = keys.any(|key| {
+                let owner = ranks.get(key).and_then(|record| record.owner);
+                let ours = owner == Some(me) || (owner.is_none() && self.is_wanted(key, ranks, me, live));
+                ours && self.is_due(key, worker, now)
+            });
+            if is_due {
                 due.push(Arc::clone(worker));
             }
         }
@@ -210,10 +262,31 @@ impl Feeds {
             .collect()
             .await;
         for (worker, found) in words {
-            let holds = if matches!(found, Found::Sources(_)) { WORD_HOLDS } else { NO_WORD_HOLDS };
-            let word = Word { generation: worker.record.generation, found, until: Instant::now() + holds };
-            self.words.insert(worker.record.ix, word);
+            self.note_word(&worker, found);
         }
+    }
+
+    /// Keeps what an engine said, and stops its feeds that were started with something else.
+    fn note_word(&mut self, worker: &WorkerView, found: Found) {
+        let (ix, generation, now) = (worker.record.ix, worker.record.generation, Instant::now());
+        let word = self.words.get_mut(&ix).filter(|word| word.generation == generation);
+        match (word, &found) {
+            // Not up yet; what it said before is the best there is.
+            (Some(word), Found::Silence) if matches!(word.found, Found::Sources(_)) => {
+                word.asked = now;
+                word.until = word.until.max(now + LOST_WORD_HOLDS);
+                return;
+            }
+            (_, Found::Sources(sources)) => self.running.retain(|key, running| {
+                let source = sources.ranks.iter().find(|source| source.rank == key.rank);
+                let Some(source) = source.filter(|_| key.worker == ix) else { return true };
+                running.disconnects = running.feed.counters().disconnects;
+                running.plan == Plan::new(source, worker)
+            }),
+            _ => {}
+        }
+        let holds = if matches!(found, Found::Sources(_)) { WORD_HOLDS } else { NO_WORD_HOLDS };
+        self.words.insert(ix, Word { generation, found, asked: now, until: now + holds });
     }
 
     async fn claim(&mut self, key: RankKey, worker: &Arc<WorkerView>, ranks: &Ranks, me: ReplicaId) {
@@ -224,7 +297,7 @@ impl Feeds {
             // It may yet tell.
             Found::Silence => return,
         };
-        let Some(source) = source.filter(|source| source.listens).cloned() else {
+        let Some(source) = source.filter(|source| source.listens) else {
             if ranks.get(key).is_none() {
                 self.reckon(key, worker);
             }
@@ -241,16 +314,19 @@ impl Feeds {
         };
         let Some(ix) = self.plane.ranks().borrow().get(key).map(|record| record.ix) else { return };
         tracing::info!(worker = %worker.id(), rank = key.rank, ?cursor, "listening to the engine's KV events");
-        let format = Format { block_size: worker.block_size(), group: 0 };
+        let plan = Plan::new(source, worker);
+        let format = Format { block_size: plan.block_size, group: 0 };
         let resolve = Arc::new(sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url));
+        let RankSource { endpoint, replay, topic, .. } = plan.source.clone();
         let config = FeedConfig {
-            topic: source.topic,
-            rank: (worker.dp_ranks() > 1).then_some(key.rank),
-            capacity: worker.rank_capacity(),
-            ..FeedConfig::new(Source::Connect(source.endpoint), source.replay, format, resolve)
+            topic,
+            rank: plan.only,
+            capacity: plan.capacity,
+            ..FeedConfig::new(Source::Connect(endpoint), replay, format, resolve)
         };
         let sink = Sink { plane: Arc::clone(&self.plane), key, ix };
-        self.running.insert(key, FeedHandle::spawn(config, cursor, sink));
+        let feed = FeedHandle::spawn(config, cursor, sink);
+        self.running.insert(key, Running { feed, plan, disconnects: 0 });
     }
 
     /// An engine that tells nothing: its blocks are reckoned from what is sent to it.
