@@ -98,6 +98,13 @@ impl Feed {
                 CacheCommand::Events { rank: self.rank, after, cursor: self.cursor, ops: ops.clone() };
             match self.plane.propose_cache(command).await {
                 Ok(CacheOutcome::Done) => return,
+                Ok(CacheOutcome::Moved(cursor)) if cursor == self.cursor => return,
+                Ok(CacheOutcome::NotOwner(None)) => {
+                    // The machine was so busy that the lease ended: claimed again, as the
+                    // program's feeds are.
+                    let claimed = Self::claim(&self.plane, self.rank.worker.0).await;
+                    assert!([after, self.cursor].contains(&claimed.cursor), "another's feed");
+                }
                 Ok(other) => panic!("events of {:?}: {other:?}", self.rank),
                 // No room: again, as the program's feeds do.
                 Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,

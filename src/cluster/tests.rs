@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 use super::api::{ControlPlane, MemberOp};
 use super::inner::NodeConfig;
 use super::node::Cluster;
-use crate::ids::{Group, WorkerId};
-use crate::state::command::{ControlCommand, ControlOutcome};
+use crate::ids::{Group, WorkerId, WorkerIx};
+use crate::kv::hash::Seed;
+use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome};
+use crate::state::ranks::RankKey;
 use crate::state::worker::{WorkerSource, WorkerSpec};
 
 pub(super) struct Replica {
@@ -375,6 +377,13 @@ fn the_leaders_bound_of_the_index_holds_on_all_replicas_however_they_are_configu
         let number: u64 = config.info.name[1..].parse().unwrap();
         config.index.bytes = number * (16 << 20);
     });
+    r.until("a leader", || r.leader().is_some());
+    // A rank, so that the index is looked at.
+    let rank = RankKey { worker: WorkerIx(1), rank: 0 };
+    let (seed, locals) = (Seed::default(), bytes::Bytes::new());
+    let routed = CacheCommand::Routed { rank, seed, locals, capacity: Some(8) };
+    let outcome = r.runtime.block_on(r.plane(0).propose_cache(routed)).unwrap();
+    assert_eq!(outcome, CacheOutcome::Done);
     r.until("one bound, the leader's", || {
         let leader = (0..3).find(|i| r.plane(*i).status().groups.get(1).is_some_and(|g| g.role == "leader"));
         let Some(leader) = leader else { return false };
