@@ -2,17 +2,19 @@
 """CPU per request and latency of Everline beside other proxies: same minute, same workers, same load.
 
 Two fake workers, one target after the other, the whole several times over; CPU is that of the
-target's processes (user and system). Everline runs with least_loaded and an API key that every
-request shows. Everything on 127.0.0.1.
+target's processes (user and system). Everline runs with least_loaded (`..._kv`: with kv_cost,
+prompts compared as text, token ids as they are) and an API key that every request shows.
+Everything on 127.0.0.1.
 
     benches/proxy.py                              # everline, everline3, plain, haproxy, nginx
     benches/proxy.py --targets everline,plain --reps 5 --secs 5
     benches/proxy.py --targets everline,plain --phases slow5000
+    benches/proxy.py --targets plain,everline,everline_kv,everline3,everline3_kv --phases ns_c64,long_c64,ids_c64
 
 Targets: direct (the worker), plain (a bare hyper proxy), haproxy, nginx, everline (one replica),
-everline3 (three replicas, one of which gets the load; `cpu_all` is that of all three), and with
---venvs DIR (`pip install sglang-router`, `vllm-router`, `smg` in DIR/<name>) sgl_rr, vllm_rr, smg_rr.
-Phases: ns_c1, ns_c64 (not streaming, ~300 B), long_c64 (16 KiB), st_max_c64 (64 chunks flat out),
+everline3 (three replicas, one of which gets the load; `cpu_all` is that of all three), everline_kv,
+everline3_kv, and with --venvs DIR (`pip install sglang-router`, `vllm-router`, `smg` in DIR/<name>) sgl_rr, vllm_rr, smg_rr.
+Phases: ns_c1, ns_c64 (not streaming, ~300 B), long_c64 (16 KiB), ids_c64 (4,000 token ids, half shared), st_max_c64 (64 chunks flat out),
 st_10ms_c1, st_10ms_c64 (64 chunks, one each 10 ms), slow5000 (5,000 streams, a chunk a second).
 """
 import argparse, json, os, pathlib, shutil, signal, statistics, subprocess, sys, tempfile, time, urllib.request
@@ -24,6 +26,7 @@ PHASES = {
     "ns_c1": ["--conc", "1"],
     "ns_c64": ["--conc", "64"],
     "long_c64": ["--conc", "64", "--prefix-bytes", "16384"],
+    "ids_c64": ["--conc", "64", "--path", "/v1/completions", "--ids", "4000"],
     "st_max_c64": ["--conc", "64", "--stream", "64"],
     "st_10ms_c1": ["--conc", "1", "--stream", "64", "--gap-us", "10000"],
     "st_10ms_c64": ["--conc", "64", "--stream", "64", "--gap-us", "10000"],
@@ -103,8 +106,10 @@ class Target:
                 'location / { proxy_pass http://w; proxy_http_version 1.1; proxy_set_header Connection "";\n'
                 "proxy_buffering off; proxy_read_timeout 300s; } } }\n")
             self.start("nginx", "-c", folder / "nginx.conf")
-        elif name in ("everline", "everline3"):
-            self.everline(options, folder, 3 if name == "everline3" else 1, urls)
+        elif name in ("everline", "everline3", "everline_kv", "everline3_kv"):
+            routing = ('policy = "kv_cost"\n[kv]\ndefault_mode = "text"\n' if name.endswith("_kv")
+                       else 'policy = "least_loaded"\n')
+            self.everline(options, folder, 3 if name.startswith("everline3") else 1, urls, routing)
         elif name in ("sgl_rr", "vllm_rr", "smg_rr"):
             common = ["--host", "127.0.0.1", "--port", PORT, "--worker-urls", *urls, "--policy", "round_robin",
                       "--prometheus-host", "127.0.0.1", "--prometheus-port", ADMIN]
@@ -124,7 +129,7 @@ class Target:
     def start(self, *command):
         self.processes.append(sh(*command))
 
-    def everline(self, options, folder, replicas, urls):
+    def everline(self, options, folder, replicas, urls, routing):
         made = subprocess.run([options.everline, "keys", "new", "bench"], capture_output=True, text=True, check=True)
         self.key = next(word for word in made.stdout.split() if word.startswith("ev_"))
         digest = subprocess.run([options.everline, "keys", "hash"], input=self.key, capture_output=True, text=True, check=True)
@@ -139,7 +144,7 @@ class Target:
                 f'[http]\nlisten = "127.0.0.1:{http}"\nkeys_file = "{folder}/keys.toml"\n'
                 f'[admin]\nlisten = "127.0.0.1:{base + 1}"\n[peer]\nlisten = "127.0.0.1:{base + 2}"\n'
                 + (f'[cluster]\npeers = [{", ".join(peers)}]\n' if replicas > 1 else "")
-                + '[proxy]\npolicy = "least_loaded"\n[log]\nfilter = "warn"\n' + (workers if n == 0 else ""))
+                + f'[proxy]\n{routing}[log]\nfilter = "warn"\n' + (workers if n == 0 else ""))
             process = sh(options.everline, "serve", "--config", folder / f"r{n}.toml")
             (self.processes if n == 0 else self.others).append(process)
 
@@ -195,7 +200,7 @@ def table(rows, phases, targets):
             if spent is None:
                 continue
             more = "".join(f"  {field} {median(target, phase, field):.0f}" for field in ("ttft_us", "relay_us") if median(target, phase, field) is not None)
-            everywhere = f"  all replicas {median(target, phase, 'cpu_all_us'):.1f} us/request" if target == "everline3" else ""
+            everywhere = f"  all replicas {median(target, phase, 'cpu_all_us'):.1f} us/request" if target.startswith("everline3") else ""
             ratio = f"{spent / plain:5.2f} x" if plain and target != "direct" else "       "
             errors = sum(r["errors"] for r in rows if (r["target"], r["phase"]) == (target, phase))
             print(f"  {target:10s} {spent:7.2f} {ratio}  rps {median(target, phase, 'rps'):7.0f}  p50 {median(target, phase, 'p50_us'):7.0f}"

@@ -358,6 +358,7 @@ fn node_config(config: &Config) -> NodeConfig {
             worker_timeout: ms(config.workers.timeout_ms),
             ..Rhythm::default()
         },
+        index: crate::kv::index::Options { bytes: config.kv.index_bytes },
         checkpoint_log_bytes: cluster.checkpoint_log_bytes,
         checkpoint_interval: Duration::from_secs(cluster.checkpoint_interval_s),
         wal_segment_bytes: cluster.wal_segment_bytes,

@@ -11,9 +11,11 @@ use openraft::async_runtime::watch::WatchReceiver;
 
 use super::machine::Cell;
 use super::machine::Raft;
+use super::proposer::Proposer;
 use super::types::Proposal;
 use crate::codec;
 use crate::ids::ReplicaId;
+use crate::kv::index::Options;
 use crate::state::cache::CacheState;
 use crate::state::command::{CacheCommand, ControlCommand};
 
@@ -118,12 +120,32 @@ pub async fn run_control(raft: Raft, rhythm: Rhythm) {
     }
 }
 
-/// Tells the cache group the time, while this replica leads it; ends with the group.
-pub async fn run_cache(raft: Raft, cell: Arc<Cell<CacheState>>, rhythm: Rhythm) {
+/// For how many of the busy clock's periods the index's bound must have differed from the leader's
+/// until it is set: a leadership that lasts, not one in passing.
+const DIFFERED_FOR: u32 = 10;
+
+/// Tells the cache group the time and the bound of the prefix index, while this replica leads it;
+/// ends with the group.
+pub async fn run_cache(
+    raft: Raft,
+    cell: Arc<Cell<CacheState>>,
+    rhythm: Rhythm,
+    index: Options,
+    proposer: Proposer<CacheState>,
+) {
+    let mut differs = 0;
     let mut watch = Stopwatch { last: None };
     let mut idle_for = Duration::ZERO;
     while leads(&raft).await {
         tokio::time::sleep(rhythm.cache_busy).await;
+        let same = cell.read(|state| state.index().options().bytes == index.limit());
+        differs = if same || !raft.is_leader() { 0 } else { differs + 1 };
+        if differs == DIFFERED_FOR {
+            differs = 0;
+            tracing::info!(bytes = index.limit(), "bounding the prefix index of all replicas");
+            // Without room it is said again.
+            let _ = proposer.submit(&[CacheCommand::BoundIndex { bytes: index.bytes }]);
+        }
         idle_for += rhythm.cache_busy;
         let busy = cell.read(CacheState::holds_anything);
         if !busy && idle_for < rhythm.cache_idle {

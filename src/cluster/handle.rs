@@ -314,6 +314,14 @@ fn member_statuses(member: &Member) -> Vec<MemberStatus> {
         .collect()
 }
 
+impl Handle {
+    fn has_peers(&self) -> bool {
+        let Some(member) = self.inner.member.get() else { return false };
+        let metrics = member.rafts[1].server_metrics();
+        metrics.borrow_watched().membership_config.membership().nodes().count() > 1
+    }
+}
+
 impl ControlPlane for Handle {
     fn propose(&self, command: ControlCommand) -> Answer<ControlOutcome> {
         let inner = self.inner.clone();
@@ -358,8 +366,13 @@ impl ControlPlane for Handle {
     }
 
     fn tell_cache(&self, command: CacheCommand) {
-        // An answer that cannot be had, or no room: then it is not known. That is what was said.
-        let _ = self.inner.cache.submit(&[command]);
+        // No room: then it is not known. That is what was said.
+        let _ = match &command {
+            // Only peers want to know: this replica has noted it, and the engine will tell.
+            CacheCommand::Routed { capacity: None, .. } if !self.has_peers() => Ok(()),
+            CacheCommand::Routed { .. } => self.inner.cache.tell(&[command]),
+            _ => self.inner.cache.submit(&[command]).map(drop),
+        };
     }
 
     fn blocks(&self) -> &Blocks {

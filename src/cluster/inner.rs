@@ -21,6 +21,7 @@ use super::pulse::Pulse;
 use super::stats::GroupCounters;
 use super::storage::wal::Wal;
 use crate::ids::{Group, Incarnation, ReplicaId};
+use crate::kv::index::Options;
 use crate::routing::book::Bookings;
 use crate::state::cache::CacheState;
 use crate::state::command::ReplicaInfo;
@@ -60,6 +61,8 @@ pub struct NodeConfig {
     pub wal_segment_bytes: u64,
     /// Compare digests every this many log indexes.
     pub digest_every: u64,
+    /// What the prefix index of all replicas may take, when this one leads.
+    pub index: Options,
 }
 
 impl NodeConfig {
@@ -85,6 +88,7 @@ impl NodeConfig {
             checkpoint_interval: Duration::from_secs(60),
             wal_segment_bytes: 16 << 20,
             digest_every: 256,
+            index: Options::default(),
         }
     }
 }

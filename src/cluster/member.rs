@@ -234,7 +234,13 @@ impl Inner {
             has_peers: has_peers(rafts[1].clone()),
         }));
         tokio::spawn(clock::run_control(rafts[0].clone(), self.config.rhythm));
-        tokio::spawn(clock::run_cache(rafts[1].clone(), cache.clone(), self.config.rhythm));
+        tokio::spawn(clock::run_cache(
+            rafts[1].clone(),
+            cache.clone(),
+            self.config.rhythm,
+            self.config.index,
+            self.cache.clone(),
+        ));
         let timeout = self.config.rhythm.worker_timeout;
         tokio::spawn(pulse::run(self.pulse.clone(), control.clone(), self.control.clone(), timeout));
         for group in Group::ALL {

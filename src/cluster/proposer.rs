@@ -42,8 +42,9 @@ const OPEN_PATIENCE: Duration = Duration::from_millis(200);
 pub struct Batching {
     /// Gather at most this long while something is in flight.
     pub window: Duration,
-    /// Least time between two segments that carry nothing but what [`Driver::fill`] gives:
-    /// summed loads, which nobody waits for. Each segment costs every replica a disk sync.
+    /// Least time between two segments that carry nothing but what nobody waits for: summed loads,
+    /// which [`Driver::fill`] gives, and what was told ([`Proposer::tell`]). Each segment costs
+    /// every replica a disk sync.
     pub load_window: Duration,
     /// Seal a segment at this many bytes.
     pub bytes: usize,
@@ -78,6 +79,7 @@ type Waiter<O> = oneshot::Sender<Vec<O>>;
 struct Batch<O> {
     list: ListEncoder,
     mutations: u64,
+    /// Whoever waits; nobody, if all of it was only told.
     waiters: Vec<(std::ops::Range<usize>, Waiter<O>)>,
 }
 
@@ -139,6 +141,21 @@ impl<S: State> Proposer<S> {
         commands: &[S::Command],
     ) -> Result<oneshot::Receiver<Vec<S::Outcome>>, ClusterError> {
         let (tx, rx) = oneshot::channel();
+        self.enqueue(commands, Some(tx))?;
+        Ok(rx)
+    }
+
+    /// Puts commands into the queue that nobody waits for: they may gather for as long as summed
+    /// loads do.
+    pub fn tell(&self, commands: &[S::Command]) -> Result<(), ClusterError> {
+        self.enqueue(commands, None)
+    }
+
+    fn enqueue(
+        &self,
+        commands: &[S::Command],
+        waiter: Option<Waiter<S::Outcome>>,
+    ) -> Result<(), ClusterError> {
         let mut queue = self.shared.queue.lock();
         if queue.bytes >= self.shared.batching.queue_bytes {
             return Err(ClusterError::Overloaded { bytes: queue.bytes });
@@ -155,12 +172,13 @@ impl<S: State> Proposer<S> {
             batch.list.push(command);
             batch.mutations += S::mutations(command);
         }
-        batch.waiters.push((start..batch.list.count() as usize, tx));
+        let count = batch.list.count() as usize;
+        batch.waiters.extend(waiter.map(|waiter| (start..count, waiter)));
         let grown = batch.list.len() - before;
         queue.bytes += grown;
         drop(queue);
         self.shared.wake.notify_one();
-        Ok(rx)
+        Ok(())
     }
 
     /// What is counted of the group.
@@ -303,16 +321,17 @@ pub async fn run<S: State>(mut driver: Driver<S>) {
 }
 
 /// How long what has gathered may go on gathering: not at all when nothing is in flight or a
-/// segment is full, else until a window has passed since the last was sealed. Where nobody has
-/// submitted anything there may still be something to fill a segment with, in its own time.
+/// segment is full, else until a window has passed since the last was sealed. Where nobody waits
+/// for anything, something may have been told, or there may be something to fill a segment with,
+/// in its own time.
 fn patience<S: State>(driver: &Driver<S>, shared: &Shared<S>, sealed_at: Instant) -> Duration {
     let queue = shared.queue.lock();
-    if queue.waiting.is_empty() {
+    let full = queue.waiting.front().is_some_and(|batch| batch.list.len() >= shared.batching.bytes);
+    if !full && queue.waiting.iter().all(|batch| batch.waiters.is_empty()) {
         drop(queue);
         let window = if (driver.has_peers)() { shared.batching.load_window } else { LONELY_WINDOW };
         return window.saturating_sub(sealed_at.elapsed());
     }
-    let full = queue.waiting.front().is_some_and(|batch| batch.list.len() >= shared.batching.bytes);
     if full || queue.in_flight.is_empty() {
         return Duration::ZERO;
     }

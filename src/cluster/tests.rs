@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use super::api::{ControlPlane, MemberOp};
 use super::inner::NodeConfig;
 use super::node::Cluster;
-use crate::ids::{Group, WorkerId};
+use crate::ids::{Group, WorkerId, WorkerIx};
 use crate::kv::hash::Seed;
-use crate::state::command::{CacheCommand, ControlCommand, ControlOutcome};
+use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome};
 use crate::state::ranks::RankKey;
 use crate::state::worker::{WorkerSource, WorkerSpec};
 
@@ -474,4 +474,25 @@ fn replicas_tell_equal_digests_of_equal_indexes_of_the_log() {
         let states: Vec<&String> = round.states.values().collect();
         assert!(states.windows(2).all(|pair| pair[0] == pair[1]), "{round:?}");
     }
+}
+
+#[test]
+fn the_leaders_bound_of_the_index_holds_on_all_replicas_however_they_are_configured() {
+    let r = Replicas::with(3, |config| {
+        let number: u64 = config.info.name[1..].parse().unwrap();
+        config.index.bytes = number * (16 << 20);
+    });
+    r.until("a leader", || r.leader().is_some());
+    // A rank, so that the index is looked at.
+    let rank = RankKey { worker: WorkerIx(1), rank: 0 };
+    let (seed, locals) = (Seed::default(), bytes::Bytes::new());
+    let routed = CacheCommand::Routed { rank, seed, locals, capacity: Some(8) };
+    let outcome = r.runtime.block_on(r.plane(0).propose_cache(routed)).unwrap();
+    assert_eq!(outcome, CacheOutcome::Done);
+    r.until("one bound, the leader's", || {
+        let leader = (0..3).find(|i| r.plane(*i).status().groups.get(1).is_some_and(|g| g.role == "leader"));
+        let Some(leader) = leader else { return false };
+        let bound = |i| r.plane(i).blocks().index.load().options().bytes;
+        (0..3).all(|i| bound(i) == (leader as u64 + 1) * (16 << 20))
+    });
 }

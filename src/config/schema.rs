@@ -286,6 +286,8 @@ sections! {
         tokenize_inline_bytes: u32 = 2_048, Kind::int("bytes", 0, MIB);
         /// Memory for pieces of prompts that were tokenised before.
         tokenize_cache_bytes: u64 = 256 * MIB, Kind::int("bytes", 0, 64 * GIB);
+        /// Memory for the index of who has which blocks, on each replica; about 60 bytes a block that one rank holds, 30 for each further rank. Of what does not fit, the ends of the prefixes stored longest ago are forgotten. The replicas must forget the same: the leader's value holds for all.
+        index_bytes: u64 = 512 * MIB, Kind::int("bytes", MIB, 3 * GIB);
     }
 
     /// Log output.

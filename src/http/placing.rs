@@ -1,6 +1,6 @@
 //! Where a request goes and why: its prompt's blocks, who holds them, and the choice.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -51,7 +51,13 @@ pub(super) struct Placing {
 #[derive(Debug)]
 struct Blocks {
     key: PromptKey,
-    chain: Arc<[SequenceHash]>,
+    chain: OnceLock<Arc<[SequenceHash]>>,
+}
+
+impl Blocks {
+    fn chain(&self) -> &Arc<[SequenceHash]> {
+        self.chain.get_or_init(|| sequence_hashes(&self.key.hashes).into())
+    }
 }
 
 impl Placing {
@@ -96,8 +102,7 @@ impl Placing {
         }
         let mut key = prompt.key(size as usize);
         key.hashes.truncate(MOST_ROUTED);
-        let chain = sequence_hashes(&key.hashes).into();
-        let blocks = Arc::new(Blocks { key, chain });
+        let blocks = Arc::new(Blocks { key, chain: OnceLock::new() });
         keys.push(Arc::clone(&blocks));
         Some(blocks)
     }
@@ -118,6 +123,7 @@ impl Placing {
             look_up(front, &blocks.key.hashes, &mut held, &mut sent);
             first.get_or_insert(blocks);
         }
+        let wants_hashes = self.policy(front).wants_hashes();
         let labels: Vec<(&str, &str)> =
             self.wishes.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let pinned = self.wishes.worker.as_ref().map(|(worker, rank)| Pin { worker, rank: *rank });
@@ -125,7 +131,7 @@ impl Placing {
             model,
             prompt_tokens: self.prompt_tokens,
             max_tokens: self.max_tokens,
-            hashes: first.as_ref().map_or(&[], |blocks| &blocks.chain),
+            hashes: first.as_ref().filter(|_| wants_hashes).map_or(&[], |blocks| blocks.chain()),
             overlaps: &held,
             predicted: &sent,
             session: self.wishes.session,
@@ -186,7 +192,8 @@ impl Placing {
         }
     }
 
-    /// Tells everybody that the prompt goes there: it is as good as cached from now on.
+    /// Tells everybody that the prompt goes there: it is as good as cached from now on. Where that
+    /// is known already, nothing is said: a prompt is some kilobytes of log on every replica.
     pub(super) fn sent_to(&self, front: &Front, selection: &Selection) {
         self.bind(front, selection);
         let worker = &selection.worker;
@@ -195,15 +202,21 @@ impl Placing {
         };
         let (seed, hashes) = (blocks.key.seed, &blocks.key.hashes);
         let ix = worker.live.ranks().get(selection.rank as usize).copied();
-        if let Some(ix) = ix.filter(|ix| *ix != NOT_SCORED) {
-            front.control.blocks().recent.note(ix, seed, hashes);
+        let capacity = worker.reckoned_capacity(selection.rank);
+        let known = front.control.blocks();
+        if !known.is_news(ix, hashes, selection.overlap.blocks, capacity.is_some()) {
+            return;
         }
-        let locals: Vec<u8> = hashes.iter().flat_map(|hash| hash.0.to_le_bytes()).collect();
+        if let Some(ix) = ix.filter(|ix| *ix != NOT_SCORED) {
+            known.recent.note(ix, seed, hashes);
+        }
+        let mut locals = Vec::with_capacity(hashes.len() * 8);
+        hashes.iter().for_each(|hash| locals.extend_from_slice(&hash.0.to_le_bytes()));
         front.control.tell_cache(CacheCommand::Routed {
             rank: RankKey { worker: worker.record.ix, rank: selection.rank },
             seed,
             locals: locals.into(),
-            capacity: worker.reckoned_capacity(selection.rank),
+            capacity,
         });
     }
 
@@ -211,7 +224,7 @@ impl Placing {
     pub(super) fn share(&self, selection: &Selection) -> Share {
         let (prefill_tokens, decode_blocks) = selection.to_book(self.prompt_tokens);
         let blocks = self.blocks(selection.worker.block_size());
-        let chain = blocks.map(|blocks| Arc::clone(&blocks.chain));
+        let chain = blocks.map(|blocks| Arc::clone(blocks.chain()));
         Share { rank: selection.rank, prefill_tokens, decode_blocks, chain }
     }
 

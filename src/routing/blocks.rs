@@ -6,9 +6,10 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::recent::Recent;
+use super::view::NOT_SCORED;
 use crate::kv::hash::LocalHash;
 use crate::kv::index::Index;
-use crate::kv::types::Overlap;
+use crate::kv::types::{Overlap, RankIx};
 
 /// See the module. Look-ups wait for nobody.
 #[derive(Debug, Default)]
@@ -37,5 +38,45 @@ impl Blocks {
         self.index.load().lookup(locals, held);
         sent.clear();
         BUFFER.with_borrow_mut(|buffer| self.recent.raise(locals, sent, buffer));
+    }
+
+    /// Whether it is news to any replica that a prompt of these blocks goes to a rank of which
+    /// `held` of them are known; to [`None`], of which nobody knows anything, everything is. The
+    /// events of a rank tell by themselves, so that only what they have not told yet counts; of one
+    /// that is reckoned, it has to be known to a turn what it used last.
+    pub fn is_news(&self, rank: Option<RankIx>, locals: &[LocalHash], held: u32, reckoned: bool) -> bool {
+        let Some(rank) = rank else { return true };
+        let held = held as usize >= locals.len();
+        let just_sent = || BUFFER.with_borrow_mut(|buffer| self.recent.knows(rank, locals, buffer));
+        match (reckoned, rank) {
+            (true, _) => !held || !just_sent(),
+            // Nobody asks what it holds until all of that is known.
+            (false, NOT_SCORED) => false,
+            (false, _) => !held && !just_sent(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::hash::Seed;
+
+    #[test]
+    fn a_prompt_is_news_until_the_index_has_it_or_it_was_said_a_moment_ago() {
+        let blocks = Blocks::default();
+        let locals: Vec<LocalHash> = (1..=4).map(LocalHash).collect();
+        let rank = RankIx(2);
+        let is_news = |held, reckoned| blocks.is_news(Some(rank), &locals, held, reckoned);
+        assert!(is_news(3, false) && is_news(3, true));
+        assert!(!is_news(4, false), "all replicas have the index");
+        assert!(is_news(4, true), "that it is used is not in the index");
+        blocks.recent.note(rank, Seed::default(), &locals);
+        assert!(!is_news(0, false) && !is_news(4, true));
+        assert!(is_news(3, true), "what was reckoned to be gone is there again");
+        blocks.recent.turn();
+        assert!(is_news(0, false) && is_news(4, true), "to be said again before it is forgotten");
+        assert!(!blocks.is_news(Some(NOT_SCORED), &locals, 0, false));
+        assert!(blocks.is_news(None, &locals, 0, true));
     }
 }

@@ -43,6 +43,14 @@ impl Recent {
         }
     }
 
+    /// Whether the rank was sent all of these blocks in this turn already: then to note it again
+    /// would change nothing. `buffer` is scratch.
+    pub fn knows(&self, rank: RankIx, locals: &[LocalHash], buffer: &mut Vec<Overlap>) -> bool {
+        self.turns.load()[0].lookup(locals, buffer);
+        let sent = buffer.binary_search_by_key(&rank, |sent| sent.rank);
+        sent.is_ok_and(|at| buffer[at].blocks as usize == locals.len())
+    }
+
     /// Raises `overlaps` (sorted by rank, as [`Index::lookup`] leaves them) to what was just sent.
     /// `buffer` is scratch.
     pub fn raise(&self, locals: &[LocalHash], overlaps: &mut Vec<Overlap>, buffer: &mut Vec<Overlap>) {
@@ -86,7 +94,10 @@ mod tests {
         };
         let sent = Overlap { rank: RankIx(3), blocks: 6, gpu: 6, host: 0 };
         assert_eq!(raised(&recent), [known, sent]);
+        let knows = |rank, blocks| recent.knows(RankIx(rank), &locals[..blocks], &mut Vec::new());
+        assert!(knows(3, 6) && knows(3, 2) && !knows(3, 7) && !knows(1, 2));
         recent.turn();
+        assert!(!knows(3, 6), "it is to be noted again before it is forgotten");
         assert_eq!(raised(&recent), [known, sent]);
         recent.turn();
         assert_eq!(raised(&recent)[1].blocks, 4, "forgotten after two turns");

@@ -67,6 +67,7 @@ const COLUMN: u8 = 2;
 const RANKS: u8 = 3;
 const CORRECTIONS: u8 = 4;
 const SESSIONS: u8 = 5;
+const BOUND: u8 = 6;
 /// Records of the index; see [`index::Frozen::records`].
 const INDEX: u8 = b'x';
 
@@ -202,7 +203,9 @@ impl CacheState {
 
     fn claim(&mut self, origin: ReplicaId, rank: RankKey, from: Option<ReplicaId>) -> CacheOutcome {
         let alive = self.columns.get(&origin).is_some_and(|column| column.alive);
-        let Some(record) = self.ranks.entry(rank, Knowledge::Events) else { return CacheOutcome::Refused };
+        let Some(mut record) = self.ranks.entry(rank, Knowledge::Events) else {
+            return CacheOutcome::Refused;
+        };
         if record.owner != Some(origin) {
             // A replica without a lease would keep it from the others for ever.
             if record.owner != from || !alive {
@@ -229,7 +232,7 @@ impl CacheState {
         cursor: Cursor,
         ops: &Bytes,
     ) -> CacheOutcome {
-        let Some(record) = self.ranks.get_mut(rank) else { return CacheOutcome::NotOwner(None) };
+        let Some(mut record) = self.ranks.get_mut(rank) else { return CacheOutcome::NotOwner(None) };
         if record.owner != Some(origin) {
             return CacheOutcome::NotOwner(record.owner);
         }
@@ -328,7 +331,7 @@ impl State for CacheState {
                 return self.events(origin, rank, after, cursor, &ops);
             }
             CacheCommand::ReleaseFeed { rank } => {
-                if let Some(record) = self.ranks.get_mut(rank).filter(|r| r.owner == Some(origin)) {
+                if let Some(mut record) = self.ranks.get_mut(rank).filter(|r| r.owner == Some(origin)) {
                     record.owner = None;
                     self.ranks_changed = true;
                 }
@@ -398,6 +401,7 @@ impl State for CacheState {
                 self.release(id);
                 self.columns.remove(&id);
             }
+            CacheCommand::BoundIndex { bytes } => self.index.set_options(index::Options { bytes }),
             CacheCommand::Noop => {}
         }
         CacheOutcome::Done
@@ -412,15 +416,21 @@ impl State for CacheState {
             true => 0,
             false => xxhash_rust::xxh3::xxh3_64(&crate::codec::encode(&self.corrections)),
         };
-        let all =
-            [self.digest.0, self.ranks.digest(), self.index.digest(), corrections, self.sessions.digest()];
+        let all = [
+            self.digest.0,
+            self.ranks.digest(),
+            self.index.digest(),
+            self.index.options().bytes,
+            corrections,
+            self.sessions.digest(),
+        ];
         xxhash_rust::xxh3::xxh3_64(&all.map(u64::to_le_bytes).concat())
     }
 
     fn image(&self) -> Box<dyn FnOnce() -> Records + Send> {
         // A clone would share the index, which goes on changing: frozen here, written down later.
-        let (index, rest) = (self.index.freeze(), self.clone());
-        Box::new(move || rest.records_with(index.records()))
+        let (index, bound, rest) = (self.index.freeze(), self.index.options().bytes, self.clone());
+        Box::new(move || rest.records_with(bound, index.records()))
     }
 
     fn records(&self) -> Records {
@@ -432,10 +442,15 @@ impl State for CacheState {
         let mut state = Self::default();
         let (index, records): (Records, Records) =
             records.into_iter().partition(|(key, _)| key.first() == Some(&INDEX));
-        if !index.is_empty() {
-            let loaded = Index::load(index::Options::default(), &index);
-            state.index = Arc::new(loaded.map_err(|e| format!("prefix index: {e}"))?);
+        let mut options = index::Options::default();
+        if let Some((key, bound)) = records.iter().find(|(key, _)| key.first() == Some(&BOUND)) {
+            options.bytes = decode(bound).map_err(|e| format!("record {key:02x?}: {e}"))?;
         }
+        state.index = Arc::new(if index.is_empty() {
+            Index::new(options)
+        } else {
+            Index::load(options, &index).map_err(|e| format!("prefix index: {e}"))?
+        });
         // Readers have the old ones.
         state.ranks_changed = true;
         state.restored = true;
@@ -446,6 +461,8 @@ impl State for CacheState {
                     state.corrections = decode(&value).map_err(text)?;
                 }
                 Some(&SESSIONS) => state.sessions.restore(&value).map_err(text)?,
+                // Read above.
+                Some(&BOUND) => {}
                 Some(&RANKS) => state.ranks = decode(&value).map_err(text)?,
                 Some(&CLOCK) => state.now_ms = decode(&value).map_err(text)?,
                 Some(&COLUMN) => {
@@ -464,7 +481,7 @@ impl State for CacheState {
 }
 
 impl CacheState {
-    fn records_with(&self, index: Records) -> Records {
+    fn records_with(&self, bound: u64, index: Records) -> Records {
         use crate::codec::encode;
         let mut records = vec![(vec![CLOCK], encode(&self.now_ms))];
         for (id, column) in &self.columns {
@@ -479,6 +496,7 @@ impl CacheState {
             key.extend_from_slice(&(at as u32).to_be_bytes());
             records.push((key, piece));
         }
+        records.push((vec![BOUND], encode(&bound)));
         records.extend(index);
         records
     }

@@ -179,6 +179,12 @@ pub enum CacheCommand {
         /// Which.
         worker: WorkerIx,
     },
+    /// How much memory the prefix index may take, on every replica from here on: configured
+    /// differently, they would forget differently.
+    BoundIndex {
+        /// See [`crate::kv::index::Options::bytes`].
+        bytes: u64,
+    },
     /// Nothing.
     Noop,
     /// The proposing replica books a request before it sends it: only if no more is booked on the

@@ -363,6 +363,45 @@ fn what_is_sent_to_an_engine_without_events_is_taken_for_cached_until_it_turns_o
     assert_eq!((blocks(&state), state.take_routed().len()), (0, 1), "events know better");
 }
 
+#[test]
+fn the_bound_of_the_index_holds_from_where_it_stands_in_the_log_and_outlives_a_restart() {
+    let (mut state, rank) = listening();
+    // 64 thousand blocks, each a sequence of its own: 20 MB.
+    let mut after = Cursor::default();
+    for number in 0..64 {
+        let ops: Vec<KvOp> = (0..1000)
+            .map(|n| (local(number * 1000 + n), EngineHash(number * 1000 + n)))
+            .map(|block| KvOp::Store {
+                parent: None,
+                tier: Tier::Gpu,
+                seed: Seed::default(),
+                blocks: vec![block],
+            })
+            .collect();
+        let cursor = Cursor { last: Some((number, 0)), owing: 0 };
+        let events = CacheCommand::Events { rank, after, cursor, ops: wire::encode(&ops).into() };
+        assert_eq!(state.apply(R1, events), CacheOutcome::Done);
+        after = cursor;
+    }
+    let before = (state.digest(), state.index().counters());
+    assert!(before.1.bytes > 8 << 20 && before.1.evicted == 0, "{before:?}");
+    state.apply(R2, CacheCommand::BoundIndex { bytes: 8 << 20 });
+    let bounded = state.index().counters();
+    assert!(bounded.bytes <= 8 << 20 && bounded.evicted > 0, "{bounded:?}");
+
+    let restored = CacheState::restore(state.records()).unwrap();
+    assert_eq!(restored.index().options().bytes, 8 << 20);
+    assert_eq!((restored.digest(), restored.index().counters().bytes), (state.digest(), bounded.bytes));
+    // An empty index keeps its bound, too, and two bounds are two states.
+    let of = |bytes| {
+        let mut state = CacheState::default();
+        state.apply(R1, CacheCommand::BoundIndex { bytes });
+        CacheState::restore(state.records()).unwrap()
+    };
+    assert_eq!(of(9 << 20).index().options().bytes, 9 << 20);
+    assert_ne!(of(9 << 20).digest(), of(10 << 20).digest());
+}
+
 fn any_delta() -> impl Strategy<Value = LoadDelta> + Clone {
     (-5..5i32, -500..500i64, -50..50i64).prop_map(|(requests, prefill_tokens, decode_blocks)| LoadDelta {
         requests,

@@ -45,7 +45,8 @@ pub type Records = Vec<(Vec<u8>, Vec<u8>)>;
 /// Ranks beyond this are refused: they index arrays.
 pub const MOST_RANKS: u32 = 1 << 16;
 
-/// What may be chosen about an index. The same on all replicas, or they will differ.
+/// What may be chosen about an index. Must be the same on all replicas at the same place in the
+/// log: content and digest depend on it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Options {
     /// How much memory it may take, by its own account. Clamped to 1 MiB up to 3.5 GiB.
@@ -60,7 +61,8 @@ impl Default for Options {
 }
 
 impl Options {
-    fn limit(self) -> u64 {
+    /// The bound as it is taken.
+    pub fn limit(self) -> u64 {
         // So many nodes are always to be had, and what one operation adds before the bound is
         // looked at.
         self.bytes.clamp(1 << 20, MOST_NODES as u64 * 224)
@@ -92,12 +94,13 @@ pub struct Counters {
 pub struct Index {
     slab: Slab,
     tree: Mutex<Owned>,
-    limit: u64,
 }
 
 /// The writer's side, and its buffers.
 struct Owned {
     tree: Tree,
+    /// The bound in bytes.
+    limit: u64,
     locals: Vec<LocalHash>,
     names: Vec<EngineHash>,
 }
@@ -124,22 +127,34 @@ impl Index {
     }
 
     fn with(options: Options, tree: Tree, slab: Slab) -> Self {
-        let owned = Owned { tree, locals: Vec::new(), names: Vec::new() };
-        Self { slab, tree: Mutex::new(owned), limit: options.limit() }
+        let owned = Owned { tree, limit: options.limit(), locals: Vec::new(), names: Vec::new() };
+        Self { slab, tree: Mutex::new(owned) }
     }
 
-    fn writer<'a>(&'a self, tree: &'a mut Tree) -> Writer<'a> {
-        Writer { slab: &self.slab, tree, limit: self.limit }
+    fn writer<'a>(&'a self, owned: &'a mut Owned) -> Writer<'a> {
+        Writer { slab: &self.slab, tree: &mut owned.tree, limit: owned.limit }
+    }
+
+    /// Moves the bound; what is beyond it goes at once.
+    pub fn set_options(&self, options: Options) {
+        let mut owned = self.tree.lock();
+        owned.limit = options.limit();
+        self.writer(&mut owned).evict();
+    }
+
+    /// What was chosen about it, as it took it.
+    pub fn options(&self) -> Options {
+        Options { bytes: self.tree.lock().limit }
     }
 
     /// Applies what a rank says of its blocks. Look-ups go on meanwhile; other writers wait.
     pub fn apply(&self, rank: RankIx, ops: &[KvOp]) {
         let mut owned = self.tree.lock();
-        let Owned { tree, locals, names } = &mut *owned;
+        let Owned { tree, limit, locals, names } = &mut *owned;
         if refused(rank, tree) {
             return;
         }
-        let mut writer = self.writer(tree);
+        let mut writer = Writer { slab: &self.slab, tree, limit: *limit };
         for op in ops {
             let op = match op {
                 KvOp::Store { parent, tier, seed, blocks } => {
@@ -162,11 +177,11 @@ impl Index {
     pub fn apply_encoded(&self, rank: RankIx, bytes: &[u8]) -> Result<(), WireError> {
         wire::check(bytes)?;
         let mut owned = self.tree.lock();
-        let Owned { tree, locals, names } = &mut *owned;
+        let Owned { tree, limit, locals, names } = &mut *owned;
         if refused(rank, tree) {
             return Ok(());
         }
-        let mut writer = self.writer(tree);
+        let mut writer = Writer { slab: &self.slab, tree, limit: *limit };
         let mut ops = wire::Reader::new(bytes)?;
         while let Some(head) = ops.next_into(locals, names)? {
             let op = match head {
@@ -188,14 +203,14 @@ impl Index {
         if refused(rank, &mut owned.tree) {
             return false;
         }
-        self.writer(&mut owned.tree).predict(rank, seed, locals, capacity)
+        self.writer(&mut owned).predict(rank, seed, locals, capacity)
     }
 
     /// Forgets a rank: it holds nothing, and may have events or be predicted.
     pub fn remove_rank(&self, rank: RankIx) {
         let mut owned = self.tree.lock();
         if (rank.0 as usize) < owned.tree.ranks.len() {
-            self.writer(&mut owned.tree).clear(rank);
+            self.writer(&mut owned).clear(rank);
         }
     }
 
@@ -253,7 +268,7 @@ impl Index {
         let index = Self::with(options, tree, slab);
         let mut owned = index.tree.lock();
         // The bound may be lower than it was.
-        index.writer(&mut owned.tree).evict();
+        index.writer(&mut owned).evict();
         drop(owned);
         Ok(index)
     }

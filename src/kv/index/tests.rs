@@ -139,12 +139,14 @@ fn said(step: &Step) -> Option<(RankIx, KvOp)> {
 }
 
 fn limited(limit: u64) -> Index {
-    Index { limit, ..Index::default() }
+    let index = Index::default();
+    index.tree.lock().limit = limit;
+    index
 }
 
 fn restarted(index: &Index) -> Index {
-    let mut again = Index::load(Options::default(), &index.dump()).unwrap();
-    again.limit = index.limit;
+    let again = Index::load(Options::default(), &index.dump()).unwrap();
+    again.tree.lock().limit = index.tree.lock().limit;
     again
 }
 

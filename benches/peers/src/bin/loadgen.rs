@@ -3,6 +3,9 @@
 //! usage: loadgen --url HOST:PORT [--path /v1/chat/completions] [--conc 64] [--secs 10]
 //!                [--max-reqs N] [--stream N_CHUNKS] [--gap-us G] [--prefix-bytes B]
 //!                [--prefixes P] [--unique-bytes U] [--model NAME] [--label TEXT] [--key SECRET]
+//!                [--ids N]
+//! With --ids (and --path /v1/completions), prompts are N token ids: half of them of one of the P
+//! prefixes, half of one of 256 tails that begins with a number of its own.
 //! Bodies: P distinct shared prefixes of B bytes plus a unique tail of U bytes per request.
 //! Prints one JSON line: requests, errors, rps, latency p50/p90/p99/p999 (us); in streaming
 //! mode also TTFT percentiles, per-chunk relay latency percentiles (worker timestamp to
@@ -30,6 +33,7 @@ struct Out {
 }
 
 struct Cfg {
+    id_prefixes: Vec<String>, id_tails: Vec<String>,
     url: String,
     path: String,
     stream: u64,
@@ -132,7 +136,12 @@ async fn main() {
             s
         })
         .collect();
+    let ids: usize = g("--ids", "0").parse().unwrap();
+    let list = |seed: usize, n: usize| (0..n).map(|i| ((seed * 7919 + i * 31) % 120_000).to_string()).collect::<Vec<_>>().join(",");
+    let id_prefixes = (0..if ids > 0 { np } else { 0 }).map(|i| list(i + 1, ids / 2)).collect();
+    let id_tails = (0..if ids > 0 { 256 } else { 0 }).map(|i| list(i + 10_001, ids - ids / 2 - 1)).collect();
     let c = Arc::new(Cfg {
+        id_prefixes, id_tails,
         url: g("--url", "127.0.0.1:30000"), path: g("--path", "/v1/chat/completions"),
         stream: g("--stream", "0").parse().unwrap(), gap: g("--gap-us", "0").parse().unwrap(),
         prefixes, unique: g("--unique-bytes", "60").parse().unwrap(),
@@ -159,7 +168,10 @@ async fn main() {
                 uniq.truncate(c.unique);
                 if c.gap > 0 { uniq.push_str(&format!(" gap_us={}", c.gap)); }
                 let tail = if c.stream > 0 { format!(",\"stream\":true,\"max_tokens\":{}", c.stream) } else { ",\"max_tokens\":16".to_string() };
-                let body = if c.path.ends_with("chat/completions") {
+                let body = if !c.id_prefixes.is_empty() {
+                    let p = &c.id_prefixes[(n.wrapping_mul(0x9E3779B97F4A7C15) >> 33) as usize % c.id_prefixes.len()];
+                    format!("{{\"model\":\"{}\",\"prompt\":[{},{},{}]{}}}", c.model, p, (n + seed) % 120_000, c.id_tails[n as usize % c.id_tails.len()], tail)
+                } else if c.path.ends_with("chat/completions") {
                     format!("{{\"model\":\"{}\",\"messages\":[{{\"role\":\"system\",\"content\":\"{}\"}},{{\"role\":\"user\",\"content\":\"{}\"}}]{}}}", c.model, p, uniq, tail)
                 } else {
                     format!("{{\"model\":\"{}\",\"prompt\":\"{}{}\"{}}}", c.model, p, uniq, tail)

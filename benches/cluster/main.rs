@@ -3,6 +3,8 @@
 //! `cargo bench --bench cluster` prints one line a figure; `-- NAME` runs only those whose name
 //! contains NAME. Nothing here asserts a time.
 
+mod events;
+
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -265,6 +267,9 @@ fn main() {
     }
     if wanted("proposer") {
         propose(&r, "proposer at all three", 1_000_000 / 3 * 3, &[0, 1, 2], 5);
+    }
+    if wanted("events") {
+        events::run(&r, leader);
     }
     if wanted("transfers") {
         transfers(&r);
