@@ -50,6 +50,8 @@ pub struct Vllm {
     pub id: String,
     /// Where it listens.
     pub address: SocketAddr,
+    /// Where its events are to be had.
+    pub events: Events,
     installed: PathBuf,
     run: PathBuf,
     blocks: u32,
@@ -73,6 +75,7 @@ impl Vllm {
         Self {
             id: id.to_owned(),
             address: free_address(),
+            events: events.clone(),
             installed: installed.to_owned(),
             run: folder.to_owned(),
             blocks,

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use chaos_tests::client::Http;
 use chaos_tests::endpoint::LIMIT;
 use chaos_tests::fleet::{Fleet, ready};
+use chaos_tests::ports::free_address;
 use chaos_tests::vllm::{Events, MODEL, Vllm, installed};
 use chaos_tests::wait::{check, until};
 use everline::admin_types::RegisterRequest;
@@ -64,10 +65,19 @@ struct Answer {
 impl Trial {
     async fn start(engines: &[Vllm], model: &str, seed: u64) -> Self {
         let config = format!("[[model]]\nname = \"{MODEL}\"\n{model}\n");
-        let fleet = Fleet::of(3).config(&config).start().await;
+        let mut fleet = Fleet::of(3).config(&config);
+        for engine in engines {
+            if let Events::Connects(address) = engine.events {
+                fleet = fleet.set(&format!("kv.listen={address}"));
+            }
+        }
+        let fleet = fleet.start().await;
         for engine in engines {
             let mut request = RegisterRequest::new(engine.url(""));
             request.id = Some(engine.id.clone());
+            if matches!(engine.events, Events::Connects(_)) {
+                request.labels.insert("kv-events".to_owned(), "listen".to_owned());
+            }
             let reply = fleet.replicas[0].add_worker(&request, LIMIT).await.expect("an answer");
             assert!(reply.status.is_success(), "{}", reply.text());
         }
@@ -112,6 +122,10 @@ impl Trial {
                 let last = self.seen.last().expect("one was just sent");
                 assert!(last.cached >= 3 * BLOCK, "{last}");
                 if last.expected == Some(last.cached) {
+                    for r in &self.fleet.replicas {
+                        let _ =
+                            std::fs::copy(r.log(), format!("/tmp/rrun/dbg-{}-{}.log", r.name, r.http.port()));
+                    }
                     println!("{} heard {} ms after it was online", engine.id, since.elapsed().as_millis());
                     break;
                 }
@@ -365,16 +379,25 @@ async fn what_is_expected_to_be_cached_is_what_a_real_vllm_has_cached() {
     }
     trial.report("engines restarted");
 
-    // Another cluster, which was told nothing yet and has no tokenizer.
+    // Another cluster, which was told nothing yet and has no tokenizer, and an engine more, which
+    // connects to it.
     drop(trial);
+    let connects = Events::Connects(free_address());
+    let mut third = Vllm::new("connects", &installed, folder.path(), BLOCKS, &connects);
+    third.start();
+    third.ready().await;
+    let engines: Vec<Vllm> = engines.into_iter().chain([third]).collect();
     let mut trial = Trial::start(&engines, "mode = \"engine\"", seed + 1).await;
     trial.settle().await;
     for text in &few {
         let body = json!({"model": MODEL, "prompt": text, "max_tokens": 1});
         trial.ask("a prompt that the first cluster sent", "/v1/completions", body, &[]).await;
     }
-    for _ in 0..2 {
+    for _ in 0..4 {
         trial.mix(&few).await;
     }
-    trial.report("engine mode");
+    let seen = trial.report("engine mode");
+    for engine in &engines {
+        assert!(seen.iter().any(|s| s.worker == engine.id && s.cached > 0), "{} had no hit", engine.id);
+    }
 }
