@@ -12,7 +12,7 @@ mod prompts;
 mod sources;
 
 use std::io::IsTerminal;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -37,10 +37,12 @@ use crate::http::{
     QueueOptions, RetryOptions, Shard, TokenDigests, WorkerTls, bind, keep_configured_workers, run_prober,
     serve_admin, serve_client,
 };
+use crate::ingest::hub::Hub;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
 use crate::state::command::ReplicaInfo;
 use crate::telemetry::trace::{TraceOptions, Tracing};
+use crate::zmtp::{Endpoint, Limits};
 use feeds::Feeds;
 use keys::{KeysFile, client_key};
 use prompts::ByWorkers;
@@ -166,9 +168,10 @@ async fn serve(
     tokio::spawn(run_prober(Arc::clone(&front), shutdown.clone()));
     tokio::spawn(keep_configured_workers(Arc::clone(&front), config.worker.clone(), shutdown.clone()));
 
+    let hub = listen_for_engines(config).await?;
     let feeds =
         Feeds::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), Arc::clone(&front.config.allow));
-    let feeds = tokio::spawn(feeds.run(shutdown.clone()));
+    let feeds = tokio::spawn(feeds.with_hub(hub).run(shutdown.clone()));
 
     if let Some(file) = keys_file {
         tokio::spawn(file.follow(shutdown.clone()));
@@ -234,6 +237,22 @@ async fn serve(
         Some(why) => anyhow::bail!("{why}"),
         None => Ok(()),
     }
+}
+
+/// Opens `kv.listen`.
+async fn listen_for_engines(config: &Config) -> anyhow::Result<Option<Hub>> {
+    let Some(text) = &config.kv.listen else { return Ok(None) };
+    let endpoint = Endpoint::parse(text).with_context(|| format!("kv.listen = {text:?}"))?;
+    if let Endpoint::Tcp { host, .. } = &endpoint {
+        let is_loopback = host.parse::<IpAddr>().map_or(host == "localhost", |ip| ip.is_loopback());
+        anyhow::ensure!(
+            is_loopback || config.http.insecure,
+            "kv.listen = {text:?} can be reached from other machines without authentication: anybody could tell what \
+             engines have cached; listen on 127.0.0.1, or, on a network you trust, write http.insecure = true"
+        );
+    }
+    let hub = Hub::bind(&endpoint, Limits::default()).await;
+    Ok(Some(hub.with_context(|| format!("cannot listen on {text} (kv.listen)"))?))
 }
 
 /// Says every day which certificates are near their end. Ends with the runtime.

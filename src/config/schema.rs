@@ -268,6 +268,8 @@ sections! {
     "kv" => KvConfig {
         /// Where the token ids of a prompt come from if its model has no `[[model]]` entry: `engine` asks one that serves it (`POST /tokenize`; answers are kept), `text` compares pieces of text, which meet only what this cluster has sent itself and never an engine's events.
         default_mode: PromptMode = PromptMode::Engine, Kind::Choice(PromptMode::WITHOUT_FILES);
+        /// `tcp://host:port` where engines connect that are told to publish their KV events to a router (vLLM: an endpoint without `*`). Their workers have the labels `kv-events=hub` and `kv-topic=...`. There is no authentication: loopback, or a network you trust and `http.insecure = true`.
+        listen: Option<String> = None, Kind::Text;
         /// Threads that tokenise prompts.
         tokenize_threads: u32 = 2, Kind::int("threads", 1, 256);
         /// Requests that wait for one of them; further ones are routed without knowing their prefix.

@@ -20,10 +20,12 @@ use crate::cluster::api::{ClusterError, ControlPlane};
 use crate::http::{Allowed, Shard};
 use crate::ids::{ReplicaId, WorkerIx};
 use crate::ingest::discover::RankSource;
+use crate::ingest::hub::{Claim, Hub};
 use crate::ingest::{Delivery, FeedBatch, FeedConfig, FeedCounters, FeedHandle, FeedSink, Source};
 use crate::kv::event::Format;
+use crate::kv::feed::Cursor;
 use crate::kv::hash::Seed;
-use crate::kv::types::{EngineHash, RankIx};
+use crate::kv::types::EngineHash;
 use crate::kv::wire;
 use crate::routing::view::{ORDINARY_CAPACITY, WorkerView};
 use crate::state::command::{CacheCommand, CacheOutcome};
@@ -98,6 +100,11 @@ pub struct Feeds {
     plane: Arc<dyn ControlPlane>,
     allow: Arc<Allowed>,
     running: HashMap<RankKey, Running>,
+    /// Where engines connect to that are told to.
+    hub: Option<Hub>,
+    /// Feeds of such engines. Every replica waits for all of them; the one that an engine happens
+    /// to be connected to takes the feed with the first message.
+    awaited: HashMap<RankKey, Running>,
     words: HashMap<WorkerIx, Word>,
     /// Since when a feed has had no owner.
     orphaned: HashMap<RankKey, Instant>,
@@ -114,11 +121,19 @@ impl Feeds {
             plane,
             allow,
             running: HashMap::new(),
+            hub: None,
+            awaited: HashMap::new(),
             words: HashMap::new(),
             orphaned: HashMap::new(),
             missing: HashMap::new(),
             board: FeedBoard::default(),
         }
+    }
+
+    /// Lets engines connect to `hub`.
+    #[must_use]
+    pub fn with_hub(self, hub: Option<Hub>) -> Self {
+        Self { hub, ..self }
     }
 
     /// What the feeds did, refreshed with every round.
@@ -143,7 +158,7 @@ impl Feeds {
                 () = tokio::time::sleep(ROUND) => {}
             }
         }
-        for (rank, running) in self.running.drain() {
+        for (rank, running) in self.running.drain().chain(self.awaited.drain()) {
             running.feed.stop().await;
             self.plane.tell_cache(CacheCommand::ReleaseFeed { rank });
         }
@@ -159,11 +174,13 @@ impl Feeds {
         }
         let view = self.plane.registry();
         self.stop_what_is_not_ours(&ranks, status.me);
+        self.await_engines(&view.workers);
         let leads = status.members.iter().any(|m| m.id == status.me && m.leads_cache);
         self.forget_the_removed(&ranks, &view.workers, leads);
         self.ask_engines(&view.workers, &ranks, status.me, &live).await;
         let mut claims = Vec::new();
-        for worker in view.workers.iter().filter(|worker| worker.record.online) {
+        for worker in view.workers.iter().filter(|worker| worker.record.online && !sources::connects(worker))
+        {
             for rank in 0..worker.dp_ranks() {
                 let key = RankKey { worker: worker.record.ix, rank };
                 if self.is_wanted(key, &ranks, status.me, &live) {
@@ -174,8 +191,12 @@ impl Feeds {
         for (key, worker) in claims.into_iter().take(AT_ONCE) {
             self.claim(key, &worker, &ranks, status.me).await;
         }
-        *self.board.lock() =
-            self.running.iter().map(|(key, running)| (*key, running.feed.counters())).collect();
+        *self.board.lock() = self
+            .running
+            .iter()
+            .chain(&self.awaited)
+            .map(|(key, running)| (*key, running.feed.counters()))
+            .collect();
     }
 
     /// A feed that was taken away, whose worker is gone, or that ended by itself.
@@ -184,6 +205,55 @@ impl Feeds {
             let ours = ranks.get(*key).is_some_and(|record| record.owner == Some(me));
             ours && !running.feed.is_finished()
         });
+    }
+
+    /// Waits for the messages of engines that connect to us.
+    fn await_engines(&mut self, workers: &[Arc<WorkerView>]) {
+        let Some(hub) = &self.hub else { return };
+        let mut wanted = HashMap::new();
+        for worker in workers.iter().filter(|worker| sources::connects(worker)) {
+            let Some(source) = sources::by_hub(worker) else { continue };
+            for rank in 0..worker.dp_ranks() {
+                let plan = Plan::new(&RankSource { rank, ..source.clone() }, worker);
+                wanted.insert(RankKey { worker: worker.record.ix, rank }, (plan, Arc::clone(worker)));
+            }
+        }
+        self.awaited.retain(|key, running| {
+            wanted.get(key).is_some_and(|(plan, _)| *plan == running.plan) && !running.feed.is_finished()
+        });
+        for (key, (plan, worker)) in wanted {
+            if self.awaited.contains_key(&key) {
+                continue;
+            }
+            let claim = Claim { topic: plan.source.topic.clone(), rank: plan.only };
+            let Some(messages) = hub.claim(claim) else {
+                tracing::warn!(worker = %worker.id(), topic = plan.source.topic, "another worker has this topic (label kv-topic)");
+                continue;
+            };
+            let cursor = self.plane.feed_cursor(key).unwrap_or_default();
+            let feed = self.spawn(key, &plan, &worker, Source::Hub(messages), cursor, true);
+            self.awaited.insert(key, Running { feed, plan, disconnects: 0 });
+        }
+    }
+
+    fn spawn(
+        &self,
+        key: RankKey,
+        plan: &Plan,
+        worker: &WorkerView,
+        source: Source,
+        cursor: Cursor,
+        takes: bool,
+    ) -> FeedHandle {
+        let format = Format { block_size: plan.block_size, group: 0 };
+        let resolve = Arc::new(sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url));
+        let config = FeedConfig {
+            topic: plan.source.topic.clone(),
+            rank: plan.only,
+            capacity: plan.capacity,
+            ..FeedConfig::new(source, plan.source.replay.clone(), format, resolve)
+        };
+        FeedHandle::spawn(config, cursor, Sink { plane: Arc::clone(&self.plane), key, takes })
     }
 
     /// The leader forgets workers that left the registry. Not at once: this replica may not have
@@ -241,7 +311,7 @@ impl Feeds {
         use futures_util::StreamExt as _;
         let now = Instant::now();
         let mut due = Vec::new();
-        for worker in workers.iter().filter(|worker| worker.record.online) {
+        for worker in workers.iter().filter(|worker| worker.record.online && !sources::connects(worker)) {
             let mut keys = (0..worker.dp_ranks()).map(|rank| RankKey { worker: worker.record.ix, rank });
             let is_due = keys.any(|key| {
                 let owner = ranks.get(key).and_then(|record| record.owner);
@@ -312,20 +382,10 @@ impl Feeds {
             }
             Err(error) => return tracing::debug!(worker = %worker.id(), %error, "feed not claimed"),
         };
-        let Some(ix) = self.plane.ranks().borrow().get(key).map(|record| record.ix) else { return };
         tracing::info!(worker = %worker.id(), rank = key.rank, ?cursor, "listening to the engine's KV events");
         let plan = Plan::new(source, worker);
-        let format = Format { block_size: plan.block_size, group: 0 };
-        let resolve = Arc::new(sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url));
-        let RankSource { endpoint, replay, topic, .. } = plan.source.clone();
-        let config = FeedConfig {
-            topic,
-            rank: plan.only,
-            capacity: plan.capacity,
-            ..FeedConfig::new(Source::Connect(endpoint), replay, format, resolve)
-        };
-        let sink = Sink { plane: Arc::clone(&self.plane), key, ix };
-        let feed = FeedHandle::spawn(config, cursor, sink);
+        let from = Source::Connect(plan.source.endpoint.clone());
+        let feed = self.spawn(key, &plan, worker, from, cursor, false);
         self.running.insert(key, Running { feed, plan, disconnects: 0 });
     }
 
@@ -353,7 +413,8 @@ fn preferred(key: RankKey, live: &[ReplicaId]) -> Option<ReplicaId> {
 struct Sink {
     plane: Arc<dyn ControlPlane>,
     key: RankKey,
-    ix: RankIx,
+    /// Whether to take the feed from whoever has it: the engine speaks to this replica.
+    takes: bool,
 }
 
 /// Pause before a batch is proposed again that could not be.
@@ -378,6 +439,17 @@ impl FeedSink for Sink {
                     Some(cursor) => return Delivery::Moved(cursor),
                     None => return Delivery::Stop,
                 },
+                Ok(CacheOutcome::NotOwner(from)) if self.takes => {
+                    let claim = CacheCommand::ClaimFeed { rank: self.key, from };
+                    match self.plane.propose_cache(claim).await {
+                        Ok(CacheOutcome::Feed(cursor)) if cursor != batch.after => {
+                            return Delivery::Moved(cursor);
+                        }
+                        Ok(CacheOutcome::Feed(_)) => {}
+                        // Somebody was quicker, or nobody leads.
+                        _ => tokio::time::sleep(AGAIN).await,
+                    }
+                }
                 Ok(CacheOutcome::NotOwner(_) | CacheOutcome::Refused | CacheOutcome::Feed(_)) => {
                     return Delivery::Stop;
                 }
@@ -391,7 +463,8 @@ impl FeedSink for Sink {
     }
 
     fn seed_of(&self, block: EngineHash) -> Option<Seed> {
-        self.plane.blocks().index.load().seed_of(self.ix, block)
+        let ix = self.plane.ranks().borrow().get(self.key)?.ix;
+        self.plane.blocks().index.load().seed_of(ix, block)
     }
 }
 
