@@ -1,4 +1,4 @@
-//! Three replicas and two real vLLMs: is what Everline expects to be cached what the engine says
+//! Three replicas and three real vLLMs: is what Everline expects to be cached what the engine says
 //! was cached? Only where a vLLM is installed, see `chaos-tests/real-engine/`.
 
 use std::fmt;
@@ -8,7 +8,7 @@ use chaos_tests::client::Http;
 use chaos_tests::endpoint::LIMIT;
 use chaos_tests::fleet::{Fleet, ready};
 use chaos_tests::ports::free_address;
-use chaos_tests::vllm::{Events, MODEL, Vllm, installed};
+use chaos_tests::vllm::{Events, MODEL, TOPIC, Vllm, installed};
 use chaos_tests::wait::{check, until};
 use everline::admin_types::RegisterRequest;
 use rand::rngs::StdRng;
@@ -68,7 +68,7 @@ impl Trial {
         let mut fleet = Fleet::of(3).config(&config);
         for engine in engines {
             if let Events::Connects(address) = engine.events {
-                fleet = fleet.set(&format!("kv.listen={address}"));
+                fleet = fleet.kv_listen(&[address]);
             }
         }
         let fleet = fleet.start().await;
@@ -76,7 +76,8 @@ impl Trial {
             let mut request = RegisterRequest::new(engine.url(""));
             request.id = Some(engine.id.clone());
             if matches!(engine.events, Events::Connects(_)) {
-                request.labels.insert("kv-events".to_owned(), "listen".to_owned());
+                let labels = [("kv-events", "hub"), ("kv-topic", TOPIC), ("kv-replay", &engine.replay)];
+                request.labels = labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
             }
             let reply = fleet.replicas[0].add_worker(&request, LIMIT).await.expect("an answer");
             assert!(reply.status.is_success(), "{}", reply.text());
@@ -122,10 +123,6 @@ impl Trial {
                 let last = self.seen.last().expect("one was just sent");
                 assert!(last.cached >= 3 * BLOCK, "{last}");
                 if last.expected == Some(last.cached) {
-                    for r in &self.fleet.replicas {
-                        let _ =
-                            std::fs::copy(r.log(), format!("/tmp/rrun/dbg-{}-{}.log", r.name, r.http.port()));
-                    }
                     println!("{} heard {} ms after it was online", engine.id, since.elapsed().as_millis());
                     break;
                 }
@@ -297,8 +294,9 @@ async fn what_is_expected_to_be_cached_is_what_a_real_vllm_has_cached() {
     let Some(installed) = installed() else { return };
     let seed = crate::seed();
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let mut engines = [("file", Events::File), ("port", Events::AnyPort)]
-        .map(|(id, events)| Vllm::new(id, &installed, folder.path(), BLOCKS, &events));
+    let mut engines =
+        [("file", Events::File), ("port", Events::AnyPort), ("connects", Events::Connects(free_address()))]
+            .map(|(id, events)| Vllm::new(id, &installed, folder.path(), BLOCKS, &events));
     engines.iter_mut().for_each(Vllm::start);
     for engine in &mut engines {
         let took = engine.ready().await;
@@ -379,14 +377,8 @@ async fn what_is_expected_to_be_cached_is_what_a_real_vllm_has_cached() {
     }
     trial.report("engines restarted");
 
-    // Another cluster, which was told nothing yet and has no tokenizer, and an engine more, which
-    // connects to it.
+    // Another cluster, which was told nothing yet and has no tokenizer.
     drop(trial);
-    let connects = Events::Connects(free_address());
-    let mut third = Vllm::new("connects", &installed, folder.path(), BLOCKS, &connects);
-    third.start();
-    third.ready().await;
-    let engines: Vec<Vllm> = engines.into_iter().chain([third]).collect();
     let mut trial = Trial::start(&engines, "mode = \"engine\"", seed + 1).await;
     trial.settle().await;
     for text in &few {
