@@ -8,6 +8,7 @@
 
 pub mod feeds;
 mod keys;
+mod loads;
 mod prompts;
 mod sources;
 
@@ -40,11 +41,13 @@ use crate::http::{
 use crate::ingest::hub::Hub;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
+use crate::routing::select::Overload;
 use crate::state::command::ReplicaInfo;
 use crate::telemetry::trace::{TraceOptions, Tracing};
 use crate::zmtp::{Endpoint, Limits};
 use feeds::Feeds;
 use keys::{KeysFile, client_key};
+use loads::Loads;
 use prompts::ByWorkers;
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
@@ -171,7 +174,14 @@ async fn serve(
     let hub = listen_for_engines(config, Arc::clone(&front.config.allow)).await?;
     let feeds =
         Feeds::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), Arc::clone(&front.config.allow));
+    let sockets = feeds.loads();
     let feeds = tokio::spawn(feeds.with_hub(hub).run(shutdown.clone()));
+
+    if config.kv.scrape_ms > 0 {
+        let every = ms(config.kv.scrape_ms);
+        let loads = Loads::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), every, sockets);
+        tokio::spawn(loads.run(shutdown.clone()));
+    }
 
     if let Some(file) = keys_file {
         tokio::spawn(file.follow(shutdown.clone()));
@@ -468,6 +478,11 @@ fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
             first_byte_timeout: ms(proxy.first_byte_timeout_ms),
             idle_timeout: ms(proxy.idle_timeout_ms),
             total_timeout: ms(proxy.total_timeout_ms),
+            reserve: proxy.reserve,
+            overload: Overload {
+                prefill_tokens: Some(proxy.overload_prefill_tokens).filter(|most| *most > 0),
+                kv_share: Some(f64::from(proxy.overload_kv_percent) / 100.0).filter(|share| *share > 0.0),
+            },
             ..ProxyOptions::default()
         },
         pool: PoolOptions::default(),

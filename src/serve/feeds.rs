@@ -21,8 +21,9 @@ use crate::http::{Allowed, Shard};
 use crate::ids::{ReplicaId, WorkerIx};
 use crate::ingest::discover::RankSource;
 use crate::ingest::hub::{Claim, Hub};
+use crate::ingest::load::LoadFeed;
 use crate::ingest::{Delivery, FeedBatch, FeedConfig, FeedCounters, FeedHandle, FeedSink, Source};
-use crate::kv::event::Format;
+use crate::kv::event::{Format, LoadStat};
 use crate::kv::feed::Cursor;
 use crate::kv::hash::Seed;
 use crate::kv::types::EngineHash;
@@ -54,6 +55,9 @@ const AT_ONCE: usize = 16;
 
 /// What is told of the feeds to whoever asks.
 pub type FeedBoard = Arc<parking_lot::Mutex<Vec<(RankKey, FeedCounters)>>>;
+
+/// What the ranks that we listen to said last of their load, where they publish it.
+pub type LoadBoard = Arc<parking_lot::Mutex<HashMap<RankKey, LoadStat>>>;
 
 /// What an engine said, and until when that holds.
 struct Word {
@@ -92,6 +96,8 @@ struct Running {
     plan: Plan,
     /// How often it had lost its connection, or not got one, when its engine last answered.
     disconnects: u64,
+    /// Its load, if it publishes that.
+    load: Option<LoadFeed>,
 }
 
 /// See the module.
@@ -111,6 +117,7 @@ pub struct Feeds {
     /// Since when a worker with ranks has been out of the registry.
     missing: HashMap<WorkerIx, Instant>,
     board: FeedBoard,
+    loads: LoadBoard,
 }
 
 impl Feeds {
@@ -127,6 +134,7 @@ impl Feeds {
             orphaned: HashMap::new(),
             missing: HashMap::new(),
             board: FeedBoard::default(),
+            loads: LoadBoard::default(),
         }
     }
 
@@ -139,6 +147,11 @@ impl Feeds {
     /// What the feeds did, refreshed with every round.
     pub fn board(&self) -> FeedBoard {
         Arc::clone(&self.board)
+    }
+
+    /// What the ranks said last of their load, refreshed with every round.
+    pub fn loads(&self) -> LoadBoard {
+        Arc::clone(&self.loads)
     }
 
     /// Runs until `shutdown`; then gives the feeds up, so that others need not wait for the lease.
@@ -191,6 +204,11 @@ impl Feeds {
         for (key, worker) in claims.into_iter().take(AT_ONCE) {
             self.claim(key, &worker, &ranks, status.me).await;
         }
+        *self.loads.lock() = self
+            .running
+            .iter()
+            .filter_map(|(key, running)| Some((*key, running.load.as_ref()?.newest()?)))
+            .collect();
         *self.board.lock() = self
             .running
             .iter()
@@ -232,7 +250,7 @@ impl Feeds {
             };
             let cursor = self.plane.feed_cursor(key).unwrap_or_default();
             let feed = self.spawn(key, &plan, &worker, Source::Hub(messages), cursor, true);
-            self.awaited.insert(key, Running { feed, plan, disconnects: 0 });
+            self.awaited.insert(key, Running { feed, plan, disconnects: 0, load: None });
         }
     }
 
@@ -384,9 +402,13 @@ impl Feeds {
         };
         tracing::info!(worker = %worker.id(), rank = key.rank, ?cursor, "listening to the engine's KV events");
         let plan = Plan::new(source, worker);
+        let load = plan.source.load.clone().map(|(endpoint, topic)| {
+            let resolve = sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url);
+            LoadFeed::spawn(endpoint, &topic, Arc::new(resolve))
+        });
         let from = Source::Connect(plan.source.endpoint.clone());
         let feed = self.spawn(key, &plan, worker, from, cursor, false);
-        self.running.insert(key, Running { feed, plan, disconnects: 0 });
+        self.running.insert(key, Running { feed, plan, disconnects: 0, load });
     }
 
     /// An engine that tells nothing: its blocks are reckoned from what is sent to it.
@@ -399,7 +421,7 @@ impl Feeds {
 
 /// The replica that a feed had best be with; the same wherever it is reckoned, and few feeds
 /// move when a replica comes or goes.
-fn preferred(key: RankKey, live: &[ReplicaId]) -> Option<ReplicaId> {
+pub(super) fn preferred(key: RankKey, live: &[ReplicaId]) -> Option<ReplicaId> {
     live.iter().copied().max_by_key(|id| {
         let mut bytes = [0; 16];
         bytes[..4].copy_from_slice(&key.worker.0.to_le_bytes());
@@ -450,9 +472,7 @@ impl FeedSink for Sink {
                         _ => tokio::time::sleep(AGAIN).await,
                     }
                 }
-                Ok(CacheOutcome::NotOwner(_) | CacheOutcome::Refused | CacheOutcome::Feed(_)) => {
-                    return Delivery::Stop;
-                }
+                Ok(_) => return Delivery::Stop,
                 // No leader, or no room: the engine keeps what we do not read.
                 Err(ClusterError::Unavailable { .. } | ClusterError::Overloaded { .. }) => {
                     tokio::time::sleep(AGAIN).await;
