@@ -171,7 +171,7 @@ async fn serve(
     tokio::spawn(run_prober(Arc::clone(&front), shutdown.clone()));
     tokio::spawn(keep_configured_workers(Arc::clone(&front), config.worker.clone(), shutdown.clone()));
 
-    let hub = listen_for_engines(config).await?;
+    let hub = listen_for_engines(config, Arc::clone(&front.config.allow)).await?;
     let feeds =
         Feeds::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), Arc::clone(&front.config.allow));
     let sockets = feeds.loads();
@@ -249,8 +249,8 @@ async fn serve(
     }
 }
 
-/// Opens `kv.listen`.
-async fn listen_for_engines(config: &Config) -> anyhow::Result<Option<Hub>> {
+/// Opens `kv.listen`; only those may connect that could be workers.
+async fn listen_for_engines(config: &Config, allow: Arc<Allowed>) -> anyhow::Result<Option<Hub>> {
     let Some(text) = &config.kv.listen else { return Ok(None) };
     let endpoint = Endpoint::parse(text).with_context(|| format!("kv.listen = {text:?}"))?;
     if let Endpoint::Tcp { host, .. } = &endpoint {
@@ -261,7 +261,8 @@ async fn listen_for_engines(config: &Config) -> anyhow::Result<Option<Hub>> {
              engines have cached; listen on 127.0.0.1, or, on a network you trust, write http.insecure = true"
         );
     }
-    let hub = Hub::bind(&endpoint, Limits::default()).await;
+    let admits = move |peer| allow.check(peer).is_ok();
+    let hub = Hub::bind(&endpoint, Limits::default(), Arc::new(admits)).await;
     Ok(Some(hub.with_context(|| format!("cannot listen on {text} (kv.listen)"))?))
 }
 

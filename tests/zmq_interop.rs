@@ -149,7 +149,7 @@ async fn a_feed_follows_a_libzmq_publisher_through_loss_and_restart() {
 #[tokio::test]
 async fn a_libzmq_publisher_connects_to_our_listener() {
     let any = Endpoint::parse("tcp://127.0.0.1:0").unwrap();
-    let hub = Hub::bind(&any, Limits::default()).await.unwrap();
+    let hub = Hub::bind(&any, Limits::default(), Arc::new(|_| true)).await.unwrap();
     let Some((mut peer, at)) = Peer::start(&["connect", &hub.endpoint().to_string()]).await else { return };
     let source = Source::Hub(hub.claim(Claim { topic: "kv".into(), rank: Some(0) }).unwrap());
     follow(&mut peer, source, &at[1]).await;

@@ -1,14 +1,14 @@
 #!/bin/bash
 # Serves the tiny model with the vLLM that install.sh installed, on loopback only, with KV events.
 #
-#   serve.sh DIR RUN PORT BLOCKS ENDPOINT REPLAY
+#   serve.sh DIR RUN PORT BLOCKS ENDPOINT REPLAY TOPIC
 #
 # RUN is a folder for what it writes. ENDPOINT, of the events: ipc://FILE or tcp://*:0 (any port
 # of VLLM_HOST_IP), where it listens; tcp://127.0.0.1:PORT, to which it connects. REPLAY: where
 # it listens for questions. It ends when its standard input does, and takes what it started with it;
 # for that it must lead a process group.
 set -euo pipefail
-dir=$1 run=$2 port=$3 blocks=$4 endpoint=$5 replay=$6
+dir=$1 run=$2 port=$3 blocks=$4 endpoint=$5 replay=$6 topic=$7
 exec 3<&0
 { cat <&3 > /dev/null; kill -KILL 0; } &
 
@@ -26,5 +26,5 @@ exec "$dir/bin/python" -m vllm.entrypoints.cli.main serve "$dir/tiny-model" --se
     --host 127.0.0.1 --port "$port" --dtype float32 --enforce-eager --max-model-len 2048 --max-num-seqs 16 \
     --block-size 32 --num-gpu-blocks-override "$blocks" --enable-prefix-caching \
     --enable-prompt-tokens-details --disable-uvicorn-access-log --kv-events-config \
-    "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"$endpoint\",\"replay_endpoint\":\"$replay\",\"topic\":\"kv\",\"buffer_steps\":10000}" \
+    "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"$endpoint\",\"replay_endpoint\":\"$replay\",\"topic\":\"$topic\",\"buffer_steps\":10000}" \
     < /dev/null

@@ -102,6 +102,12 @@ impl Builder {
         self
     }
 
+    /// Where replicas listen for engines that connect with their KV events, one after the other.
+    pub fn kv_listen(mut self, addresses: &[SocketAddr]) -> Self {
+        self.kv_hubs = addresses.to_vec();
+        self
+    }
+
     /// Starts everything and waits until all replicas are ready and know all engines.
     pub async fn start(self) -> Fleet {
         let turn = turn().await;

@@ -32,6 +32,9 @@ pub fn installed() -> Option<PathBuf> {
     folder
 }
 
+/// The topic of its events.
+pub const TOPIC: &str = "kv";
+
 /// Where its events are to be had.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Events {
@@ -50,11 +53,14 @@ pub struct Vllm {
     pub id: String,
     /// Where it listens.
     pub address: SocketAddr,
+    /// Where its events are to be had.
+    pub events: Events,
     installed: PathBuf,
     run: PathBuf,
     blocks: u32,
     endpoint: String,
-    replay: String,
+    /// Where it says its events again.
+    pub replay: String,
     child: Option<Child>,
 }
 
@@ -73,6 +79,7 @@ impl Vllm {
         Self {
             id: id.to_owned(),
             address: free_address(),
+            events: events.clone(),
             installed: installed.to_owned(),
             run: folder.to_owned(),
             blocks,
@@ -90,7 +97,7 @@ impl Vllm {
         let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/real-engine/serve.sh"));
         command.arg(&self.installed).arg(&self.run);
         command.args([&self.address.port().to_string(), &self.blocks.to_string()]);
-        command.args([&self.endpoint, &self.replay]);
+        command.args([&self.endpoint, &self.replay, TOPIC]);
         // A group of its own, because it is several processes. It ends with its standard input.
         command.process_group(0).stdin(Stdio::piped()).stdout(out).stderr(err);
         self.child = Some(command.spawn().expect("serve.sh starts"));

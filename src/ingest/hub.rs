@@ -1,8 +1,9 @@
 //! One listener that engines connect to, for those whose event endpoint is an address of ours.
 //!
 //! Who connects is known by what it sends: a [`Claim`] names the topic, and the DP rank if several
-//! share it. A claim for every topic gives a listener, and so its port, to one worker.
+//! share it.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -26,7 +27,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What a feed wants of what comes in.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Claim {
-    /// Beginning of the topic. The longest claim that fits a message has it.
+    /// The topic, and no longer one: who begins alike is somebody else.
     pub topic: String,
     /// Only batches of this DP rank.
     pub rank: Option<u32>,
@@ -34,7 +35,7 @@ pub struct Claim {
 
 impl Claim {
     fn fits(&self, topic: &[u8], rank: Option<u32>) -> bool {
-        topic.starts_with(self.topic.as_bytes()) && (self.rank.is_none() || self.rank == rank)
+        topic == self.topic.as_bytes() && (self.rank.is_none() || self.rank == rank)
     }
 }
 
@@ -64,6 +65,9 @@ struct Shared {
     unclaimed: AtomicU64,
 }
 
+/// Says whose connections are taken.
+pub type Admits = Arc<dyn Fn(IpAddr) -> bool + Send + Sync>;
+
 /// The listener.
 pub struct Hub {
     shared: Arc<Shared>,
@@ -79,6 +83,12 @@ pub struct HubFeed {
 }
 
 impl HubFeed {
+    /// Whether somebody is connected who has said something for this claim.
+    pub fn is_connected(&self) -> bool {
+        let claims = self.shared.claims.lock();
+        claims.iter().any(|claimed| claimed.id == self.id && claimed.connection != 0)
+    }
+
     pub(super) async fn next(&mut self) -> Option<HubEvent> {
         self.events.recv().await
     }
@@ -91,12 +101,12 @@ impl Drop for HubFeed {
 }
 
 impl Hub {
-    /// Listens. Dropping the hub closes everything.
-    pub async fn bind(endpoint: &Endpoint, limits: Limits) -> Result<Self, ZmtpError> {
+    /// Listens; connections that `admits` refuses are closed. Dropping the hub closes everything.
+    pub async fn bind(endpoint: &Endpoint, limits: Limits, admits: Admits) -> Result<Self, ZmtpError> {
         let listener = Listener::bind(endpoint).await?;
         let endpoint = listener.endpoint().clone();
         let (shared, closing) = (Arc::<Shared>::default(), CancellationToken::new());
-        tokio::spawn(accept(listener, shared.clone(), limits, closing.clone()));
+        tokio::spawn(accept(listener, shared.clone(), limits, admits, closing.clone()));
         Ok(Self { shared, endpoint, closing })
     }
 
@@ -131,7 +141,13 @@ impl Drop for Hub {
     }
 }
 
-async fn accept(listener: Listener, shared: Arc<Shared>, limits: Limits, closing: CancellationToken) {
+async fn accept(
+    listener: Listener,
+    shared: Arc<Shared>,
+    limits: Limits,
+    admits: Admits,
+    closing: CancellationToken,
+) {
     loop {
         let accepted = tokio::select! {
             accepted = Link::accept(&listener) => accepted,
@@ -145,6 +161,10 @@ async fn accept(listener: Listener, shared: Arc<Shared>, limits: Limits, closing
                 continue;
             }
         };
+        if let Some(peer) = incoming.peer().filter(|peer| !admits(*peer)) {
+            tracing::debug!(%peer, "refused on the listener for KV events");
+            continue;
+        }
         if shared.connections.load(Ordering::Relaxed) >= MAX_CONNECTIONS as u64 {
             tracing::warn!(most = MAX_CONNECTIONS, "too many engines on the listener for KV events");
             continue;
@@ -189,16 +209,14 @@ async fn serve(shared: &Shared, link: &mut Link, id: u64) -> Result<(), ZmtpErro
         let found = {
             let mut claims = shared.claims.lock();
             let fitting = claims.iter_mut().filter(|claimed| claimed.claim.fits(topic, rank));
-            fitting.max_by_key(|claimed| (claimed.claim.topic.len(), claimed.claim.rank)).and_then(
-                |claimed| {
-                    let newcomer = !had.contains(&claimed.id);
-                    if newcomer {
-                        had.push(claimed.id);
-                        claimed.connection = id;
-                    }
-                    (claimed.connection == id).then(|| (claimed.events.clone(), newcomer))
-                },
-            )
+            fitting.max_by_key(|claimed| claimed.claim.rank).and_then(|claimed| {
+                let newcomer = !had.contains(&claimed.id);
+                if newcomer {
+                    had.push(claimed.id);
+                    claimed.connection = id;
+                }
+                (claimed.connection == id).then(|| (claimed.events.clone(), newcomer))
+            })
         };
         let Some((events, newcomer)) = found else {
             shared.unclaimed.fetch_add(1, Ordering::Relaxed);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
@@ -196,10 +196,14 @@ impl Listener {
         &self.endpoint
     }
 
-    pub(super) async fn accept(&self) -> Result<Box<dyn Stream>, ZmtpError> {
+    /// A connection, and who made it, unless that is a process of this machine.
+    pub(super) async fn accept(&self) -> Result<(Box<dyn Stream>, Option<IpAddr>), ZmtpError> {
         match &self.bound {
-            Bound::Tcp(listener) => tuned(listener.accept().await?.0),
-            Bound::Ipc(listener) => Ok(Box::new(listener.accept().await?.0)),
+            Bound::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                Ok((tuned(stream)?, Some(peer.ip())))
+            }
+            Bound::Ipc(listener) => Ok((Box::new(listener.accept().await?.0), None)),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! One connection between two ZeroMQ sockets.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -62,7 +63,8 @@ impl Link {
     /// Waits for the next connection to `listener`. What is returned has still to shake hands
     /// ([`Incoming::shake`]), by a task of its own: a peer may take its time.
     pub async fn accept(listener: &Listener) -> Result<Incoming, ZmtpError> {
-        Ok(Incoming(listener.accept().await?))
+        let (stream, peer) = listener.accept().await?;
+        Ok(Incoming { stream, peer })
     }
 
     async fn shake(mut stream: Box<dyn Stream>, ours: SocketType, limits: Limits) -> Result<Self, ZmtpError> {
@@ -168,9 +170,17 @@ impl Link {
 }
 
 /// A connection that somebody else made.
-pub struct Incoming(Box<dyn Stream>);
+pub struct Incoming {
+    stream: Box<dyn Stream>,
+    peer: Option<IpAddr>,
+}
 
 impl Incoming {
+    /// Who it is from; `None` for a process of this machine, by a file.
+    pub fn peer(&self) -> Option<IpAddr> {
+        self.peer
+    }
+
     /// Shakes hands as a socket of type `ours`, within [`HANDSHAKE_TIMEOUT`].
     pub async fn shake(self, ours: SocketType, limits: Limits) -> Result<Link, ZmtpError> {
         self.shake_within(HANDSHAKE_TIMEOUT, ours, limits).await
@@ -182,7 +192,7 @@ impl Incoming {
         ours: SocketType,
         limits: Limits,
     ) -> Result<Link, ZmtpError> {
-        let shaking = Link::shake(self.0, ours, limits);
+        let shaking = Link::shake(self.stream, ours, limits);
         timeout(within, shaking).await.unwrap_or(Err(ZmtpError::Handshake))
     }
 }

@@ -1,13 +1,14 @@
-//! Three replicas and two real vLLMs: is what Everline expects to be cached what the engine says
+//! Three replicas and three real vLLMs: is what Everline expects to be cached what the engine says
 //! was cached? Only where a vLLM is installed, see `chaos-tests/real-engine/`.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chaos_tests::client::Http;
 use chaos_tests::endpoint::LIMIT;
 use chaos_tests::fleet::{Fleet, ready};
-use chaos_tests::vllm::{Events, MODEL, Vllm, installed};
+use chaos_tests::ports::free_address;
+use chaos_tests::vllm::{Events, MODEL, TOPIC, Vllm, installed};
 use chaos_tests::wait::{check, until};
 use everline::admin_types::RegisterRequest;
 use rand::rngs::StdRng;
@@ -20,8 +21,8 @@ const BLOCKS: u32 = 96;
 /// Tokens in a block.
 const BLOCK: usize = 32;
 
-/// How long what engines tell may take to be everywhere; much more than it does.
-const SETTLED: Duration = Duration::from_secs(20);
+/// How long anything may take to be known everywhere; much more than it does.
+const SETTLED: Duration = Duration::from_secs(30);
 
 /// One request, and both opinions on it.
 struct Seen {
@@ -63,12 +64,21 @@ struct Answer {
 
 impl Trial {
     async fn start(engines: &[Vllm], model: &str, seed: u64) -> Self {
-        // Tokens of loads are not what this is about, and one engine must not get everything.
         let config = format!("[[model]]\nname = \"{MODEL}\"\n{model}\n");
-        let fleet = Fleet::of(3).config(&config).start().await;
+        let mut fleet = Fleet::of(3).config(&config);
+        for engine in engines {
+            if let Events::Connects(address) = engine.events {
+                fleet = fleet.kv_listen(&[address]);
+            }
+        }
+        let fleet = fleet.start().await;
         for engine in engines {
             let mut request = RegisterRequest::new(engine.url(""));
             request.id = Some(engine.id.clone());
+            if matches!(engine.events, Events::Connects(_)) {
+                let labels = [("kv-events", "hub"), ("kv-topic", TOPIC), ("kv-replay", &engine.replay)];
+                request.labels = labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+            }
             let reply = fleet.replicas[0].add_worker(&request, LIMIT).await.expect("an answer");
             assert!(reply.status.is_success(), "{}", reply.text());
         }
@@ -81,7 +91,7 @@ impl Trial {
             seen: Vec::new(),
         };
         trial.online(engines).await;
-        trial.listening(engines).await;
+        trial.heard(engines).await;
         trial
     }
 
@@ -96,21 +106,34 @@ impl Trial {
         }
     }
 
-    /// Waits until somebody listens to each engine, which its log says.
-    async fn listening(&mut self, engines: &[Vllm]) {
-        let folder = self.fleet.folder();
+    /// Waits until what each engine tells is heard: blocks of answers, which nothing else tells of.
+    async fn heard(&mut self, engines: &[Vllm]) {
+        let before = self.seen.len();
         for engine in engines {
-            let line = format!("worker={}", engine.id);
-            until(&format!("{} listened to", engine.id), SETTLED, async || {
-                let logs = self.fleet.replicas.iter().map(|r| folder.join(format!("{}.log", r.name)));
-                let heard = logs.filter_map(|log| std::fs::read_to_string(log).ok()).any(|text| {
-                    text.lines()
-                        .any(|l| l.contains("listening to the engine's KV events") && l.contains(&line))
-                });
-                check(heard, || "nobody says so".to_owned())
-            })
-            .await;
+            let since = Instant::now();
+            loop {
+                let ids = self.ids(40);
+                let pin = [("everline-worker", engine.id.as_str())];
+                let body = json!({"model": MODEL, "prompt": ids, "max_tokens": 70, "ignore_eos": true,
+                    "return_token_ids": true});
+                let answer = self.ask("ids", "/v1/completions", body, &pin).await;
+                let more = [ids, answer.ids].concat();
+                let body = json!({"model": MODEL, "prompt": more, "max_tokens": 1});
+                self.ask("ids", "/v1/completions", body, &pin).await;
+                let last = self.seen.last().expect("one was just sent");
+                assert!(last.cached >= 3 * BLOCK, "{last}");
+                if last.expected == Some(last.cached) {
+                    println!("{} heard {} ms after it was online", engine.id, since.elapsed().as_millis());
+                    break;
+                }
+                assert!(since.elapsed() < SETTLED, "{last}");
+            }
         }
+        self.seen.truncate(before);
+    }
+
+    fn ids(&mut self, count: usize) -> Vec<u32> {
+        (0..count).map(|_| self.rng.random_range(300..1900)).collect()
     }
 
     /// Waits until nothing moves any more and all replicas have the same.
@@ -195,7 +218,7 @@ impl Trial {
         self.ask(what, "/v1/chat/completions", body, &[]).await
     }
 
-    /// A conversation of each kind, about one of a few beginnings. Returns how many requests it took.
+    /// A conversation of each kind, about one of a few beginnings.
     async fn mix(&mut self, beginnings: &[String]) {
         let pick = |rng: &mut StdRng| beginnings[rng.random_range(0..beginnings.len())].clone();
         // Turns of a conversation; the answer comes back as text.
@@ -232,7 +255,7 @@ impl Trial {
             self.ask("a completion with or without salt", "/v1/completions", body, &[]).await;
         }
         // Ids go on exactly where the engine stopped: its answer's blocks are known from events only.
-        let mut ids: Vec<u32> = (0..40).map(|_| self.rng.random_range(300..1900)).collect();
+        let mut ids = self.ids(40);
         for _ in 0..3 {
             let body = json!({"model": MODEL, "prompt": ids, "max_tokens": 70, "temperature": 0,
                 "ignore_eos": true, "return_token_ids": true});
@@ -271,8 +294,9 @@ async fn what_is_expected_to_be_cached_is_what_a_real_vllm_has_cached() {
     let Some(installed) = installed() else { return };
     let seed = crate::seed();
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let mut engines = [("file", Events::File), ("port", Events::AnyPort)]
-        .map(|(id, events)| Vllm::new(id, &installed, folder.path(), BLOCKS, &events));
+    let mut engines =
+        [("file", Events::File), ("port", Events::AnyPort), ("connects", Events::Connects(free_address()))]
+            .map(|(id, events)| Vllm::new(id, &installed, folder.path(), BLOCKS, &events));
     engines.iter_mut().for_each(Vllm::start);
     for engine in &mut engines {
         let took = engine.ready().await;
@@ -284,7 +308,7 @@ async fn what_is_expected_to_be_cached_is_what_a_real_vllm_has_cached() {
 
     // Few beginnings, which fit.
     let few: Vec<String> = (0..2).map(|_| trial.words(40)).collect();
-    for _ in 0..4 {
+    for _ in 0..10 {
         trial.mix(&few).await;
     }
     let seen = trial.report("fits");
@@ -300,7 +324,7 @@ async fn what_is_expected_to_be_cached_is_what_a_real_vllm_has_cached() {
 
     // More than fits: engines evict, and say so.
     let many: Vec<String> = (0..24).map(|_| trial.words(60)).collect();
-    for _ in 0..5 {
+    for _ in 0..10 {
         trial.mix(&many).await;
     }
     trial.report("evictions");
@@ -347,7 +371,8 @@ async fn what_is_expected_to_be_cached_is_what_a_real_vllm_has_cached() {
         engine.ready().await;
     }
     trial.online(&engines).await;
-    for _ in 0..2 {
+    trial.heard(&engines).await;
+    for _ in 0..3 {
         trial.mix(&few).await;
     }
     trial.report("engines restarted");
@@ -360,8 +385,11 @@ async fn what_is_expected_to_be_cached_is_what_a_real_vllm_has_cached() {
         let body = json!({"model": MODEL, "prompt": text, "max_tokens": 1});
         trial.ask("a prompt that the first cluster sent", "/v1/completions", body, &[]).await;
     }
-    for _ in 0..2 {
+    for _ in 0..4 {
         trial.mix(&few).await;
     }
-    trial.report("engine mode");
+    let seen = trial.report("engine mode");
+    for engine in &engines {
+        assert!(seen.iter().any(|s| s.worker == engine.id && s.cached > 0), "{} had no hit", engine.id);
+    }
 }

@@ -178,7 +178,10 @@ async fn without_a_replay_socket_a_feed_is_whole_from_the_engines_start_only() {
 
 #[tokio::test]
 async fn engines_that_connect_to_us_are_told_apart_by_their_topics() {
-    let hub = Hub::bind(&Endpoint::parse("tcp://127.0.0.1:0").unwrap(), Limits::default()).await.unwrap();
+    let hub =
+        Hub::bind(&Endpoint::parse("tcp://127.0.0.1:0").unwrap(), Limits::default(), Arc::new(|_| true))
+            .await
+            .unwrap();
     let connect = |topic: &str| args(json!({"endpoint": hub.endpoint().to_string(), "topic": topic}));
     let engines = [start(connect("kv@a")).await, start(connect("kv@b")).await];
     let sinks = [Sink::default(), Sink::default()];
@@ -203,6 +206,29 @@ async fn engines_that_connect_to_us_are_told_apart_by_their_topics() {
     assert_eq!(sinks[1].kept.lock().clears, 0);
     drop(hub);
     eventually("no hub, no feed", async || feeds.iter().all(FeedHandle::is_finished)).await;
+}
+
+#[tokio::test]
+async fn only_who_is_admitted_and_says_the_whole_topic_is_connected() {
+    let any = Endpoint::parse("tcp://127.0.0.1:0").unwrap();
+    let nobody = Hub::bind(&any, Limits::default(), Arc::new(|_| false)).await.unwrap();
+    let all = Hub::bind(&any, Limits::default(), Arc::new(|_| true)).await.unwrap();
+    let connect = |hub: &Hub| args(json!({"endpoint": hub.endpoint().to_string(), "topic": "gpu-1"}));
+    let refused = start(connect(&nobody)).await;
+    let admitted = start(connect(&all)).await;
+    let claim = |topic: &str| Claim { topic: topic.into(), rank: None };
+    let (none, shorter, its) = (
+        nobody.claim(claim("gpu-1")).unwrap(),
+        all.claim(claim("gpu")).unwrap(),
+        all.claim(claim("gpu-1")).unwrap(),
+    );
+    eventually("connected", async || admitted.engine().kv_publisher().unwrap().stats().subscribers == 1)
+        .await;
+    traffic(&admitted, 1, 3).await;
+    traffic(&refused, 1, 3).await;
+    eventually("heard", async || its.is_connected()).await;
+    assert!(!shorter.is_connected() && !none.is_connected());
+    assert_eq!((all.unclaimed(), refused.engine().kv_publisher().unwrap().stats().subscribers), (0, 0));
 }
 
 /// A message of a feed: one block stored, its number standing for everything in it.
