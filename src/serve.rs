@@ -8,11 +8,12 @@
 
 pub mod feeds;
 mod keys;
+mod loads;
 mod prompts;
 mod sources;
 
 use std::io::IsTerminal;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -37,12 +38,16 @@ use crate::http::{
     QueueOptions, RetryOptions, Shard, TokenDigests, WorkerTls, bind, keep_configured_workers, run_prober,
     serve_admin, serve_client,
 };
+use crate::ingest::hub::Hub;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
+use crate::routing::select::Overload;
 use crate::state::command::ReplicaInfo;
 use crate::telemetry::trace::{TraceOptions, Tracing};
+use crate::zmtp::{Endpoint, Limits};
 use feeds::Feeds;
 use keys::{KeysFile, client_key};
+use loads::Loads;
 use prompts::ByWorkers;
 
 /// How often a node is asked to heartbeat, as a part of the timeout: four may be lost.
@@ -166,9 +171,17 @@ async fn serve(
     tokio::spawn(run_prober(Arc::clone(&front), shutdown.clone()));
     tokio::spawn(keep_configured_workers(Arc::clone(&front), config.worker.clone(), shutdown.clone()));
 
+    let hub = listen_for_engines(config).await?;
     let feeds =
         Feeds::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), Arc::clone(&front.config.allow));
-    let feeds = tokio::spawn(feeds.run(shutdown.clone()));
+    let sockets = feeds.loads();
+    let feeds = tokio::spawn(feeds.with_hub(hub).run(shutdown.clone()));
+
+    if config.kv.scrape_ms > 0 {
+        let every = ms(config.kv.scrape_ms);
+        let loads = Loads::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), every, sockets);
+        tokio::spawn(loads.run(shutdown.clone()));
+    }
 
     if let Some(file) = keys_file {
         tokio::spawn(file.follow(shutdown.clone()));
@@ -234,6 +247,22 @@ async fn serve(
         Some(why) => anyhow::bail!("{why}"),
         None => Ok(()),
     }
+}
+
+/// Opens `kv.listen`.
+async fn listen_for_engines(config: &Config) -> anyhow::Result<Option<Hub>> {
+    let Some(text) = &config.kv.listen else { return Ok(None) };
+    let endpoint = Endpoint::parse(text).with_context(|| format!("kv.listen = {text:?}"))?;
+    if let Endpoint::Tcp { host, .. } = &endpoint {
+        let is_loopback = host.parse::<IpAddr>().map_or(host == "localhost", |ip| ip.is_loopback());
+        anyhow::ensure!(
+            is_loopback || config.http.insecure,
+            "kv.listen = {text:?} can be reached from other machines without authentication: anybody could tell what \
+             engines have cached; listen on 127.0.0.1, or, on a network you trust, write http.insecure = true"
+        );
+    }
+    let hub = Hub::bind(&endpoint, Limits::default()).await;
+    Ok(Some(hub.with_context(|| format!("cannot listen on {text} (kv.listen)"))?))
 }
 
 /// Says every day which certificates are near their end. Ends with the runtime.
@@ -449,6 +478,11 @@ fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
             first_byte_timeout: ms(proxy.first_byte_timeout_ms),
             idle_timeout: ms(proxy.idle_timeout_ms),
             total_timeout: ms(proxy.total_timeout_ms),
+            reserve: proxy.reserve,
+            overload: Overload {
+                prefill_tokens: Some(proxy.overload_prefill_tokens).filter(|most| *most > 0),
+                kv_share: Some(f64::from(proxy.overload_kv_percent) / 100.0).filter(|share| *share > 0.0),
+            },
             ..ProxyOptions::default()
         },
         pool: PoolOptions::default(),

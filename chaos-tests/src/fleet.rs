@@ -1,5 +1,6 @@
 //! A whole cluster of processes: replicas, simulated engines and a balancer.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -34,6 +35,7 @@ pub struct Engine {
     pub id: String,
     /// Where it listens.
     pub address: SocketAddr,
+    labels: BTreeMap<String, String>,
     args: Vec<String>,
     log: PathBuf,
     process: Option<Process>,
@@ -60,6 +62,7 @@ pub struct Builder {
     config: Option<String>,
     engine_args: Vec<String>,
     kv_events: bool,
+    kv_hubs: Vec<SocketAddr>,
 }
 
 impl Builder {
@@ -93,6 +96,12 @@ impl Builder {
         self
     }
 
+    /// Every engine publishes its KV events to a replica that it connects to, each to another.
+    pub fn kv_hubs(mut self) -> Self {
+        self.kv_hubs = (0..self.replicas).map(|_| free_address()).collect();
+        self
+    }
+
     /// Starts everything and waits until all replicas are ready and know all engines.
     pub async fn start(self) -> Fleet {
         let turn = turn().await;
@@ -108,8 +117,15 @@ impl Builder {
             settings.extend(["--config".to_owned(), file.display().to_string()]);
         }
         more.extend_from_slice(&settings);
-        let replicas: Vec<Replica> =
-            endpoints.into_iter().map(|e| Replica::new(e, folder.path(), &more)).collect();
+        let mut hubs = self.kv_hubs.iter();
+        let replicas: Vec<Replica> = endpoints
+            .into_iter()
+            .map(|endpoint| {
+                let hub = hubs.next().map(|hub| ["--set".to_owned(), format!("kv.listen=tcp://{hub}")]);
+                let more: Vec<String> = more.iter().cloned().chain(hub.into_iter().flatten()).collect();
+                Replica::new(endpoint, folder.path(), &more)
+            })
+            .collect();
         let engines: Vec<Engine> = (1..=self.engines).map(|n| self.engine(n, folder.path())).collect();
         let balancer = free_address();
         let mut fleet = Fleet { replicas, engines, balancer, settings, _balancer: None, folder, _turn: turn };
@@ -122,6 +138,22 @@ impl Builder {
         let mut args: Vec<String> =
             ["engine-sim", "--listen", &address.to_string(), "--model", MODEL].map(str::to_owned).into();
         args.extend_from_slice(&self.engine_args);
+        let mut labels = BTreeMap::new();
+        if !self.kv_hubs.is_empty() {
+            let hub = self.kv_hubs[(n - 1) % self.kv_hubs.len()];
+            let replay = free_address();
+            let config = serde_json::json!({
+                "enable_kv_cache_events": true,
+                "publisher": "zmq",
+                "endpoint": format!("tcp://{hub}"),
+                "replay_endpoint": format!("tcp://*:{}", replay.port()),
+                "topic": format!("kv-{id}"),
+            });
+            args.extend(["--kv-events-config".to_owned(), config.to_string()]);
+            labels.insert("kv-events".to_owned(), "hub".to_owned());
+            labels.insert("kv-replay".to_owned(), format!("tcp://{replay}"));
+            labels.insert("kv-topic".to_owned(), format!("kv-{id}"));
+        }
         if self.kv_events {
             let config = serde_json::json!({
                 "enable_kv_cache_events": true,
@@ -131,7 +163,7 @@ impl Builder {
             });
             args.extend(["--kv-events-config".to_owned(), config.to_string()]);
         }
-        Engine { log: folder.join(format!("{id}.log")), id, address, args, process: None }
+        Engine { log: folder.join(format!("{id}.log")), id, address, labels, args, process: None }
     }
 }
 
@@ -162,6 +194,7 @@ impl Fleet {
             config: None,
             engine_args: Vec::new(),
             kv_events: false,
+            kv_hubs: Vec::new(),
         }
     }
 
@@ -175,7 +208,8 @@ impl Fleet {
             ready(replica, START).await;
         }
         for engine in &self.engines {
-            let request = engine_worker(&engine.id, engine.address);
+            let mut request = engine_worker(&engine.id, engine.address);
+            request.labels = engine.labels.clone();
             until(&format!("{} registered", engine.id), START, async || {
                 self.replicas[0].add_worker(&request, LIMIT).await?.json::<serde_json::Value>()
             })

@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 pub use super::stats::{ClusterStats, GroupStats, LogStats};
-use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::routing::blocks::Blocks;
-use crate::routing::book::Bookings;
+use crate::routing::book::{Booking, Bookings, Tentative};
 use crate::routing::view::RegistryView;
 use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo};
 use crate::state::ranks::{RankKey, Ranks};
@@ -180,6 +180,11 @@ pub trait ControlPlane: Send + Sync + 'static {
     /// Books and frees load.
     fn bookings(&self) -> &Bookings;
 
+    /// Has a booking confirmed by the cluster; `None` if somebody has booked on the worker since it
+    /// was chosen. Waits for as long as that takes: a caller who does not is not held to it, and
+    /// what was booked is freed.
+    fn reserve(&self, tentative: Tentative) -> Answer<Option<Booking>>;
+
     /// Proposes a command of the cache group and waits until this replica has applied it, like
     /// [`ControlPlane::propose`].
     fn propose_cache(&self, command: CacheCommand) -> Answer<CacheOutcome>;
@@ -197,6 +202,15 @@ pub trait ControlPlane: Send + Sync + 'static {
 
     /// How far one rank's events were applied here.
     fn feed_cursor(&self, rank: RankKey) -> Option<Cursor>;
+
+    /// Which worker a session is with, as applied here, and whether that should be said again before
+    /// it is forgotten.
+    fn session(&self, session: u64) -> Option<(WorkerIx, bool)>;
+
+    /// How many sessions are bound to a worker.
+    fn sessions(&self) -> usize {
+        0
+    }
 
     /// How long what this replica proposed is waiting to be applied, in milliseconds: what its
     /// peers proposed may be as old. 0 while nothing waits.

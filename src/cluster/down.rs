@@ -5,10 +5,10 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::api::{Answer, ClusterError, ClusterStatus, ControlPlane, MemberOp};
-use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::routing::blocks::Blocks;
-use crate::routing::book::Bookings;
+use crate::routing::book::{Booking, Bookings, Tentative};
 use crate::routing::view::RegistryView;
 use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome};
 use crate::state::ranks::{RankKey, Ranks};
@@ -63,6 +63,11 @@ impl ControlPlane for DownPlane {
         &self.bookings
     }
 
+    fn reserve(&self, tentative: Tentative) -> Answer<Option<Booking>> {
+        tentative.refused();
+        self.refuse()
+    }
+
     fn propose_cache(&self, _: CacheCommand) -> Answer<CacheOutcome> {
         self.refuse()
     }
@@ -78,6 +83,10 @@ impl ControlPlane for DownPlane {
     }
 
     fn feed_cursor(&self, _: RankKey) -> Option<Cursor> {
+        None
+    }
+
+    fn session(&self, _: u64) -> Option<(WorkerIx, bool)> {
         None
     }
 

@@ -16,10 +16,10 @@ use super::membership::Members;
 use super::peer::wire::{Kind, ReadIndexReply};
 use super::proposer::{Proposer, Route};
 use crate::codec;
-use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::routing::blocks::Blocks;
-use crate::routing::book::Bookings;
+use crate::routing::book::{Booking, Bookings, Tentative};
 use crate::routing::view::RegistryView;
 use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo};
 use crate::state::ranks::{RankKey, Ranks};
@@ -67,6 +67,43 @@ impl Inner {
             Ok(Err(_)) => Err(ClusterError::Down("the proposer has stopped".to_owned())),
             Err(_) => Err(ClusterError::Unavailable { waited }),
         }
+    }
+
+    /// Puts a reservation into the queue and sees to its end, whoever waits for it.
+    fn reserve(
+        &self,
+        tentative: Tentative,
+    ) -> Result<tokio::task::JoinHandle<Result<Option<Booking>, ClusterError>>, ClusterError> {
+        let submitted = self.down_reason().and_then(|()| match tentative.command() {
+            Some(command) => self.cache.submit(&[command]),
+            None => Err(ClusterError::Refused("nothing is to be booked".to_owned())),
+        });
+        let answer = match submitted {
+            Ok(answer) => answer,
+            Err(error) => {
+                tentative.refused();
+                return Err(error);
+            }
+        };
+        // Without a deadline: it may be applied however late. The proposer answers or ends.
+        Ok(self.raft_runtime.spawn(async move {
+            let outcome = answer.await.ok().and_then(|outcomes| outcomes.into_iter().next());
+            match outcome {
+                Some(CacheOutcome::Done) => Ok(tentative.confirmed()),
+                Some(CacheOutcome::Busy(_)) => {
+                    tentative.refused();
+                    Ok(None)
+                }
+                Some(CacheOutcome::Refused) => {
+                    tentative.refused();
+                    Err(ClusterError::Down("it has no place in the cluster yet".to_owned()))
+                }
+                _ => {
+                    tentative.unknown();
+                    Ok(None)
+                }
+            }
+        }))
     }
 
     /// Waits until everything committed before the call is applied here.
@@ -300,6 +337,11 @@ impl ControlPlane for Handle {
         &self.inner.bookings
     }
 
+    fn reserve(&self, tentative: Tentative) -> Answer<Option<Booking>> {
+        let under_way = self.inner.reserve(tentative);
+        Box::pin(async move { under_way?.await.map_err(|error| ClusterError::Down(error.to_string()))? })
+    }
+
     fn propose_cache(&self, command: CacheCommand) -> Answer<CacheOutcome> {
         let inner = self.inner.clone();
         Box::pin(async move { inner.propose_to(&inner.cache, command, CacheOutcome::Unknown).await })
@@ -326,6 +368,15 @@ impl ControlPlane for Handle {
     fn feed_cursor(&self, rank: RankKey) -> Option<Cursor> {
         let member = self.inner.member.get()?;
         member.cache.read(|state| state.ranks().get(rank).map(|record| record.cursor))
+    }
+
+    fn session(&self, session: u64) -> Option<(WorkerIx, bool)> {
+        let member = self.inner.member.get()?;
+        member.cache.read(|state| state.sessions().worker(session))
+    }
+
+    fn sessions(&self) -> usize {
+        self.inner.member.get().map_or(0, |member| member.cache.read(|state| state.sessions().len()))
     }
 
     fn view_age_ms(&self) -> u64 {

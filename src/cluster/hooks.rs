@@ -141,6 +141,7 @@ impl Hooks<ControlState> for ControlHooks {
             cache.read(|cache| {
                 for (ix, live) in &fresh {
                     live.peers.set(cache.peers_load(self.me, *ix));
+                    live.foreign.set(cache.correction(*ix));
                     live.set_ranks(scored(cache.ranks(), *ix));
                     live.set_reckoned(is_reckoned(cache.ranks(), *ix));
                 }
@@ -193,14 +194,21 @@ impl Hooks<CacheState> for CacheHooks {
                 self.board.blocks.recent.note(routed.rank, routed.seed, &routed.locals);
             }
         }
-        let changed = state.take_changed();
-        if changed.is_empty() {
+        let (changed, restored) = (state.take_changed(), state.take_restored());
+        if changed.is_empty() && !restored {
             return;
         }
         let lives = self.board.lives.lock();
+        let set = |worker: WorkerIx, live: &WorkerLive| {
+            live.peers.set(state.peers_load(self.me, worker));
+            live.foreign.set(state.correction(worker));
+        };
+        if restored {
+            return lives.iter().for_each(|(worker, live)| set(*worker, live));
+        }
         for worker in changed {
             if let Some(live) = lives.get(&worker) {
-                live.peers.set(state.peers_load(self.me, worker));
+                set(worker, live);
             }
         }
     }

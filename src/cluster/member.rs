@@ -208,8 +208,12 @@ impl Inner {
             if announced.set(()).is_ok() {
                 commands.push(CacheCommand::ReplicaUp { id, incarnation });
             }
-            if board.lease_lost.swap(false, std::sync::atomic::Ordering::AcqRel) {
+            let in_doubt = bookings.take_doubt();
+            let lease_lost = board.lease_lost.swap(false, std::sync::atomic::Ordering::AcqRel);
+            if lease_lost {
                 tracing::warn!("the cluster had released this replica's bookings; saying them again");
+            }
+            if lease_lost || in_doubt {
                 commands.push(CacheCommand::ReplaceLoads(bookings.restate(&board.lives.lock())));
                 return commands;
             }

@@ -391,3 +391,72 @@ fn the_leaders_bound_of_the_index_holds_on_all_replicas_however_they_are_configu
         (0..3).all(|i| bound(i) == (leader as u64 + 1) * (16 << 20))
     });
 }
+
+#[test]
+fn reservations_of_different_replicas_never_share_a_worker_that_has_room_for_one() {
+    use crate::routing::book::{Booking, Share};
+    use crate::routing::policy::{RouteRequest, by_name};
+    use crate::routing::select::{Limits, Overload, select};
+
+    const WORKERS: usize = 6;
+    let r = Replicas::new(3);
+    for n in 0..WORKERS {
+        r.register(n % 3, &format!("w{n}"));
+    }
+    for i in 0..3 {
+        r.until("all workers everywhere", || (0..WORKERS).all(|w| knows(&r.plane(i), &format!("w{w}"))));
+    }
+    let limits =
+        Limits { now_ms: 1, breaker: Default::default(), max_requests: 1, overload: Overload::default() };
+    // The policy prefers the same worker everywhere, so that they do meet.
+    let reserve = async |plane: Arc<dyn ControlPlane>| -> (Booking, u32) {
+        let policy = by_name("consistent_hash").unwrap();
+        for late in 0.. {
+            let request = RouteRequest { prompt_tokens: 100, session: Some(7), ..RouteRequest::default() };
+            let selection = {
+                let view = plane.registry();
+                select(&view, policy.as_ref(), &request, &limits, &[], &mut rand::rng()).unwrap()
+            };
+            let share = Share { prefill_tokens: 100, decode_blocks: 7, ..Share::default() };
+            let tentative = plane.bookings().try_book(selection.worker, share, selection.seen);
+            if let Some(booking) = plane.reserve(tentative).await.unwrap() {
+                return (booking, late);
+            }
+        }
+        unreachable!("tried for ever")
+    };
+    let planes: Vec<_> = (0..WORKERS).map(|n| r.plane(n % 3)).collect();
+    let mut met = 0;
+    for round in 0..10 {
+        let all = planes.iter().cloned().map(&reserve);
+        let taken = r.runtime.block_on(futures_util::future::join_all(all));
+        let mut workers: Vec<_> = taken.iter().map(|(booking, _)| booking.worker().id().clone()).collect();
+        workers.sort();
+        workers.dedup();
+        assert_eq!(workers.len(), WORKERS, "round {round}: two share a worker: {workers:?}");
+        assert!(
+            taken.iter().all(|(_, late)| *late < WORKERS as u32),
+            "each loses to another one at most once"
+        );
+        met += taken.iter().map(|(_, late)| late).sum::<u32>();
+        drop(taken);
+        for plane in &planes {
+            let load = |n: usize| {
+                let id = WorkerId::parse(&format!("w{n}")).unwrap();
+                plane.registry().worker(&id).unwrap().live.load()
+            };
+            r.until("all is freed", || (0..WORKERS).all(|n| load(n) == Default::default()));
+        }
+    }
+    assert!(met > 0, "they never wanted the same worker, so nothing was shown");
+
+    // One whose asker went away is booked by the cluster, and freed.
+    let plane = r.plane(0);
+    let worker = plane.registry().workers[0].clone();
+    let share = Share { prefill_tokens: 100, decode_blocks: 7, ..Share::default() };
+    let tentative = plane.bookings().try_book(worker, share, Default::default());
+    drop(plane.reserve(tentative));
+    r.until("freed with nobody waiting", || plane.registry().workers[0].live.load() == Default::default());
+    r.runtime.block_on(r.plane(1).read_barrier(Group::Cache)).unwrap();
+    r.until("freed at the others", || r.plane(1).registry().workers[0].live.load() == Default::default());
+}

@@ -36,7 +36,7 @@ pub use schema::{
     ReplicaConfig, SECTIONS, WorkersConfig,
 };
 pub use sources::{ENV_PREFIX, Override};
-pub use values::{AccessLog, LogFormat, PeerSeed, Policy, TokenDigest, check_host_port, check_name};
+pub use values::{AccessLog, LogFormat, PeerSeed, Policy, Reserve, TokenDigest, check_host_port, check_name};
 
 use sources::Found;
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::access::{KeyEntry, NodeTokenEntry};
 use super::keys::{KeyDoc, Kind, SectionDoc};
 use super::models::{ModelEntry, PromptMode};
-use super::values::{AccessLog, LogFormat, PeerSeed, Policy, TokenDigest};
+use super::values::{AccessLog, LogFormat, PeerSeed, Policy, Reserve, TokenDigest};
 use crate::admin_types::RegisterRequest;
 use crate::tls::listener::ListenerFiles;
 use crate::tls::peer::PeerFiles;
@@ -248,6 +248,12 @@ sections! {
         breaker_max_open_ms: u64 = 30_000, Kind::int("ms", 1, HOUR_MS);
         /// Requests a worker should have at once, over the whole cluster, where its registration does not say (`max_requests`). More wait.
         max_requests_per_worker: u32 = 8_192, Kind::int("requests", 1, 1_000_000);
+        /// How a request is booked: `local`, at once, so that replicas may choose the same worker in the few milliseconds until they hear of each other; `linearizable`, through the log before it is sent, so that they never do. That costs each request some milliseconds. Requests can ask for either with `Everline-Reserve`.
+        reserve: Reserve = Reserve::Local, Kind::Choice(Reserve::NAMES);
+        /// A worker with more prompt tokens waiting for their prefill than this is left out while others have fewer; 0 means never.
+        overload_prefill_tokens: u64 = 0, Kind::int("tokens", 0, 1_000_000_000_000);
+        /// A worker of whose KV blocks running requests hold more than this is left out while others are below; 0 means never. Known only of workers that say how many blocks they have.
+        overload_kv_percent: u32 = 0, Kind::int("percent", 0, 100);
         /// Most requests that wait at this replica because all workers have as many as they should; further ones get 429.
         queue_max: u32 = 1_024, Kind::int("requests", 0, 1_000_000);
         /// A waiting request gets 429 after this time.
@@ -268,6 +274,10 @@ sections! {
     "kv" => KvConfig {
         /// Where the token ids of a prompt come from if its model has no `[[model]]` entry: `engine` asks one that serves it (`POST /tokenize`; answers are kept), `text` compares pieces of text, which meet only what this cluster has sent itself and never an engine's events.
         default_mode: PromptMode = PromptMode::Engine, Kind::Choice(PromptMode::WITHOUT_FILES);
+        /// Time between two looks at an engine's own figures (SGLang's load sockets, or `/metrics`). Where it has more to do than the cluster gave it, three times in a row, that counts as load. One replica looks at each engine. 0 never looks.
+        scrape_ms: u64 = 2_000, Kind::int("ms", 0, HOUR_MS);
+        /// `tcp://host:port` where engines connect that are told to publish their KV events to a router (vLLM: an endpoint without `*`). Their workers have the labels `kv-events=hub` and `kv-topic=...`. There is no authentication: loopback, or a network you trust and `http.insecure = true`.
+        listen: Option<String> = None, Kind::Text;
         /// Threads that tokenise prompts.
         tokenize_threads: u32 = 2, Kind::int("threads", 1, 256);
         /// Requests that wait for one of them; further ones are routed without knowing their prefix.

@@ -163,6 +163,22 @@ impl Policy {
     }
 }
 
+/// How a request is booked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reserve {
+    /// At once, here; the others hear of it.
+    #[default]
+    Local,
+    /// In the log first, unless somebody else was faster.
+    Linearizable,
+}
+
+impl Reserve {
+    /// Their names in the file.
+    pub const NAMES: &[&str] = &["local", "linearizable"];
+}
+
 /// Form of log lines.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -1,6 +1,8 @@
 //! Reading what an engine says about itself: `/v1/models` and `/metrics`. Tolerant: an engine
 //! that says less, or more, is no error. No I/O here.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 
 use crate::state::worker::{EngineKind, ServedModel, WorkerSpec};
@@ -78,6 +80,62 @@ pub fn parse_metrics(text: &str) -> EngineFacts {
     facts
 }
 
+/// What an engine says of its work, over all ranks.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct EngineLoad {
+    /// Requests running and waiting.
+    pub requests: u64,
+    /// Shares of their blocks that running requests hold, summed over the ranks that say so.
+    pub kv_usage: Option<f64>,
+}
+
+/// Metrics with requests, of engines that we know.
+const REQUESTS: [&str; 4] = [
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "sglang:num_running_reqs",
+    "sglang:num_queue_reqs",
+];
+
+/// Metrics with the share of blocks in use; the second one is vLLM's until 0.11.
+const USAGE: [&str; 3] = ["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"];
+
+/// Most ranks of an engine that are told apart.
+const MOST_RANKS: usize = 1024;
+
+/// Reads from metrics in Prometheus text what the engine has to do; `None` if it does not say.
+/// Several lines of a rank (tensor-parallel parts of it, say) tell the same: the largest counts.
+pub fn parse_load(text: &str) -> Option<EngineLoad> {
+    // By data-parallel rank: requests by metric, and usage.
+    let mut ranks: BTreeMap<&str, ([f64; REQUESTS.len()], Option<f64>)> = BTreeMap::new();
+    let mut says = false;
+    for line in text.lines() {
+        if !line.starts_with("vllm:") && !line.starts_with("sglang:") {
+            continue;
+        }
+        let find =
+            |names: &[&str]| names.iter().enumerate().find_map(|(at, name)| Some((at, sample(line, name)?)));
+        let (requests, usage) = (find(&REQUESTS), find(&USAGE));
+        let Some((at, value)) = requests.or(usage).filter(|(_, value)| value.is_finite()) else { continue };
+        let rank = label(line, "engine").or_else(|| label(line, "dp_rank")).unwrap_or_default();
+        if ranks.len() >= MOST_RANKS && !ranks.contains_key(rank) {
+            continue;
+        }
+        let rank = ranks.entry(rank).or_default();
+        if requests.is_some() {
+            says = true;
+            rank.0[at] = rank.0[at].max(value);
+        } else {
+            rank.1 = Some(rank.1.unwrap_or_default().max(value.clamp(0.0, 1.0)));
+        }
+    }
+    let usages: Vec<f64> = ranks.values().filter_map(|(_, usage)| *usage).collect();
+    says.then(|| EngineLoad {
+        requests: ranks.values().flat_map(|(requests, _)| requests).sum::<f64>() as u64,
+        kv_usage: (!usages.is_empty()).then(|| usages.iter().sum()),
+    })
+}
+
 /// The value of a sample line of this metric, whatever its labels.
 fn sample(line: &str, metric: &str) -> Option<f64> {
     let rest = line.strip_prefix(metric)?;
@@ -133,6 +191,26 @@ mod tests {
         let facts = parse_metrics(text);
         assert_eq!((facts.block_size, facts.capacity_blocks), (Some(16), Some(100)));
         assert_eq!(facts.engine, Some(EngineKind::Sglang));
+    }
+
+    #[test]
+    fn the_load_of_all_ranks_is_summed_whatever_the_order_of_labels() {
+        let vllm = "# TYPE vllm:num_requests_running gauge\n\
+            vllm:num_requests_running{engine=\"0\",model_name=\"m\"} 16.0\n\
+            vllm:num_requests_running{model_name=\"m\",engine=\"1\"} 4.0\n\
+            vllm:num_requests_waiting{engine=\"0\",model_name=\"m\"} 9.0\n\
+            vllm:num_requests_waiting_by_reason{engine=\"0\",model_name=\"m\",reason=\"capacity\"} 9.0\n\
+            vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"m\"} 0.5\n\
+            vllm:kv_cache_usage_perc{engine=\"1\",model_name=\"m\"} 0.25\n";
+        assert_eq!(parse_load(vllm), Some(EngineLoad { requests: 29, kv_usage: Some(0.75) }));
+        let sglang = "sglang:num_running_reqs{model_name=\"m\",tp_rank=\"0\",dp_rank=\"0\"} 3.0\n\
+            sglang:num_running_reqs{model_name=\"m\",tp_rank=\"1\",dp_rank=\"0\"} 3.0\n\
+            sglang:num_running_reqs{model_name=\"m\",tp_rank=\"0\",dp_rank=\"1\"} 2.0\n\
+            sglang:num_queue_reqs{model_name=\"m\",tp_rank=\"0\",dp_rank=\"1\"} 1.0\n";
+        assert_eq!(parse_load(sglang), Some(EngineLoad { requests: 6, kv_usage: None }));
+        for nothing in ["", "vllm:num_requests_running{} NaN\n", "vllm:kv_cache_usage_perc 0.5\n", "x 1\n"] {
+            assert_eq!(parse_load(nothing), None, "{nothing}");
+        }
     }
 
     #[test]

@@ -12,7 +12,9 @@ use super::front::Shard;
 use super::metrics::{Retry, Tracked};
 use super::placing::Placing;
 use super::queue::Held;
+use super::reserving::{Reserving, book};
 use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
+use crate::config::Reserve;
 use crate::ids::WorkerId;
 use crate::routing::select::{NoWorker, Selection};
 use crate::routing::view::WorkerView;
@@ -58,6 +60,8 @@ pub(super) struct Attempts<'a> {
     /// A kept-alive connection has failed already.
     stale: bool,
     retries: u32,
+    /// Bookings that wait for the cluster's word.
+    reserving: Reserving,
 }
 
 /// Why an attempt brought no answer.
@@ -88,6 +92,7 @@ impl<'a> Attempts<'a> {
             reached: Vec::new(),
             stale: false,
             retries: 0,
+            reserving: Reserving::default(),
         }
     }
 
@@ -111,7 +116,7 @@ impl<'a> Attempts<'a> {
             if self.retries > 0 {
                 self.tracked.retrying(self.trouble);
             }
-            let booking = self.book(&selection);
+            let Some(booking) = self.book(&selection).await else { continue };
             self.asked.placing.sent_to(&self.shard.front, &selection);
             let cached = self.asked.placing.cached_tokens(&selection);
             let Selection { worker, rank, .. } = selection;
@@ -214,12 +219,16 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    fn book(&self, selection: &Selection) -> Held {
+    /// Books the request where it was sent; `None` if it has to be chosen anew.
+    async fn book(&mut self, selection: &Selection) -> Option<Held> {
         let front = &self.shard.front;
-        let (tokens, blocks) = selection.to_book(self.asked.placing.prompt_tokens);
-        let bookings = front.control.bookings();
-        let booking = bookings.book_rank(Arc::clone(&selection.worker), selection.rank, tokens, blocks);
-        Held::new(booking, &front.queue)
+        let placing = &self.asked.placing;
+        let booking = match placing.wishes.reserve.unwrap_or(front.config.proxy.reserve) {
+            Reserve::Local => book(front, placing, selection),
+            // Boxed: most requests do without.
+            Reserve::Linearizable => Box::pin(self.reserving.book(front, placing, selection)).await?,
+        };
+        Some(Held::new(booking, &front.queue))
     }
 
     async fn send(

@@ -19,6 +19,7 @@ use super::retry::{RetryBudget, RetryOptions};
 use super::routes::Listener;
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
+use crate::config::Reserve;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy::{self, POLICY_NAMES, Policy, PowerOfTwo};
 use crate::routing::select::Overload;
@@ -52,6 +53,8 @@ pub struct ProxyOptions {
     pub total_timeout: Duration,
     /// Above what load a worker is left out while others are not: no threshold.
     pub overload: Overload,
+    /// How requests are booked that do not say.
+    pub reserve: Reserve,
 }
 
 impl Default for ProxyOptions {
@@ -68,6 +71,7 @@ impl Default for ProxyOptions {
             idle_timeout: Duration::from_secs(300),
             total_timeout: Duration::from_secs(1800),
             overload: Overload::default(),
+            reserve: Reserve::default(),
         }
     }
 }

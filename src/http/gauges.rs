@@ -32,6 +32,9 @@ impl Collector for Gauges {
         let help = "Requests that stand in line because all workers are saturated";
         let waiting = encoder.encode_descriptor("queue_requests", help, None, MetricType::Gauge)?;
         ConstGauge::new(front.queue.waiting() as u64).encode(waiting)?;
+        let help = "Sessions that are bound to a worker, over the cluster";
+        let bound = encoder.encode_descriptor("sessions", help, None, MetricType::Gauge)?;
+        ConstGauge::new(front.control.sessions() as u64).encode(bound)?;
         workers(&mut encoder, &front.control.registry().workers, front.now_ms())?;
         let status = front.control.status();
         groups(&mut encoder, &status)?;
@@ -87,12 +90,18 @@ fn workers(encoder: &mut DescriptorEncoder<'_>, workers: &[Arc<WorkerView>], now
     };
     let reachable = |worker: &WorkerView| !worker.live.unreachable.load(Ordering::Relaxed);
     type Read<'a> = &'a dyn Fn(&WorkerView) -> i64;
-    let gauges: [(&str, &str, Read<'_>); 7] = [
-        ("worker_requests", "Requests booked", &|w| w.live.load().requests),
+    let gauges: [(&str, &str, Read<'_>); 9] = [
+        ("worker_requests", "Requests booked", &|w| w.live.booked().requests),
         ("worker_prefill_tokens", "Prompt tokens still to be prefilled, as booked", &|w| {
-            w.live.load().prefill_tokens
+            w.live.booked().prefill_tokens
         }),
-        ("worker_decode_blocks", "KV blocks held, as booked", &|w| w.live.load().decode_blocks),
+        ("worker_decode_blocks", "KV blocks held, as booked", &|w| w.live.booked().decode_blocks),
+        ("worker_foreign_requests", "Requests its engine has beyond what is booked", &|w| {
+            w.live.foreign.get().requests
+        }),
+        ("worker_foreign_blocks", "KV blocks its engine uses beyond what is booked", &|w| {
+            w.live.foreign.get().decode_blocks
+        }),
         ("worker_online", "1 if online by the cluster's decision", &|w| w.record.online.into()),
         ("worker_draining", "1 if kept from new requests", &|w| w.record.drain.into()),
         ("worker_reachable", "1 unless this replica failed to connect to it last", &|w| reachable(w).into()),

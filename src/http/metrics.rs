@@ -24,6 +24,7 @@ pub use self::tracked::Tracked;
 
 use self::access::AccessLog;
 use self::counts::{Counts, Exported};
+use super::reserving::Reservation;
 pub use super::routes::Route;
 use crate::telemetry::process::ProcessMetrics;
 use crate::telemetry::trace::Tracing;
@@ -137,6 +138,7 @@ pub struct Metrics {
     process: Registry,
     counts: Arc<Counts>,
     rejected: Family<RejectLabels, Counter>,
+    reservations: [Counter; Reservation::ALL.len()],
     /// Open client and admin connections.
     pub connections: Gauge,
     recent: RecentErrors,
@@ -159,6 +161,11 @@ impl Metrics {
         registry.register_collector(Box::new(Exported(Arc::clone(&counts))));
         let rejected = Family::<RejectLabels, Counter>::default();
         registry.register("rejected", "Requests and connections refused, by reason", rejected.clone());
+        let reservations = Family::<[(&str, &str); 1], Counter>::default();
+        let help = "Bookings through the log, by what became of them";
+        registry.register("reservations", help, reservations.clone());
+        let reservations =
+            Reservation::ALL.map(|of| reservations.get_or_create(&[("outcome", of.as_str())]).clone());
         let connections = Gauge::default();
         registry.register("connections", "Open connections", connections.clone());
         // A gauge that is always 1, as most have it: readers that know the older text format only
@@ -173,6 +180,7 @@ impl Metrics {
             process,
             counts,
             rejected,
+            reservations,
             connections,
             recent: RecentErrors::default(),
             taken: AtomicU64::new(0),
@@ -216,6 +224,11 @@ impl Metrics {
     /// Counts a refusal. `reason` is an error code or another word from a fixed set.
     pub fn reject(&self, reason: &'static str) {
         self.rejected.get_or_create(&RejectLabels { reason }).inc();
+    }
+
+    /// Counts a booking through the log.
+    pub(super) fn reservation(&self, became: Reservation) {
+        self.reservations[became as usize].inc();
     }
 
     /// Attempts after the first, for whatever reason.

@@ -1,6 +1,6 @@
 //! Where a request goes and why: its prompt's blocks, who holds them, and the choice.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -9,9 +9,10 @@ use serde_json::json;
 
 use super::front::Front;
 use super::wishes::Wishes;
-use crate::ids::WorkerId;
+use crate::ids::{WorkerId, WorkerIx};
 use crate::kv::hash::{LocalHash, SequenceHash, sequence_hashes};
 use crate::kv::types::Overlap;
+use crate::routing::book::Share;
 use crate::routing::policy::{Pin, Policy, RouteRequest};
 use crate::routing::select::{Explained, Limits, NoWorker, Selection, explain, select};
 use crate::routing::view::{NOT_SCORED, RegistryView};
@@ -45,13 +46,7 @@ pub(super) struct Placing {
 #[derive(Debug)]
 struct Blocks {
     key: PromptKey,
-    chain: OnceLock<Vec<SequenceHash>>,
-}
-
-impl Blocks {
-    fn chain(&self) -> &[SequenceHash] {
-        self.chain.get_or_init(|| sequence_hashes(&self.key.hashes))
-    }
+    chain: Arc<[SequenceHash]>,
 }
 
 impl Placing {
@@ -96,7 +91,8 @@ impl Placing {
         }
         let mut key = prompt.key(size as usize);
         key.hashes.truncate(MOST_ROUTED);
-        let blocks = Arc::new(Blocks { key, chain: OnceLock::new() });
+        let chain = sequence_hashes(&key.hashes).into();
+        let blocks = Arc::new(Blocks { key, chain });
         keys.push(Arc::clone(&blocks));
         Some(blocks)
     }
@@ -117,7 +113,6 @@ impl Placing {
             look_up(front, &blocks.key.hashes, &mut held, &mut sent);
             first.get_or_insert(blocks);
         }
-        let wants_hashes = self.policy(front).wants_hashes();
         let labels: Vec<(&str, &str)> =
             self.wishes.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let pinned = self.wishes.worker.as_ref().map(|(worker, rank)| Pin { worker, rank: *rank });
@@ -125,10 +120,11 @@ impl Placing {
             model,
             prompt_tokens: self.prompt_tokens,
             max_tokens: self.max_tokens,
-            hashes: first.as_ref().filter(|_| wants_hashes).map_or(&[], |blocks| blocks.chain()),
+            hashes: first.as_ref().map_or(&[], |blocks| &blocks.chain),
             overlaps: &held,
             predicted: &sent,
             session: self.wishes.session,
+            bound: self.binding(front).map(|(worker, _)| worker),
             overrides: self.wishes.overrides,
             pinned,
             labels: &labels,
@@ -167,9 +163,28 @@ impl Placing {
         self.prompt.as_ref().map_or("unknown", |prompt| prompt.source().name())
     }
 
+    /// Where the request's session is, if the policy keeps sessions where they are.
+    fn binding(&self, front: &Front) -> Option<(WorkerIx, bool)> {
+        let session = self.wishes.session.filter(|_| self.policy(front).binds_sessions())?;
+        front.control.session(session)
+    }
+
+    /// Tells everybody that the request's session is there from now on, unless they know. A
+    /// request whose worker was named says nothing about the session.
+    fn bind(&self, front: &Front, selection: &Selection) {
+        let binds = self.policy(front).binds_sessions() && self.wishes.worker.is_none();
+        let Some(session) = self.wishes.session.filter(|_| binds) else { return };
+        let (now, worker) = (front.control.session(session), selection.worker.record.ix);
+        if now != Some((worker, false)) {
+            let from = now.map(|(worker, _)| worker);
+            front.control.tell_cache(CacheCommand::Bind { session, worker, from });
+        }
+    }
+
     /// Tells everybody that the prompt goes there: it is as good as cached from now on. Where that
     /// is known already, nothing is said: a prompt is some kilobytes of log on every replica.
     pub(super) fn sent_to(&self, front: &Front, selection: &Selection) {
+        self.bind(front, selection);
         let worker = &selection.worker;
         let Some(blocks) = self.blocks(worker.block_size()).filter(|b| !b.key.hashes.is_empty()) else {
             return;
@@ -192,6 +207,14 @@ impl Placing {
             locals: locals.into(),
             capacity,
         });
+    }
+
+    /// What to book where it goes.
+    pub(super) fn share(&self, selection: &Selection) -> Share {
+        let (prefill_tokens, decode_blocks) = selection.to_book(self.prompt_tokens);
+        let blocks = self.blocks(selection.worker.block_size());
+        let chain = blocks.map(|blocks| Arc::clone(&blocks.chain));
+        Share { rank: selection.rank, prefill_tokens, decode_blocks, chain }
     }
 
     /// Tokens of the prompt that the chosen worker has cached, as far as its engine would use

@@ -13,6 +13,7 @@ use super::attempts::{Answered, Asked, Attempts};
 use super::body::{FrontBody, collect, discard};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
+use super::growth::Growth;
 use super::headers::{self, REPLICA, REQUEST_ID, WORKER};
 use super::keys::Caller;
 use super::metrics::{Outcome, Tracked};
@@ -120,7 +121,7 @@ async fn try_forward(
     let outgoing = Outgoing::new(&head.method, target, headers, body.clone());
     match Attempts::new(shard, &outgoing, &asked, &mut tracked, deadline).run().await {
         Ok(answered) => {
-            let mut response = relayed(shard, answered, tracked, deadline);
+            let mut response = relayed(shard, answered, asked.placing.prompt_tokens, tracked, deadline);
             if let Some(trace) = trace.flatten().and_then(|trace| HeaderValue::try_from(trace).ok()) {
                 response.headers_mut().insert(headers::TRACE, trace);
             }
@@ -173,6 +174,7 @@ fn ask(body: &[u8]) -> Result<Asked<'_>, ApiError> {
 fn relayed(
     shard: &Shard,
     answered: Answered,
+    prompt_tokens: u32,
     mut tracked: Tracked,
     deadline: Instant,
 ) -> Response<FrontBody> {
@@ -196,7 +198,8 @@ fn relayed(
         head.headers.insert(headers::CACHED, cached.into());
     }
     let ending = events.then_some(ending);
-    let limits = RelayLimits { idle: shard.front.config.proxy.idle_timeout, deadline, ending };
+    let growth = events.then(|| Growth::new(prompt_tokens, worker.block_size()));
+    let limits = RelayLimits { idle: shard.front.config.proxy.idle_timeout, deadline, ending, growth };
     let relay = Relay::new(body, booking, tracked, limits);
     let mut response = Response::new(FrontBody::relay(relay));
     *response.status_mut() = head.status;

@@ -154,6 +154,13 @@ impl Held {
         }
     }
 
+    /// The output has filled so many blocks more.
+    pub(super) fn grow(&mut self, blocks: u32) {
+        if let Some(booking) = &mut self.booking {
+            booking.grow(blocks);
+        }
+    }
+
     /// The worker's id, for messages.
     pub(super) fn worker(&self) -> Option<&crate::ids::WorkerId> {
         self.booking.as_ref().map(|booking| booking.worker().id())

@@ -11,6 +11,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::body::BodyError;
 use super::errors::{ApiError, Code};
+use super::growth::Growth;
 use super::metrics::{Outcome, Tracked};
 use super::queue::Held;
 use super::routes::{Dialect, Route};
@@ -25,6 +26,8 @@ pub(super) struct RelayLimits {
     pub(super) deadline: Instant,
     /// How the response ends, if it is an event stream: its failure can be told in an event.
     pub(super) ending: Option<Ending>,
+    /// How the output fills blocks, if it is an event stream of a known prompt's answer.
+    pub(super) growth: Option<Growth>,
 }
 
 /// How event streams of a route end, well or badly.
@@ -193,6 +196,12 @@ impl Body for Relay {
                     }
                     if this.limits.ending.is_some() {
                         this.tail.push(data);
+                    }
+                    if let Some(growth) = &mut this.limits.growth {
+                        let blocks = growth.push(data);
+                        if blocks > 0 {
+                            this.booking.grow(blocks);
+                        }
                     }
                 }
                 if this.limits.ending.is_none() && this.upstream.as_ref().is_some_and(Body::is_end_stream) {

@@ -21,7 +21,7 @@ pub(super) fn breaker(live: &WorkerLive, now_ms: u64) -> BreakerState {
 /// One worker for people and tools.
 pub(super) fn worker_status(worker: &WorkerView, now_ms: u64) -> WorkerStatus {
     let record = &worker.record;
-    let load = worker.live.load();
+    let load = worker.live.booked();
     WorkerStatus {
         id: record.spec.id.clone(),
         url: record.spec.url.clone(),

@@ -5,6 +5,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::errors::{ApiError, Code};
 use super::headers;
+use crate::config::Reserve;
 use crate::ids::WorkerId;
 use crate::routing::policy::Overrides;
 
@@ -35,8 +36,9 @@ pub(super) struct Wishes {
     pub(super) labels: Vec<(String, String)>,
     /// The session it belongs to.
     pub(super) session: Option<u64>,
-    /// `Everline-Reserve: linearizable`: book through the log before sending.
-    pub(super) reserve: bool,
+    /// `Everline-Reserve: linearizable`: book through the log before sending; `local`: do not;
+    /// otherwise as configured.
+    pub(super) reserve: Option<Reserve>,
     /// `Everline-Trace: 1`: say in the answer what was known of each candidate.
     pub(super) trace: bool,
 }
@@ -80,8 +82,9 @@ impl Wishes {
             }
         }
         wishes.reserve = match text(&RESERVE)? {
-            None | Some("local") => false,
-            Some("linearizable") => true,
+            None => None,
+            Some("local") => Some(Reserve::Local),
+            Some("linearizable") => Some(Reserve::Linearizable),
             Some(_) => return Err(wrong(&RESERVE, "must be `local` or `linearizable`")),
         };
         wishes.trace = text(&headers::TRACE)?.is_some_and(|text| text != "0");
@@ -153,7 +156,7 @@ mod tests {
         assert_eq!(wishes.overrides.policy(), Some("cache_aware"));
         assert_eq!(wishes.worker, Some((WorkerId::parse("w1").unwrap(), Some(3))));
         assert_eq!(wishes.labels, [("zone".into(), "a".into()), ("gpu".into(), "h100".into())]);
-        assert!(wishes.reserve && wishes.trace && wishes.session.is_some());
+        assert!(wishes.reserve == Some(Reserve::Linearizable) && wishes.trace && wishes.session.is_some());
         assert_eq!(read(&[]).unwrap(), Wishes::default());
     }
 

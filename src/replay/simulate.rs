@@ -25,7 +25,7 @@ use super::trace::Request;
 use crate::ids::{WorkerId, WorkerIx};
 use crate::kv::hash::SequenceHash;
 use crate::kv::types::RankIx;
-use crate::routing::book::{Booking, Bookings};
+use crate::routing::book::{Booking, Bookings, Share};
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy::{Policy, RouteRequest, from_spec};
 use crate::routing::select::{Limits, Overload, select};
@@ -311,7 +311,8 @@ impl Simulation<'_> {
         let Ok(chosen) = chosen else { return 0 };
         let engine = chosen.worker.record.ix.0 as usize;
         let (prefill, blocks) = chosen.to_book(request.input);
-        let booking = replica.bookings.book_rank(chosen.worker, chosen.rank, prefill, blocks);
+        let share = Share { rank: chosen.rank, prefill_tokens: prefill, decode_blocks: blocks, chain: None };
+        let booking = replica.bookings.book_share(chosen.worker, share);
         replica.booked.insert(at, booking);
         let rank = RankIx(engine as u32);
         replica.predicted.add(rank, &request.hashes);

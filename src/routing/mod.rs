@@ -4,6 +4,7 @@ pub mod blocks;
 pub mod book;
 pub mod breaker;
 pub mod cost;
+pub mod live;
 pub mod policy;
 pub mod recent;
 pub mod select;

@@ -31,6 +31,8 @@ pub struct Selection {
     pub candidates: usize,
     /// All candidates were marked unreachable from here; one is tried all the same.
     pub last_resort: bool,
+    /// What was booked on the worker when it was looked at.
+    pub seen: LoadSum,
 }
 
 impl Selection {
@@ -190,7 +192,7 @@ impl Overload {
     fn has(&self, candidate: &Candidate<'_>) -> bool {
         let load = &candidate.load;
         let prefill = self.prefill_tokens.is_some_and(|most| load.prefill_tokens > most as i64);
-        let capacity = candidate.worker.record.spec.capacity_blocks;
+        let capacity = candidate.worker.rank_capacity();
         let blocks = self
             .kv_share
             .zip(capacity)
@@ -203,6 +205,7 @@ impl Overload {
 fn ranks<'a>(
     worker: &'a Arc<WorkerView>,
     request: &RouteRequest<'a>,
+    seen: LoadSum,
     peers_count: bool,
 ) -> impl Iterator<Item = Candidate<'a>> + use<'a> {
     let (pinned, overlaps, predicted) =
@@ -219,6 +222,7 @@ fn ranks<'a>(
             load: worker.rank_load(rank, peers_count),
             overlap,
             coming: with_coming.saturating_sub(overlap.blocks),
+            seen,
         }
     })
 }
@@ -265,12 +269,13 @@ pub fn select(
         if filter(worker, request, tried).is_some() {
             continue;
         }
+        let (seen, load) = (worker.live.booked(), worker.live.load());
         if doubt(worker, limits).is_some() {
-            doubtful.extend(ranks(worker, request, peers_count));
-        } else if worker.is_saturated(limits.max_requests) {
+            doubtful.extend(ranks(worker, request, seen, peers_count));
+        } else if worker.is_saturated_by(load, limits.max_requests) {
             saturated = true;
         } else {
-            open.extend(ranks(worker, request, peers_count));
+            open.extend(ranks(worker, request, seen, peers_count));
         }
     }
     if open.iter().any(|candidate| !limits.overload.has(candidate)) {
@@ -307,6 +312,7 @@ fn selection(picked: &Candidate<'_>, candidates: usize, last_resort: bool) -> Se
         coming: picked.coming,
         candidates,
         last_resort,
+        seen: picked.seen,
     }
 }
 
@@ -354,7 +360,7 @@ pub fn explain(
         let whole = filter(worker, request, tried)
             .or_else(|| doubt(worker, limits))
             .or_else(|| worker.is_saturated(limits.max_requests).then_some(Filtered::Saturated));
-        for candidate in ranks(worker, request, peers_count) {
+        for candidate in ranks(worker, request, worker.live.booked(), peers_count) {
             let overloaded = limits.overload.has(&candidate).then_some(Filtered::Overloaded);
             explained.push(Explained {
                 worker: worker.id().clone(),

@@ -17,7 +17,7 @@ use crate::kv::types::Overlap;
 use crate::state::load::LoadSum;
 use crate::state::worker::{Liveness, ServedModel, WorkerRecord, WorkerRole, WorkerSource, WorkerSpec};
 
-fn record(id: &str, weight: u32) -> WorkerRecord {
+pub(super) fn record(id: &str, weight: u32) -> WorkerRecord {
     WorkerRecord {
         spec: WorkerSpec {
             id: WorkerId(id.into()),
@@ -45,7 +45,7 @@ fn record(id: &str, weight: u32) -> WorkerRecord {
     }
 }
 
-fn view(records: Vec<WorkerRecord>) -> RegistryView {
+pub(super) fn view(records: Vec<WorkerRecord>) -> RegistryView {
     let workers =
         records.into_iter().map(|record| Arc::new(WorkerView { record, live: Arc::default() })).collect();
     RegistryView::new(1, workers)
@@ -129,7 +129,7 @@ fn prefill_and_decode_both_count_as_work() {
     let worker = &view.workers[0];
     worker.live.own.set(LoadSum { requests: 1, prefill_tokens: 32, decode_blocks: 5 });
     let load = worker.rank_load(0, true);
-    let candidate = Candidate { worker, rank: 0, load, overlap: Overlap::default(), coming: 0 };
+    let candidate = Candidate { worker, rank: 0, load, overlap: Overlap::default(), coming: 0, seen: load };
     assert_eq!(candidate.weighted_load(), 8.0);
 }
 

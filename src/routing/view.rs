@@ -5,7 +5,7 @@
 //! from the log, and what *this* replica has booked, exact and at once. So a replica always
 //! sees its own decisions, and others' after one commit. Where a worker has several data-parallel
 //! ranks, this replica knows which of them it booked; of the others' bookings each rank gets an
-//! equal part.
+//! equal part. What an engine has to do beyond that, for others, comes on top.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use arc_swap::ArcSwap;
 use parking_lot::RwLock;
 
 use super::breaker::Breaker;
+use super::live::LiveBlocks;
 use crate::ids::WorkerId;
 use crate::kv::types::RankIx;
 use crate::state::load::{LoadDelta, LoadSum};
@@ -61,9 +62,14 @@ pub struct WorkerLive {
     pub peers: LoadCell,
     /// Booked by this replica, exact.
     pub own: LoadCell,
+    /// What the engine says it has to do beyond what is booked, by committed decision: of other
+    /// routers, or of requests that nobody waits for any more.
+    pub foreign: LoadCell,
     /// The part of `own` on each data-parallel rank, where there are several and one was booked.
     /// At most as many as a worker may have ranks.
     own_ranks: RwLock<Vec<LoadCell>>,
+    /// Blocks of this replica's running requests, by rank; as many as were booked on.
+    live_blocks: RwLock<Vec<Arc<LiveBlocks>>>,
     /// What the prefix index calls its ranks, by rank; shorter than there are ranks, or empty,
     /// where the index knows nothing of them.
     ranks: ArcSwap<Vec<RankIx>>,
@@ -77,14 +83,37 @@ pub struct WorkerLive {
 }
 
 impl WorkerLive {
-    /// Cluster-wide load as this replica sees it, never below zero.
-    pub fn load(&self) -> LoadSum {
-        let (p, o) = (self.peers.get(), self.own.get());
-        LoadSum {
-            requests: (p.requests + o.requests).max(0),
-            prefill_tokens: (p.prefill_tokens + o.prefill_tokens).max(0),
-            decode_blocks: (p.decode_blocks + o.decode_blocks).max(0),
+    /// Blocks of this replica's running requests on a rank.
+    pub fn live_blocks(&self, rank: u32) -> Arc<LiveBlocks> {
+        // Beyond what the registry lets in: all in one place, which is right but for the sharing.
+        let rank = (rank as usize).min(MOST_RANKS);
+        if let Some(blocks) = self.live_blocks.read().get(rank) {
+            return Arc::clone(blocks);
         }
+        let mut all = self.live_blocks.write();
+        if all.len() <= rank {
+            all.resize_with(rank + 1, Arc::default);
+        }
+        Arc::clone(&all[rank])
+    }
+
+    /// Load as this replica sees it, never below zero: what the cluster booked and what is foreign.
+    pub fn load(&self) -> LoadSum {
+        sum([self.peers.get(), self.own.get(), self.foreign.get()])
+    }
+
+    /// What the cluster booked, as this replica sees it, never below zero.
+    pub fn booked(&self) -> LoadSum {
+        sum([self.peers.get(), self.own.get()])
+    }
+}
+
+fn sum<const N: usize>(parts: [LoadSum; N]) -> LoadSum {
+    let of = |member: fn(&LoadSum) -> i64| parts.iter().map(member).sum::<i64>().max(0);
+    LoadSum {
+        requests: of(|part| part.requests),
+        prefill_tokens: of(|part| part.prefill_tokens),
+        decode_blocks: of(|part| part.decode_blocks),
     }
 }
 
@@ -130,17 +159,19 @@ impl WorkerLive {
     /// Load of one of `ranks` ranks as this replica sees it, never below zero.
     fn rank_load(&self, rank: u32, ranks: u32, peers_count: bool) -> LoadSum {
         let peers = if peers_count { self.peers.get() } else { LoadSum::default() };
+        let foreign = self.foreign.get();
         let share = |n: i64| n / i64::from(ranks.max(1));
         let own = if ranks > 1 {
             self.own_ranks.read().get(rank as usize).map(LoadCell::get).unwrap_or_default()
         } else {
             self.own.get()
         };
-        LoadSum {
-            requests: (share(peers.requests) + own.requests).max(0),
-            prefill_tokens: (share(peers.prefill_tokens) + own.prefill_tokens).max(0),
-            decode_blocks: (share(peers.decode_blocks) + own.decode_blocks).max(0),
-        }
+        let shared = [peers, foreign].map(|load| LoadSum {
+            requests: share(load.requests),
+            prefill_tokens: share(load.prefill_tokens),
+            decode_blocks: share(load.decode_blocks),
+        });
+        sum([shared[0], shared[1], own])
     }
 }
 
@@ -198,8 +229,12 @@ impl WorkerView {
 
     /// Whether it has as many requests as it should, over the whole cluster.
     pub fn is_saturated(&self, ordinary: u32) -> bool {
-        let most = self.record.spec.max_requests.unwrap_or(ordinary);
-        self.live.load().requests >= i64::from(most)
+        self.is_saturated_by(self.live.load(), ordinary)
+    }
+
+    /// Whether this load is as many requests as it should have.
+    pub fn is_saturated_by(&self, load: LoadSum, ordinary: u32) -> bool {
+        load.requests >= i64::from(self.record.spec.max_requests.unwrap_or(ordinary))
     }
 
     /// Online by committed decision, not draining, and reachable from here.

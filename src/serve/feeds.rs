@@ -20,10 +20,13 @@ use crate::cluster::api::{ClusterError, ControlPlane};
 use crate::http::{Allowed, Shard};
 use crate::ids::{ReplicaId, WorkerIx};
 use crate::ingest::discover::RankSource;
+use crate::ingest::hub::{Claim, Hub};
+use crate::ingest::load::LoadFeed;
 use crate::ingest::{Delivery, FeedBatch, FeedConfig, FeedCounters, FeedHandle, FeedSink, Source};
-use crate::kv::event::Format;
+use crate::kv::event::{Format, LoadStat};
+use crate::kv::feed::Cursor;
 use crate::kv::hash::Seed;
-use crate::kv::types::{EngineHash, RankIx};
+use crate::kv::types::EngineHash;
 use crate::kv::wire;
 use crate::routing::view::{ORDINARY_CAPACITY, WorkerView};
 use crate::state::command::{CacheCommand, CacheOutcome};
@@ -52,6 +55,9 @@ const AT_ONCE: usize = 16;
 
 /// What is told of the feeds to whoever asks.
 pub type FeedBoard = Arc<parking_lot::Mutex<Vec<(RankKey, FeedCounters)>>>;
+
+/// What the ranks that we listen to said last of their load, where they publish it.
+pub type LoadBoard = Arc<parking_lot::Mutex<HashMap<RankKey, LoadStat>>>;
 
 /// What an engine said, and until when that holds.
 struct Word {
@@ -90,6 +96,8 @@ struct Running {
     plan: Plan,
     /// How often it had lost its connection, or not got one, when its engine last answered.
     disconnects: u64,
+    /// Its load, if it publishes that.
+    load: Option<LoadFeed>,
 }
 
 /// See the module.
@@ -98,12 +106,18 @@ pub struct Feeds {
     plane: Arc<dyn ControlPlane>,
     allow: Arc<Allowed>,
     running: HashMap<RankKey, Running>,
+    /// Where engines connect to that are told to.
+    hub: Option<Hub>,
+    /// Feeds of such engines. Every replica waits for all of them; the one that an engine happens
+    /// to be connected to takes the feed with the first message.
+    awaited: HashMap<RankKey, Running>,
     words: HashMap<WorkerIx, Word>,
     /// Since when a feed has had no owner.
     orphaned: HashMap<RankKey, Instant>,
     /// Since when a worker with ranks has been out of the registry.
     missing: HashMap<WorkerIx, Instant>,
     board: FeedBoard,
+    loads: LoadBoard,
 }
 
 impl Feeds {
@@ -114,16 +128,30 @@ impl Feeds {
             plane,
             allow,
             running: HashMap::new(),
+            hub: None,
+            awaited: HashMap::new(),
             words: HashMap::new(),
             orphaned: HashMap::new(),
             missing: HashMap::new(),
             board: FeedBoard::default(),
+            loads: LoadBoard::default(),
         }
+    }
+
+    /// Lets engines connect to `hub`.
+    #[must_use]
+    pub fn with_hub(self, hub: Option<Hub>) -> Self {
+        Self { hub, ..self }
     }
 
     /// What the feeds did, refreshed with every round.
     pub fn board(&self) -> FeedBoard {
         Arc::clone(&self.board)
+    }
+
+    /// What the ranks said last of their load, refreshed with every round.
+    pub fn loads(&self) -> LoadBoard {
+        Arc::clone(&self.loads)
     }
 
     /// Runs until `shutdown`; then gives the feeds up, so that others need not wait for the lease.
@@ -143,7 +171,7 @@ impl Feeds {
                 () = tokio::time::sleep(ROUND) => {}
             }
         }
-        for (rank, running) in self.running.drain() {
+        for (rank, running) in self.running.drain().chain(self.awaited.drain()) {
             running.feed.stop().await;
             self.plane.tell_cache(CacheCommand::ReleaseFeed { rank });
         }
@@ -159,11 +187,13 @@ impl Feeds {
         }
         let view = self.plane.registry();
         self.stop_what_is_not_ours(&ranks, status.me);
+        self.await_engines(&view.workers);
         let leads = status.members.iter().any(|m| m.id == status.me && m.leads_cache);
         self.forget_the_removed(&ranks, &view.workers, leads);
         self.ask_engines(&view.workers, &ranks, status.me, &live).await;
         let mut claims = Vec::new();
-        for worker in view.workers.iter().filter(|worker| worker.record.online) {
+        for worker in view.workers.iter().filter(|worker| worker.record.online && !sources::connects(worker))
+        {
             for rank in 0..worker.dp_ranks() {
                 let key = RankKey { worker: worker.record.ix, rank };
                 if self.is_wanted(key, &ranks, status.me, &live) {
@@ -174,8 +204,17 @@ impl Feeds {
         for (key, worker) in claims.into_iter().take(AT_ONCE) {
             self.claim(key, &worker, &ranks, status.me).await;
         }
-        *self.board.lock() =
-            self.running.iter().map(|(key, running)| (*key, running.feed.counters())).collect();
+        *self.loads.lock() = self
+            .running
+            .iter()
+            .filter_map(|(key, running)| Some((*key, running.load.as_ref()?.newest()?)))
+            .collect();
+        *self.board.lock() = self
+            .running
+            .iter()
+            .chain(&self.awaited)
+            .map(|(key, running)| (*key, running.feed.counters()))
+            .collect();
     }
 
     /// A feed that was taken away, whose worker is gone, or that ended by itself.
@@ -184,6 +223,55 @@ impl Feeds {
             let ours = ranks.get(*key).is_some_and(|record| record.owner == Some(me));
             ours && !running.feed.is_finished()
         });
+    }
+
+    /// Waits for the messages of engines that connect to us.
+    fn await_engines(&mut self, workers: &[Arc<WorkerView>]) {
+        let Some(hub) = &self.hub else { return };
+        let mut wanted = HashMap::new();
+        for worker in workers.iter().filter(|worker| sources::connects(worker)) {
+            let Some(source) = sources::by_hub(worker) else { continue };
+            for rank in 0..worker.dp_ranks() {
+                let plan = Plan::new(&RankSource { rank, ..source.clone() }, worker);
+                wanted.insert(RankKey { worker: worker.record.ix, rank }, (plan, Arc::clone(worker)));
+            }
+        }
+        self.awaited.retain(|key, running| {
+            wanted.get(key).is_some_and(|(plan, _)| *plan == running.plan) && !running.feed.is_finished()
+        });
+        for (key, (plan, worker)) in wanted {
+            if self.awaited.contains_key(&key) {
+                continue;
+            }
+            let claim = Claim { topic: plan.source.topic.clone(), rank: plan.only };
+            let Some(messages) = hub.claim(claim) else {
+                tracing::warn!(worker = %worker.id(), topic = plan.source.topic, "another worker has this topic (label kv-topic)");
+                continue;
+            };
+            let cursor = self.plane.feed_cursor(key).unwrap_or_default();
+            let feed = self.spawn(key, &plan, &worker, Source::Hub(messages), cursor, true);
+            self.awaited.insert(key, Running { feed, plan, disconnects: 0, load: None });
+        }
+    }
+
+    fn spawn(
+        &self,
+        key: RankKey,
+        plan: &Plan,
+        worker: &WorkerView,
+        source: Source,
+        cursor: Cursor,
+        takes: bool,
+    ) -> FeedHandle {
+        let format = Format { block_size: plan.block_size, group: 0 };
+        let resolve = Arc::new(sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url));
+        let config = FeedConfig {
+            topic: plan.source.topic.clone(),
+            rank: plan.only,
+            capacity: plan.capacity,
+            ..FeedConfig::new(source, plan.source.replay.clone(), format, resolve)
+        };
+        FeedHandle::spawn(config, cursor, Sink { plane: Arc::clone(&self.plane), key, takes })
     }
 
     /// The leader forgets workers that left the registry. Not at once: this replica may not have
@@ -241,7 +329,7 @@ impl Feeds {
         use futures_util::StreamExt as _;
         let now = Instant::now();
         let mut due = Vec::new();
-        for worker in workers.iter().filter(|worker| worker.record.online) {
+        for worker in workers.iter().filter(|worker| worker.record.online && !sources::connects(worker)) {
             let mut keys = (0..worker.dp_ranks()).map(|rank| RankKey { worker: worker.record.ix, rank });
             let is_due = keys.any(|key| {
                 let owner = ranks.get(key).and_then(|record| record.owner);
@@ -312,21 +400,15 @@ impl Feeds {
             }
             Err(error) => return tracing::debug!(worker = %worker.id(), %error, "feed not claimed"),
         };
-        let Some(ix) = self.plane.ranks().borrow().get(key).map(|record| record.ix) else { return };
         tracing::info!(worker = %worker.id(), rank = key.rank, ?cursor, "listening to the engine's KV events");
         let plan = Plan::new(source, worker);
-        let format = Format { block_size: plan.block_size, group: 0 };
-        let resolve = Arc::new(sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url));
-        let RankSource { endpoint, replay, topic, .. } = plan.source.clone();
-        let config = FeedConfig {
-            topic,
-            rank: plan.only,
-            capacity: plan.capacity,
-            ..FeedConfig::new(Source::Connect(endpoint), replay, format, resolve)
-        };
-        let sink = Sink { plane: Arc::clone(&self.plane), key, ix };
-        let feed = FeedHandle::spawn(config, cursor, sink);
-        self.running.insert(key, Running { feed, plan, disconnects: 0 });
+        let load = plan.source.load.clone().map(|(endpoint, topic)| {
+            let resolve = sources::OnlyAllowed::new(Arc::clone(&self.allow), &worker.record.spec.url);
+            LoadFeed::spawn(endpoint, &topic, Arc::new(resolve))
+        });
+        let from = Source::Connect(plan.source.endpoint.clone());
+        let feed = self.spawn(key, &plan, worker, from, cursor, false);
+        self.running.insert(key, Running { feed, plan, disconnects: 0, load });
     }
 
     /// An engine that tells nothing: its blocks are reckoned from what is sent to it.
@@ -339,7 +421,7 @@ impl Feeds {
 
 /// The replica that a feed had best be with; the same wherever it is reckoned, and few feeds
 /// move when a replica comes or goes.
-fn preferred(key: RankKey, live: &[ReplicaId]) -> Option<ReplicaId> {
+pub(super) fn preferred(key: RankKey, live: &[ReplicaId]) -> Option<ReplicaId> {
     live.iter().copied().max_by_key(|id| {
         let mut bytes = [0; 16];
         bytes[..4].copy_from_slice(&key.worker.0.to_le_bytes());
@@ -353,7 +435,8 @@ fn preferred(key: RankKey, live: &[ReplicaId]) -> Option<ReplicaId> {
 struct Sink {
     plane: Arc<dyn ControlPlane>,
     key: RankKey,
-    ix: RankIx,
+    /// Whether to take the feed from whoever has it: the engine speaks to this replica.
+    takes: bool,
 }
 
 /// Pause before a batch is proposed again that could not be.
@@ -378,9 +461,18 @@ impl FeedSink for Sink {
                     Some(cursor) => return Delivery::Moved(cursor),
                     None => return Delivery::Stop,
                 },
-                Ok(CacheOutcome::NotOwner(_) | CacheOutcome::Refused | CacheOutcome::Feed(_)) => {
-                    return Delivery::Stop;
+                Ok(CacheOutcome::NotOwner(from)) if self.takes => {
+                    let claim = CacheCommand::ClaimFeed { rank: self.key, from };
+                    match self.plane.propose_cache(claim).await {
+                        Ok(CacheOutcome::Feed(cursor)) if cursor != batch.after => {
+                            return Delivery::Moved(cursor);
+                        }
+                        Ok(CacheOutcome::Feed(_)) => {}
+                        // Somebody was quicker, or nobody leads.
+                        _ => tokio::time::sleep(AGAIN).await,
+                    }
                 }
+                Ok(_) => return Delivery::Stop,
                 // No leader, or no room: the engine keeps what we do not read.
                 Err(ClusterError::Unavailable { .. } | ClusterError::Overloaded { .. }) => {
                     tokio::time::sleep(AGAIN).await;
@@ -391,7 +483,8 @@ impl FeedSink for Sink {
     }
 
     fn seed_of(&self, block: EngineHash) -> Option<Seed> {
-        self.plane.blocks().index.load().seed_of(self.ix, block)
+        let ix = self.plane.ranks().borrow().get(self.key)?.ix;
+        self.plane.blocks().index.load().seed_of(ix, block)
     }
 }
 

@@ -20,6 +20,24 @@ const EVENTS: &str = "kv-events";
 const REPLAY: &str = "kv-replay";
 const TOPIC: &str = "kv-topic";
 
+/// In place of an endpoint: the engine connects to `kv.listen` of any replica, and is known by its
+/// topic.
+const HUB: &str = "hub";
+
+/// Whether the engine connects to us.
+pub fn connects(worker: &WorkerView) -> bool {
+    worker.record.spec.labels.get(EVENTS).is_some_and(|endpoint| endpoint == HUB)
+}
+
+/// How an engine that connects to us is known; of rank 0, the others differ in the number only.
+pub fn by_hub(worker: &WorkerView) -> Option<RankSource> {
+    let labels = &worker.record.spec.labels;
+    let topic = labels.get(TOPIC).filter(|topic| !topic.is_empty())?;
+    let replay = labels.get(REPLAY).and_then(|text| Endpoint::parse(text).ok());
+    let endpoint = Endpoint::Tcp { host: "*".to_owned(), port: 0 };
+    Some(RankSource { rank: 0, endpoint, listens: false, replay, topic: topic.clone(), load: None })
+}
+
 /// What is known of an engine's events.
 pub enum Found {
     /// They are here.

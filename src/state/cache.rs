@@ -13,6 +13,7 @@ use super::digest::Digest;
 use super::load::{LoadDelta, LoadSum};
 use super::ranks::{Knowledge, RankKey, RankRecord, Ranks};
 use super::replicated::{Records, State};
+use super::sessions::Sessions;
 use crate::ids::{Incarnation, ReplicaId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::kv::hash::{LocalHash, Seed};
@@ -47,9 +48,15 @@ pub struct CacheState {
     /// Sum over all columns, so that a reader need not add them up.
     totals: BTreeMap<WorkerIx, LoadSum>,
     digest: Digest,
+    /// What engines have to do beyond what is booked, and who says so; gone with that one's lease.
+    /// At most [`MOST_CORRECTED`].
+    corrections: BTreeMap<WorkerIx, (ReplicaId, LoadSum)>,
+    sessions: Sessions,
     ranks: Ranks,
     index: Arc<Index>,
     changed: BTreeSet<WorkerIx>,
+    /// Everything may be another than readers have.
+    restored: bool,
     released: Vec<ReplicaId>,
     ranks_changed: bool,
     routed: Vec<(ReplicaId, Routed)>,
@@ -58,9 +65,14 @@ pub struct CacheState {
 const CLOCK: u8 = 1;
 const COLUMN: u8 = 2;
 const RANKS: u8 = 3;
-const BOUND: u8 = 4;
+const CORRECTIONS: u8 = 4;
+const SESSIONS: u8 = 5;
+const BOUND: u8 = 6;
 /// Records of the index; see [`index::Frozen::records`].
 const INDEX: u8 = b'x';
+
+/// Workers with a correction; there are no more in the registry.
+const MOST_CORRECTED: usize = super::control::MAX_WORKERS;
 
 /// Most blocks of a prompt that [`CacheCommand::Routed`] tells of: the first ones.
 pub const MOST_ROUTED: usize = 8192;
@@ -81,6 +93,11 @@ impl CacheState {
         self.totals.get(&worker).copied().unwrap_or_default()
     }
 
+    /// What a worker's engine has to do beyond what is booked there.
+    pub fn correction(&self, worker: WorkerIx) -> LoadSum {
+        self.corrections.get(&worker).map(|(_, extra)| *extra).unwrap_or_default()
+    }
+
     /// Requests a replica has in flight, and whether its lease is good.
     pub fn replica(&self, id: ReplicaId) -> Option<(i64, bool)> {
         let column = self.columns.get(&id)?;
@@ -95,6 +112,11 @@ impl CacheState {
     /// The prefix index. Look-ups need no lock of the state's.
     pub fn index(&self) -> &Arc<Index> {
         &self.index
+    }
+
+    /// Which worker each session is with.
+    pub fn sessions(&self) -> &Sessions {
+        &self.sessions
     }
 
     /// The ranks and their feeds.
@@ -123,6 +145,12 @@ impl CacheState {
         std::mem::take(&mut self.changed)
     }
 
+    /// Whether this state took another one's place since the last call: then the load of every
+    /// worker may have changed. Local, not replicated.
+    pub fn take_restored(&mut self) -> bool {
+        std::mem::take(&mut self.restored)
+    }
+
     /// Replicas whose lease ended since the last call. Local, not replicated.
     pub fn take_released(&mut self) -> Vec<ReplicaId> {
         std::mem::take(&mut self.released)
@@ -146,8 +174,26 @@ impl CacheState {
         self.changed.insert(worker);
     }
 
+    fn correct(&mut self, origin: ReplicaId, worker: WorkerIx, extra: LoadSum) -> CacheOutcome {
+        let known = self.corrections.contains_key(&worker);
+        if extra.is_zero() {
+            self.corrections.remove(&worker);
+        } else if !self.columns.get(&origin).is_some_and(|column| column.alive)
+            || (!known && self.corrections.len() >= MOST_CORRECTED)
+        {
+            return CacheOutcome::Refused;
+        } else {
+            self.corrections.insert(worker, (origin, extra));
+        }
+        self.changed.insert(worker);
+        CacheOutcome::Done
+    }
+
     fn release(&mut self, replica: ReplicaId) {
         self.ranks_changed |= self.ranks.disown(replica);
+        let theirs = self.corrections.iter().filter(|(_, (by, _))| *by == replica);
+        self.changed.extend(theirs.map(|(worker, _)| *worker));
+        self.corrections.retain(|_, (by, _)| *by != replica);
         let Some(column) = self.columns.get(&replica) else { return };
         let held: Vec<_> = column.cells.iter().map(|(worker, cell)| (*worker, *cell)).collect();
         for (worker, cell) in held {
@@ -157,7 +203,9 @@ impl CacheState {
 
     fn claim(&mut self, origin: ReplicaId, rank: RankKey, from: Option<ReplicaId>) -> CacheOutcome {
         let alive = self.columns.get(&origin).is_some_and(|column| column.alive);
-        let Some(mut record) = self.ranks.entry(rank, Knowledge::Events) else { return CacheOutcome::Refused };
+        let Some(mut record) = self.ranks.entry(rank, Knowledge::Events) else {
+            return CacheOutcome::Refused;
+        };
         if record.owner != Some(origin) {
             // A replica without a lease would keep it from the others for ever.
             if record.owner != from || !alive {
@@ -233,6 +281,25 @@ impl CacheState {
         CacheOutcome::Done
     }
 
+    fn reserve(
+        &mut self,
+        origin: ReplicaId,
+        worker: WorkerIx,
+        delta: &LoadDelta,
+        at_most: LoadSum,
+    ) -> CacheOutcome {
+        if !self.columns.contains_key(&origin) {
+            return CacheOutcome::Refused;
+        }
+        self.heard(origin);
+        let total = self.total_load(worker);
+        if total.as_array().iter().zip(at_most.as_array()).any(|(booked, most)| *booked > most) {
+            return CacheOutcome::Busy(total);
+        }
+        self.change(origin, worker, delta);
+        CacheOutcome::Done
+    }
+
     /// A proposal of a replica that was applied is a sign of life, too.
     fn heard(&mut self, replica: ReplicaId) {
         let now_ms = self.now_ms;
@@ -277,6 +344,15 @@ impl State for CacheState {
                     self.index.remove_rank(ix);
                     self.ranks_changed = true;
                 }
+                self.sessions.forget(worker);
+                if self.corrections.remove(&worker).is_some() {
+                    self.changed.insert(worker);
+                }
+            }
+            CacheCommand::Bind { session, worker, from } => self.sessions.bind(session, worker, from),
+            CacheCommand::Correct { worker, extra } => return self.correct(origin, worker, extra),
+            CacheCommand::Reserve { worker, delta, at_most } => {
+                return self.reserve(origin, worker, &delta, at_most);
             }
             CacheCommand::Loads(deltas) => {
                 self.heard(origin);
@@ -336,8 +412,19 @@ impl State for CacheState {
     }
 
     fn digest(&self) -> u64 {
-        let all =
-            [self.digest.0, self.ranks.digest(), self.index.digest(), self.index.options().bytes];
+        let corrections = match self.corrections.is_empty() {
+            true => 0,
+            false => xxhash_rust::xxh3::xxh3_64(&crate::codec::encode(&self.corrections)),
+        };
+        let bound = self.index.options().bytes;
+        let all = [
+            self.digest.0,
+            self.ranks.digest(),
+            self.index.digest(),
+            corrections,
+            self.sessions.digest(),
+            bound,
+        ];
         xxhash_rust::xxh3::xxh3_64(&all.map(u64::to_le_bytes).concat())
     }
 
@@ -367,9 +454,14 @@ impl State for CacheState {
         });
         // Readers have the old ones.
         state.ranks_changed = true;
+        state.restored = true;
         for (key, value) in records {
             let text = |e: crate::codec::CodecError| format!("record {key:02x?}: {e}");
             match key.first() {
+                Some(&CORRECTIONS) => {
+                    state.corrections = decode(&value).map_err(text)?;
+                }
+                Some(&SESSIONS) => state.sessions.restore(&value).map_err(text)?,
                 // Read above.
                 Some(&BOUND) => {}
                 Some(&RANKS) => state.ranks = decode(&value).map_err(text)?,
@@ -399,6 +491,12 @@ impl CacheState {
             records.push((key, encode(&(id, column))));
         }
         records.push((vec![RANKS], encode(&self.ranks)));
+        records.push((vec![CORRECTIONS], encode(&self.corrections)));
+        for (at, piece) in self.sessions.records().into_iter().enumerate() {
+            let mut key = vec![SESSIONS];
+            key.extend_from_slice(&(at as u32).to_be_bytes());
+            records.push((key, piece));
+        }
         records.push((vec![BOUND], encode(&bound)));
         records.extend(index);
         records

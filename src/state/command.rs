@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::load::LoadDelta;
+use super::load::{LoadDelta, LoadSum};
 use super::worker::{WorkerSource, WorkerSpec};
 use bytes::Bytes;
 
@@ -187,6 +187,33 @@ pub enum CacheCommand {
     },
     /// Nothing.
     Noop,
+    /// The proposing replica books a request before it sends it: only if no more is booked on the
+    /// worker, by all together, than it knew of when it chose.
+    Reserve {
+        /// Where.
+        worker: WorkerIx,
+        /// What is booked.
+        delta: LoadDelta,
+        /// Most that may be booked there, of each kind.
+        at_most: LoadSum,
+    },
+    /// The worker's engine has more to do than is booked there, for long, as the proposing replica
+    /// was told by it: by so much. Zero takes that back.
+    Correct {
+        /// Where.
+        worker: WorkerIx,
+        /// How much more.
+        extra: LoadSum,
+    },
+    /// The proposing replica sent a session's request to a worker, where it stays from now on.
+    Bind {
+        /// The session.
+        session: u64,
+        /// Where it is.
+        worker: WorkerIx,
+        /// Where it was, as far as the proposer knows; otherwise nothing changes.
+        from: Option<WorkerIx>,
+    },
 }
 
 /// The answer to a cache command.
@@ -204,6 +231,8 @@ pub enum CacheOutcome {
     Refused,
     /// Applied, but this replica learned it from a snapshot and does not know the answer.
     Unknown,
+    /// Nothing was booked: there is more on the worker than the proposer knew of.
+    Busy(LoadSum),
 }
 
 /// A replica as others know it.

@@ -8,6 +8,7 @@ pub mod digest;
 pub mod load;
 pub mod ranks;
 pub mod replicated;
+pub mod sessions;
 #[cfg(test)]
 mod tests;
 pub mod worker;

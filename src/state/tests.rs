@@ -219,6 +219,55 @@ fn a_replica_whose_lease_ends_holds_nothing_and_gets_it_back_by_saying_so() {
 }
 
 #[test]
+fn a_reservation_is_taken_only_if_nobody_has_booked_since_the_choice() {
+    let mut state = CacheState::default();
+    let one = LoadDelta { requests: 1, prefill_tokens: 100, decode_blocks: 7 };
+    let reserve = |requests, prefill_tokens| {
+        let at_most = LoadSum { requests, prefill_tokens, decode_blocks: 7 * requests };
+        CacheCommand::Reserve { worker: WorkerIx(1), delta: one, at_most }
+    };
+    assert_eq!(state.apply(R1, reserve(9, 900)), CacheOutcome::Refused, "nobody would release it");
+    for id in [R1, R2] {
+        state.apply(id, CacheCommand::ReplicaUp { id, incarnation: Incarnation(1) });
+    }
+    assert_eq!(state.apply(R1, reserve(0, 0)), CacheOutcome::Done);
+    let total = LoadSum { requests: 1, prefill_tokens: 100, decode_blocks: 7 };
+    assert_eq!(state.apply(R2, reserve(0, 0)), CacheOutcome::Busy(total));
+    assert_eq!(state.apply(R2, reserve(1, 50)), CacheOutcome::Busy(total), "of any kind");
+    assert_eq!(state.apply(R2, reserve(2, 100)), CacheOutcome::Done, "less than known is no harm");
+    assert_eq!(state.peers_load(R2, WorkerIx(1)), total);
+    assert_eq!(state.total_load(WorkerIx(1)).requests, 2);
+}
+
+#[test]
+fn a_correction_holds_until_it_is_taken_back_or_whoever_made_it_or_the_worker_is_gone() {
+    let mut state = CacheState::default();
+    let (worker, extra) = (WorkerIx(1), LoadSum { requests: 5, decode_blocks: 40, ..LoadSum::default() });
+    let correct = |extra| CacheCommand::Correct { worker, extra };
+    assert_eq!(state.apply(R1, correct(extra)), CacheOutcome::Refused, "nobody would take it back");
+    for id in [R1, R2] {
+        state.apply(id, CacheCommand::ReplicaUp { id, incarnation: Incarnation(1) });
+    }
+    let empty = state.digest();
+    let seen = |state: &mut CacheState| (state.correction(worker), state.take_changed().contains(&worker));
+    let none = (LoadSum::default(), true);
+    for end in [
+        (R2, correct(LoadSum::default())),
+        (R2, CacheCommand::ForgetWorker { worker }),
+        (R2, CacheCommand::Tick { elapsed_ms: 2000, replicas: vec![R2], lease_ms: 1000 }),
+    ] {
+        state.apply(R1, CacheCommand::Loads(Vec::new()));
+        state.apply(R1, correct(extra));
+        assert_eq!(seen(&mut state), (extra, true));
+        assert_ne!(state.digest(), empty);
+        assert!(state.total_load(worker).is_zero(), "it is nobody's booking");
+        state.apply(end.0, end.1);
+        assert_eq!(seen(&mut state), none);
+        assert_eq!(state.digest(), empty);
+    }
+}
+
+#[test]
 fn a_segment_is_applied_once_in_order_and_only_in_its_life() {
     let mut r: Replicated<ControlState> = Replicated::default();
     let noop = || vec![ControlCommand::Noop];
@@ -322,7 +371,12 @@ fn the_bound_of_the_index_holds_from_where_it_stands_in_the_log_and_outlives_a_r
     for number in 0..64 {
         let ops: Vec<KvOp> = (0..1000)
             .map(|n| (local(number * 1000 + n), EngineHash(number * 1000 + n)))
-            .map(|block| KvOp::Store { parent: None, tier: Tier::Gpu, seed: Seed::default(), blocks: vec![block] })
+            .map(|block| KvOp::Store {
+                parent: None,
+                tier: Tier::Gpu,
+                seed: Seed::default(),
+                blocks: vec![block],
+            })
             .collect();
         let cursor = Cursor { last: Some((number, 0)), owing: 0 };
         let events = CacheCommand::Events { rank, after, cursor, ops: wire::encode(&ops).into() };
@@ -383,6 +437,17 @@ fn any_cache_command() -> impl Strategy<Value = (ReplicaId, CacheCommand)> {
             CacheCommand::Routed { rank, seed: Seed::default(), locals: locals.into(), capacity }
         }),
         1 => (0..3u32).prop_map(|n| CacheCommand::ForgetWorker { worker: WorkerIx(n) }),
+        3 => (0..6u32, any_delta(), -2..5i64, -500..500i64).prop_map(|(worker, delta, requests, prefill_tokens)| {
+            let at_most = LoadSum { requests, prefill_tokens, decode_blocks: 20 };
+            CacheCommand::Reserve { worker: WorkerIx(worker), delta, at_most }
+        }),
+        3 => (0..5u64, 0..3u32, prop::option::of((0..3u32).prop_map(WorkerIx))).prop_map(|(session, worker, from)| {
+            CacheCommand::Bind { session, worker: WorkerIx(worker), from }
+        }),
+        2 => (0..3u32, 0..4i64).prop_map(|(worker, requests)| CacheCommand::Correct {
+            worker: WorkerIx(worker),
+            extra: LoadSum { requests, decode_blocks: requests * 9, ..LoadSum::default() },
+        }),
     ];
     (1..4u64, command).prop_map(|(id, command)| (ReplicaId(id), command))
 }

@@ -201,6 +201,28 @@ async fn what_the_router_foretells_is_what_the_engine_reports_whatever_is_killed
     fleet.agree().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn engines_that_connect_to_a_replica_are_known_to_all_of_them() {
+    let mut fleet = Fleet::of(3).engines(3).kv_hubs().engine_arg("--instant").start().await;
+    let mut talks = Talks::new(crate::seed(), 8);
+    // The first message is what tells a replica that an engine is there.
+    rounds(&fleet, &mut talks, 1).await;
+    assert_foretold(&fleet, &mut talks, "at first", 2).await;
+    // The engine connects again, to the replica that is back; what it said meanwhile is asked for.
+    fleet.replicas[1].kill9();
+    let http = Http::pooled();
+    for talk in 0..8 {
+        let prompt = talks.next(talk);
+        ask(&http, &fleet.replicas[0].http_url("/v1/completions"), &prompt).await;
+    }
+    fleet.replicas[1].start();
+    ready(&fleet.replicas[1], REST).await;
+    engines_are_online(&fleet, 3).await;
+    rounds(&fleet, &mut talks, 1).await;
+    assert_foretold(&fleet, &mut talks, "one replica killed and back", 2).await;
+    fleet.agree().await;
+}
+
 /// Hit rate of each talk's next turn, each asked of one replica only; engines keep what they
 /// have, so that every replica may be asked the same thing.
 async fn hit_rate(fleet: &Fleet, replica: usize, prompts: &[Vec<u32>]) -> f64 {

@@ -4,6 +4,7 @@ mod cli;
 mod damage;
 mod dead_worker;
 mod demo;
+mod foreign;
 mod frozen;
 mod h2_attacks;
 mod hijack;

@@ -1,5 +1,6 @@
 //! The front over real sockets on loopback.
 
+mod booking;
 mod exchange;
 mod keys;
 mod limits;

@@ -151,6 +151,41 @@ async fn events_are_relayed_one_by_one_as_they_come_and_load_follows() {
 }
 
 #[tokio::test]
+async fn blocks_are_booked_as_the_output_grows_and_freed_with_the_rest() {
+    let (tell, released) = mpsc::channel::<usize>(4);
+    let released = Arc::new(tokio::sync::Mutex::new(released));
+    let address = worker(move |mut stream| {
+        let released = released.clone();
+        async move {
+            read_message(&mut stream).await.unwrap();
+            stream.write_all(SSE_HEAD.as_bytes()).await.unwrap();
+            while let Some(events) = released.lock().await.recv().await {
+                let all = "data: {\"choices\":[{}]}\n\n".repeat(events);
+                stream.write_all(chunk(&all).as_bytes()).await.unwrap();
+            }
+            let end = format!("{}0\r\n\r\n", chunk("data: [DONE]\n\n"));
+            stream.write_all(end.as_bytes()).await.unwrap();
+        }
+    })
+    .await;
+    let front = start(FrontConfig::default());
+    front.cluster.add("w", address);
+    let body = r#"{"model":"m","stream":true,"prompt":[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]}"#;
+    let request = post("/v1/completions", body);
+    let got = tokio::spawn(exchange(front.address, request));
+    // 17 tokens have two blocks of 16, in which 15 more fit.
+    let own = || front.cluster.worker("w").unwrap().live.own.get();
+    let now = |blocks| LoadSum { requests: 1, prefill_tokens: 0, decode_blocks: blocks };
+    for (events, blocks) in [(15, 2), (1, 3), (15, 3), (33, 6)] {
+        tell.send(events).await.unwrap();
+        eventually("grown", || own() == now(blocks)).await;
+    }
+    drop(tell);
+    assert!(got.await.unwrap().contains("[DONE]"));
+    eventually("freed", || own() == LoadSum::default()).await;
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_closes_the_worker_connection_within_100_ms() {
     for streaming in [true, false] {
         let (tell, mut closed) = mpsc::channel(1);

@@ -19,10 +19,10 @@ use crate::cluster::api::{
 };
 use crate::cluster::stats::GroupCounters;
 use crate::http::{Front, FrontConfig, Metrics, bind, serve_admin, serve_client};
-use crate::ids::{Group, Incarnation, ReplicaId, WorkerId};
+use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::routing::blocks::Blocks;
-use crate::routing::book::Bookings;
+use crate::routing::book::{Booking, Bookings, Tentative};
 use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
 use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo};
 use crate::state::ranks::{RankKey, Ranks};
@@ -42,6 +42,10 @@ pub(super) struct MemoryCluster {
     pub(super) barriers: AtomicUsize,
     pub(super) without_quorum: AtomicBool,
     pub(super) joined: AtomicBool,
+    /// Reservations that somebody else was faster than, from now on.
+    pub(super) too_late: AtomicUsize,
+    /// Reservations are never decided about.
+    pub(super) undecided: AtomicBool,
 }
 
 impl MemoryCluster {
@@ -59,6 +63,8 @@ impl MemoryCluster {
             barriers: AtomicUsize::new(0),
             without_quorum: AtomicBool::new(false),
             joined: AtomicBool::new(true),
+            too_late: AtomicUsize::new(0),
+            undecided: AtomicBool::new(false),
         })
     }
 
@@ -186,6 +192,25 @@ impl ControlPlane for MemoryCluster {
         &self.bookings
     }
 
+    fn reserve(&self, tentative: Tentative) -> Answer<Option<Booking>> {
+        if self.undecided.load(Ordering::Relaxed) {
+            return Box::pin(async move {
+                let _kept = tentative;
+                std::future::pending().await
+            });
+        }
+        self.told.lock().extend(tentative.command());
+        let late = self.too_late.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+        let answer = match late {
+            Ok(_) => {
+                tentative.refused();
+                None
+            }
+            Err(_) => tentative.confirmed(),
+        };
+        Box::pin(async move { Ok(answer) })
+    }
+
     fn propose_cache(&self, command: CacheCommand) -> Answer<CacheOutcome> {
         self.told.lock().push(command);
         Box::pin(async { Ok(CacheOutcome::Done) })
@@ -205,6 +230,17 @@ impl ControlPlane for MemoryCluster {
 
     fn feed_cursor(&self, _: RankKey) -> Option<Cursor> {
         None
+    }
+
+    fn session(&self, session: u64) -> Option<(WorkerIx, bool)> {
+        // As the state would: the first binding from where it is wins.
+        let told = self.told.lock();
+        let binds = told.iter().filter_map(|command| match command {
+            CacheCommand::Bind { session: of, worker, from } if *of == session => Some((*worker, *from)),
+            _ => None,
+        });
+        let now = binds.fold(None, |now, (worker, from)| if now == from { Some(worker) } else { now });
+        now.map(|worker| (worker, false))
     }
 
     fn view_age_ms(&self) -> u64 {

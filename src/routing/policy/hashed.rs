@@ -85,10 +85,6 @@ impl Policy for PrefixHash {
         true
     }
 
-    fn wants_hashes(&self) -> bool {
-        true
-    }
-
     fn pick(&self, candidates: &[Candidate<'_>], request: &RouteRequest<'_>, rng: &mut dyn Rng) -> usize {
         // The chain makes the last hash of the beginning speak for all of it.
         let blocks = (self.tokens / f64::from(candidates[0].worker.block_size())).max(1.0) as usize;
@@ -117,8 +113,15 @@ impl Policy for ConsistentHash {
         "consistent_hash"
     }
 
+    fn binds_sessions(&self) -> bool {
+        true
+    }
+
     fn pick(&self, candidates: &[Candidate<'_>], request: &RouteRequest<'_>, rng: &mut dyn Rng) -> usize {
-        let chosen = request.session.and_then(|key| highest(key, candidates, |_| true));
+        let at_home = |c: &Candidate<'_>| request.bound.is_some_and(|worker| worker == c.worker.record.ix);
+        let chosen = request
+            .session
+            .and_then(|key| highest(key, candidates, at_home).or_else(|| highest(key, candidates, |_| true)));
         chosen.unwrap_or_else(|| least_requests(candidates, rng))
     }
 }

@@ -19,7 +19,7 @@ pub use plain::{LeastLoaded, PowerOfTwo, Random, RoundRobin};
 
 use super::cost::{CostInput, CostOptions, Terms};
 use super::view::WorkerView;
-use crate::ids::WorkerId;
+use crate::ids::{WorkerId, WorkerIx};
 use crate::kv::hash::SequenceHash;
 use crate::kv::types::Overlap;
 use crate::state::load::LoadSum;
@@ -33,8 +33,7 @@ pub struct RouteRequest<'a> {
     pub prompt_tokens: u32,
     /// Longest output asked for, where the client says so.
     pub max_tokens: Option<u32>,
-    /// Sequence hashes of the prompt's full blocks; empty where they are not known, and where
-    /// [`Policy::wants_hashes`] says no.
+    /// Sequence hashes of the prompt's full blocks; empty where they are not known.
     pub hashes: &'a [SequenceHash],
     /// What the ranks hold of it, sorted by rank, each rank at most once; those that hold nothing
     /// may be left out.
@@ -44,6 +43,8 @@ pub struct RouteRequest<'a> {
     pub predicted: &'a [Overlap],
     /// The session it belongs to, if it says so.
     pub session: Option<u64>,
+    /// The worker that the session is with, if that is known.
+    pub bound: Option<WorkerIx>,
     /// What the client wants otherwise than configured.
     pub overrides: Overrides,
     /// The only worker (and rank) that will do.
@@ -117,6 +118,8 @@ pub struct Candidate<'a> {
     pub overlap: Overlap,
     /// Blocks after those that requests on their way there will bring.
     pub coming: u32,
+    /// What is booked on the worker, on all its ranks and by all replicas.
+    pub seen: LoadSum,
 }
 
 impl Candidate<'_> {
@@ -157,13 +160,13 @@ pub trait Policy: Send + Sync {
     /// Name in configuration and metrics.
     fn name(&self) -> &'static str;
 
-    /// Whether it looks at the prompt's blocks; if not, nobody need hash them.
-    fn wants_overlap(&self) -> bool {
+    /// Whether a session stays with the worker that it was sent to first.
+    fn binds_sessions(&self) -> bool {
         false
     }
 
-    /// Whether it goes by [`RouteRequest::hashes`]; if not, nobody need chain them.
-    fn wants_hashes(&self) -> bool {
+    /// Whether it looks at the prompt's blocks; if not, nobody need hash them.
+    fn wants_overlap(&self) -> bool {
         false
     }
 

@@ -165,7 +165,10 @@ fn every_rank_is_a_candidate_of_its_own() {
     let selection = choice(&view, "kv_cost", &request).unwrap();
     assert_eq!((selection.worker.record.ix.0, selection.rank, selection.candidates), (1, 2, 8));
     let bookings = crate::routing::book::Bookings::new(|| {});
-    let booking = bookings.book_rank(selection.worker, 2, 100_000, 60);
+    let booking = bookings.book_share(
+        selection.worker,
+        crate::routing::book::Share { rank: 2, prefill_tokens: 100_000, decode_blocks: 60, chain: None },
+    );
     assert_ne!(choice(&view, "kv_cost", &request).unwrap().rank, 2);
     assert_eq!(view.workers[1].rank_load(2, true).prefill_tokens, 100_000);
     assert_eq!(view.workers[1].rank_load(3, true).prefill_tokens, 0);
@@ -242,6 +245,23 @@ fn a_session_moves_only_when_its_worker_goes_or_a_new_one_wins_it() {
     }
     assert!((250..480).contains(&moved), "an eleventh of 4,000, not {moved}");
     assert!(shares.iter().all(|share| (300..500).contains(share)), "{shares:?}");
+}
+
+#[test]
+fn a_bound_session_stays_when_a_worker_joins_and_moves_when_its_own_may_not_be_chosen() {
+    let (before, after) = (view(10), view(11));
+    let session = (0..).find(|session| {
+        let request = RouteRequest { session: Some(*session), ..RouteRequest::default() };
+        chosen(&before, "consistent_hash", &request) != chosen(&after, "consistent_hash", &request)
+    });
+    let unbound = RouteRequest { session, ..RouteRequest::default() };
+    let home = chosen(&before, "consistent_hash", &unbound);
+    let bound =
+        |view: &RegistryView| Some(view.workers.iter().find(|w| w.record.ix.0 == home).unwrap().record.ix);
+    let request = RouteRequest { bound: bound(&after), ..unbound };
+    assert_eq!(chosen(&after, "consistent_hash", &request), home, "though the new one draws more");
+    let elsewhere = chosen(&after, "consistent_hash", &RouteRequest { bound: Some(WorkerIx(99)), ..unbound });
+    assert_eq!(elsewhere, 10, "a worker that is not there binds nobody");
 }
 
 #[test]
@@ -421,7 +441,7 @@ proptest! {
     #[test]
     fn hashed_policies_do_not_depend_on_the_order_of_candidates(session in any::<u64>(), turn in 0_usize..7) {
         let workers: Vec<Arc<WorkerView>> = (0..7).map(|n| worker(n, 1, 100 + n)).collect();
-        let candidate = |worker| Candidate { worker, rank: 0, load: LoadSum::default(), overlap: Overlap::default(), coming: 0 };
+        let candidate = |worker| Candidate { worker, rank: 0, load: LoadSum::default(), overlap: Overlap::default(), coming: 0, seen: LoadSum::default() };
         let candidates: Vec<Candidate<'_>> = workers.iter().map(candidate).collect();
         let mut turned = candidates.clone();
         turned.rotate_left(turn);
