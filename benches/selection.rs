@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use everline::ids::{Incarnation, ReplicaId, WorkerIx};
-use everline::kv::hash::{LocalHash, Seed, local_hashes, sequence_hashes};
+use everline::kv::hash::{LocalHash, Seed, SequenceHash, local_hashes, sequence_hashes};
 use everline::kv::types::{EngineHash, KvOp, RankIx, Tier};
 use everline::routing::blocks::Blocks;
-use everline::routing::book::Bookings;
+use everline::routing::book::{Bookings, Share};
 use everline::routing::breaker::BreakerOptions;
 use everline::routing::policy::{Policy, RouteRequest, by_name};
 use everline::routing::select::{Limits, Overload, select};
@@ -67,6 +67,10 @@ fn store(blocks: &Blocks, rank: RankIx, locals: &[LocalHash]) {
     blocks.index.load().apply(rank, &[op]);
 }
 
+fn share(rank: u32, prefill_tokens: u32, decode_blocks: u32, chain: &Arc<[SequenceHash]>) -> Share {
+    Share { rank, prefill_tokens, decode_blocks, chain: Some(chain.clone()) }
+}
+
 /// Median time of one call, ns.
 fn time<R>(mut call: impl FnMut(usize) -> R) -> f64 {
     let mut rounds: Vec<f64> = (0..ROUNDS)
@@ -89,6 +93,8 @@ fn measure(workers: usize) {
     let prompts: Vec<Vec<u32>> = (0..PROMPTS).map(|n| prompt(n, shared)).collect();
     let hashed: Vec<Vec<LocalHash>> =
         prompts.iter().map(|tokens| local_hashes(tokens, BLOCK, Seed::default())).collect();
+    let chains: Vec<Arc<[SequenceHash]>> =
+        hashed.iter().map(|locals| sequence_hashes(locals).into()).collect();
     for worker in 0..workers {
         // Half of each prompt is held by every worker, the whole by one or other.
         for n in 0..HELD {
@@ -134,7 +140,12 @@ fn measure(workers: usize) {
     assert_eq!(held.len(), workers, "every worker holds the first half");
     let (held_now, sent_now) = (held.clone(), sent.clone());
     told("filter, cost, choose", time(|_| choose(PROMPT, &held_now, &sent_now, policy.as_ref())));
-    told("book and free", time(|n| bookings.book_rank(view.workers[n % workers].clone(), 0, 2000, 250)));
+    told(
+        "book and free",
+        time(|n| {
+            bookings.book_share(view.workers[n % workers].clone(), share(0, 2000, 250, &chains[n % PROMPTS]))
+        }),
+    );
     let note =
         |n: usize| blocks.recent.note(RankIx((n % workers) as u32), Seed::default(), &hashed[n % PROMPTS]);
     told("note where it was sent", time(note));
@@ -146,7 +157,9 @@ fn measure(workers: usize) {
         blocks.overlaps(&locals, &mut held, &mut sent);
         let selection = choose(PROMPT, &held, &sent, policy.as_ref());
         let (tokens, decode) = selection.to_book(PROMPT as u32);
-        let booked = bookings.book_rank(selection.worker.clone(), selection.rank, tokens, decode);
+        let chain = sequence_hashes(&locals).into();
+        let share = share(selection.rank, tokens, decode, &chain);
+        let booked = bookings.book_share(selection.worker.clone(), share);
         blocks.recent.note(selection.worker.live.ranks()[0], Seed::default(), &locals);
         booked
     });
