@@ -1,5 +1,7 @@
 //! What the admin listener says and takes, as JSON: shared by the server, the CLI and tests.
 
+mod routing;
+
 use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
 
@@ -8,6 +10,11 @@ use serde::{Deserialize, Serialize};
 use crate::cluster::api::{ClusterStatus, MemberStatus};
 use crate::ids::WorkerId;
 use crate::state::worker::{EngineKind, Liveness, ServedModel, WorkerRole, WorkerSource, WorkerSpec};
+
+pub use self::routing::{
+    CacheStatus, CandidateReply, CostReply, ExplainReply, ExplainRequest, FeedStatus, IndexCounters,
+    IndexReply, Known, MOST_EXPLAINED, RankStatus, TierBlocks,
+};
 
 /// `GET /v1/admin/status`
 #[derive(Clone, Serialize, Deserialize, Debug)]
@@ -96,6 +103,9 @@ pub struct WorkerStatus {
     pub block_size: Option<u32>,
     /// KV blocks the engine can hold, where known.
     pub capacity_blocks: Option<u64>,
+    /// What is known of its cache; only in a [`StatusReply`], and only if something is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheStatus>,
 }
 
 /// `GET /v1/admin/workers`

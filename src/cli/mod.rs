@@ -8,6 +8,8 @@ mod completions;
 mod config;
 mod demo;
 mod engine_sim;
+mod explain;
+mod index;
 mod keys;
 mod member;
 mod output;
@@ -60,6 +62,8 @@ enum Command {
     Balancer(balancer::Args),
     Replay(Box<replay::Args>),
     Status(status::Args),
+    Explain(Box<explain::Args>),
+    Index(index::Args),
     Worker(worker::Args),
     Member(member::Args),
     Keys(keys::Args),
@@ -100,6 +104,8 @@ impl Command {
             Command::Balancer(args) => args.run(out),
             Command::Replay(args) => args.run(out),
             Command::Status(args) => args.run(out),
+            Command::Explain(args) => args.run(out),
+            Command::Index(args) => args.run(out),
             Command::Worker(args) => args.run(out),
             Command::Member(args) => args.run(out),
             Command::Keys(args) => args.run(out),

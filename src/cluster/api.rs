@@ -3,6 +3,7 @@
 //! The HTTP front, the CLI's admin routes and the prober know the cluster only by this trait;
 //! nothing here names openraft.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -132,6 +133,29 @@ pub struct ClusterStatus {
     pub members: Vec<MemberStatus>,
 }
 
+/// What one replica's state of the cache group was at one index of the log, for comparison with
+/// others'. Equal indexes must have equal digests.
+#[derive(Clone, Serialize, Deserialize, Debug, Default, PartialEq, Eq)]
+pub struct CacheDigest {
+    /// Index of the last entry applied; 0 where nothing was.
+    pub applied: u64,
+    /// Digest of the whole state as of then, hexadecimal.
+    pub state: String,
+    /// Of that, the prefix index.
+    pub index: String,
+    /// What all replicas reported lately, at indexes that they agree on beforehand; oldest first.
+    pub rounds: Vec<DigestRound>,
+}
+
+/// The replicas' reports about one index.
+#[derive(Clone, Serialize, Deserialize, Debug, Default, PartialEq, Eq)]
+pub struct DigestRound {
+    /// Index of the log.
+    pub index: u64,
+    /// Digest of the whole state as of then, by replica.
+    pub states: BTreeMap<ReplicaId, String>,
+}
+
 /// A change of membership.
 #[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case", tag = "op")]
@@ -225,5 +249,10 @@ pub trait ControlPlane: Send + Sync + 'static {
     /// What was counted since the start; nothing where nothing is.
     fn stats(&self) -> ClusterStats {
         ClusterStats::default()
+    }
+
+    /// Where the state of the cache group stands; nothing where there is none.
+    fn cache_digest(&self) -> CacheDigest {
+        CacheDigest::default()
     }
 }

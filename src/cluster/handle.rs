@@ -1,5 +1,6 @@
 //! [`ControlPlane`] over a node: proposals with a deadline, read barriers, and the status.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,8 +9,8 @@ use openraft::{Instant as _, ServerState};
 use tokio::sync::watch;
 
 use super::api::{
-    Answer, ClusterError, ClusterStats, ClusterStatus, ControlPlane, GroupStatus, LogStats, MemberOp,
-    MemberStatus,
+    Answer, CacheDigest, ClusterError, ClusterStats, ClusterStatus, ControlPlane, DigestRound, GroupStatus,
+    LogStats, MemberOp, MemberStatus,
 };
 use super::inner::{Inner, Member};
 use super::membership::Members;
@@ -195,6 +196,21 @@ impl Inner {
         status
     }
 
+    fn cache_digest(&self) -> CacheDigest {
+        let Some(member) = self.member.get() else { return CacheDigest::default() };
+        let look = || member.cache.read(|state| (state.digest(), state.index().digest()));
+        let (applied, (state, index)) = member.machines[Group::Cache.index()].at_position(look);
+        let hex = |digest: u64| format!("{digest:016x}");
+        let rounds = member.control.read(|state| {
+            let of_round = |(index, reports): (u64, &BTreeMap<ReplicaId, u64>)| DigestRound {
+                index,
+                states: reports.iter().map(|(id, digest)| (*id, hex(*digest))).collect(),
+            };
+            state.digest_rounds(Group::Cache).map(of_round).collect()
+        });
+        CacheDigest { applied, state: hex(state), index: hex(index), rounds }
+    }
+
     fn stats(&self) -> ClusterStats {
         let control = self.control.counters().read(Group::Control, self.control.queued_bytes());
         let cache = self.cache.counters().read(Group::Cache, self.cache.queued_bytes());
@@ -240,6 +256,8 @@ fn quorum_age(member: &Member, group: Group) -> Option<u64> {
 fn group_status(member: &Member, group: Group) -> GroupStatus {
     let raft = &member.rafts[group.index()];
     let quorum_age_ms = quorum_age(member, group);
+    let machine = &member.machines[group.index()];
+    let (applied, digest) = machine.at_position(|| machine.digest());
     let metrics = raft.metrics();
     let metrics = metrics.borrow_watched();
     let role = match (&metrics.running_state, metrics.state) {
@@ -256,11 +274,11 @@ fn group_status(member: &Member, group: Group) -> GroupStatus {
         leader: metrics.current_leader.map(ReplicaId),
         last_log: metrics.last_log_index.unwrap_or(0),
         committed: metrics.local_committed.map_or(0, |id| id.index),
-        applied: metrics.last_applied.map_or(0, |id| id.index),
+        applied,
         checkpoint: metrics.snapshot.map_or(0, |id| id.index),
         first_log: member.wal.bounds(group).0.unwrap_or(0),
         log_bytes: member.wal.bytes(group),
-        digest: format!("{:016x}", member.machines[group.index()].digest()),
+        digest: format!("{digest:016x}"),
         quorum_age_ms,
     }
 }
@@ -396,5 +414,9 @@ impl ControlPlane for Handle {
 
     fn stats(&self) -> ClusterStats {
         self.inner.stats()
+    }
+
+    fn cache_digest(&self) -> CacheDigest {
+        self.inner.cache_digest()
     }
 }

@@ -188,6 +188,13 @@ impl Machine {
         self.position.lock().applied.map_or(0, |id| id.index)
     }
 
+    /// The index of the last entry applied, 0 before the first, and what `look` sees of the state
+    /// as of just then. Nothing is applied meanwhile, so be short.
+    pub fn at_position<R>(&self, look: impl FnOnce() -> R) -> (u64, R) {
+        let position = self.position.lock();
+        (position.applied.map_or(0, |id| id.index), look())
+    }
+
     /// The state's digest.
     pub fn digest(&self) -> u64 {
         self.cell.digest()

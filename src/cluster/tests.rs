@@ -1,5 +1,6 @@
 //! Whole replicas in one process: real links, real log, real folders.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -459,4 +460,39 @@ fn reservations_of_different_replicas_never_share_a_worker_that_has_room_for_one
     r.until("freed with nobody waiting", || plane.registry().workers[0].live.load() == Default::default());
     r.runtime.block_on(r.plane(1).read_barrier(Group::Cache)).unwrap();
     r.until("freed at the others", || r.plane(1).registry().workers[0].live.load() == Default::default());
+}
+
+#[test]
+fn replicas_tell_equal_digests_of_equal_indexes_of_the_log() {
+    let r = Replicas::new(3);
+    r.until("a cluster", || (0..3).all(|i| r.plane(i).status().quorum));
+    r.register(0, "a");
+    let worker = r.plane(0).registry().workers[0].record.ix;
+    let rank = RankKey { worker, rank: 0 };
+    let before = r.plane(0).cache_digest();
+    let locals: Vec<u8> = (1..5_u64).flat_map(u64::to_le_bytes).collect();
+    let routed =
+        CacheCommand::Routed { rank, seed: Seed::default(), locals: locals.into(), capacity: Some(64) };
+    r.runtime.block_on(r.plane(1).propose_cache(routed)).unwrap();
+    // The clock of the group alone moves the log on, and everybody comes by the same indexes.
+    let told: RefCell<BTreeMap<u64, BTreeMap<usize, (String, String)>>> = RefCell::default();
+    let since = r.plane(1).cache_digest().applied;
+    r.until("an index that all have told of", || {
+        for i in 0..3 {
+            let digest = r.plane(i).cache_digest();
+            told.borrow_mut().entry(digest.applied).or_default().insert(i, (digest.state, digest.index));
+        }
+        told.borrow().range(since..).any(|(_, told)| told.len() == 3)
+    });
+    let told = told.into_inner();
+    let (_, of_one) = told.range(since..).find(|(_, told)| told.len() == 3).unwrap();
+    assert!(of_one.values().all(|told| *told == of_one[&0]), "{of_one:?}");
+    assert_ne!((&of_one[&0].0, &of_one[&0].1), (&before.state, &before.index), "the blocks are in it");
+    r.until("a round of reports", || {
+        r.plane(2).cache_digest().rounds.iter().any(|round| round.states.len() == 3)
+    });
+    for round in r.plane(2).cache_digest().rounds {
+        let states: Vec<&String> = round.states.values().collect();
+        assert!(states.windows(2).all(|pair| pair[0] == pair[1]), "{round:?}");
+    }
 }

@@ -1,5 +1,6 @@
 //! Values with a form of their own: founding members, token digests, policies, log formats.
 
+pub use crate::routing::book::Reserve;
 use std::fmt;
 use std::str::FromStr;
 
@@ -161,22 +162,6 @@ impl Policy {
             Policy::Random => "random",
         }
     }
-}
-
-/// How a request is booked.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Reserve {
-    /// At once, here; the others hear of it.
-    #[default]
-    Local,
-    /// In the log first, unless somebody else was faster.
-    Linearizable,
-}
-
-impl Reserve {
-    /// Their names in the file.
-    pub const NAMES: &[&str] = &["local", "linearizable"];
 }
 
 /// Form of log lines.

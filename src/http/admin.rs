@@ -10,6 +10,7 @@ use serde_json::json;
 use super::call::{Call, misrouted};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
+use super::index::index;
 use super::nodes::{find, not_found, remove};
 use super::register::register;
 use super::routes::Route;
@@ -54,6 +55,7 @@ pub(super) async fn answer(call: Call) -> Result<Response, ApiError> {
             let keys = &shard.front.config.keys;
             Ok(Json(KeysReply { required: keys.is_closed(), keys: keys.list() }).into_response())
         }
+        (Route::AdminIndex, &Method::GET) => Ok(Json(index(&shard.front)).into_response()),
         (route, _) => Err(misrouted(route)),
     }
 }

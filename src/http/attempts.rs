@@ -14,8 +14,8 @@ use super::placing::Placing;
 use super::queue::Held;
 use super::reserving::{Reserving, book};
 use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
-use crate::config::Reserve;
 use crate::ids::WorkerId;
+use crate::routing::book::Reserve;
 use crate::routing::select::{NoWorker, Selection};
 use crate::routing::view::WorkerView;
 
@@ -119,6 +119,9 @@ impl<'a> Attempts<'a> {
             let Some(booking) = self.book(&selection).await else { continue };
             self.asked.placing.sent_to(&self.shard.front, &selection);
             let cached = self.asked.placing.cached_tokens(&selection);
+            if let Some(cached) = cached {
+                self.tracked.placed(self.asked.placing.prompt_tokens, cached);
+            }
             let Selection { worker, rank, .. } = selection;
             if let Some(model) = &self.asked.model {
                 self.tracked.set_model(model);
@@ -183,7 +186,11 @@ impl<'a> Attempts<'a> {
     }
 
     fn select(&self) -> Result<Selection, NoWorker> {
-        self.asked.placing.choose(&self.shard.front, self.asked.model.as_deref(), &self.tried)
+        let (front, placing) = (&self.shard.front, &self.asked.placing);
+        let began = std::time::Instant::now();
+        let selection = placing.choose(front, self.asked.model.as_deref(), &self.tried);
+        self.tracked.selected(placing.policy_name(front), began.elapsed());
+        selection
     }
 
     /// Waits for room at a worker, first come, first served.
@@ -310,36 +317,37 @@ impl<'a> Attempts<'a> {
         worker.live.breaker.failed(front.now_ms(), &front.config.proxy.breaker);
     }
 
-    fn refuse(&self, refusal: &NoWorker) -> ApiError {
+    fn refuse(&self, why: &NoWorker) -> ApiError {
         if !self.failures.is_empty() {
             return self.give_up();
         }
-        let model = self
-            .asked
-            .model
-            .as_deref()
-            .map_or("any model".to_owned(), |name| format!("the model {:?}", printable(name)));
-        match refusal {
-            NoWorker::RegistryEmpty => ApiError::new(
-                Code::NoWorkers,
-                "no worker is registered; add one with `everline worker add http://host:port` or POST /v1/nodes",
-            )
-            .retry_after(5),
-            NoWorker::UnknownModel { .. } => {
-                ApiError::new(Code::ModelNotFound, format!("no worker serves {model}; {refusal}")).param("model")
-            }
-            NoWorker::AllFiltered { .. } | NoWorker::Saturated { .. } => ApiError::new(
-                Code::NoWorkerAvailable,
-                format!("no worker for {model} can take requests now ({refusal})"),
-            )
-            .retry_after(1),
-        }
+        refusal(self.asked.model.as_deref(), why)
     }
 
     fn give_up(&self) -> ApiError {
         let text = format!("every worker tried has failed ({})", self.failures.join("; "));
         let code = if !self.reached.is_empty() { Code::UpstreamFailed } else { Code::UpstreamConnectFailed };
         ApiError::new(code, text).retry_after(1)
+    }
+}
+
+/// What a client hears when no worker can be chosen.
+pub(super) fn refusal(model: Option<&str>, why: &NoWorker) -> ApiError {
+    let model = model.map_or("any model".to_owned(), |name| format!("the model {:?}", printable(name)));
+    match why {
+        NoWorker::RegistryEmpty => ApiError::new(
+            Code::NoWorkers,
+            "no worker is registered; add one with `everline worker add http://host:port` or POST /v1/nodes",
+        )
+        .retry_after(5),
+        NoWorker::UnknownModel { .. } => {
+            ApiError::new(Code::ModelNotFound, format!("no worker serves {model}; {why}")).param("model")
+        }
+        NoWorker::AllFiltered { .. } | NoWorker::Saturated { .. } => ApiError::new(
+            Code::NoWorkerAvailable,
+            format!("no worker for {model} can take requests now ({why})"),
+        )
+        .retry_after(1),
     }
 }
 

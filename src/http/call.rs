@@ -16,7 +16,7 @@ use super::front::Shard;
 use super::keys::Caller;
 use super::register::read_json;
 use super::routes::{Listener, MaxBody, Route, parameter_of, percent_decoded};
-use super::{admin, health, models, nodes, openapi};
+use super::{admin, explain, health, models, nodes, openapi};
 use crate::ids::WorkerId;
 
 /// A request whose route was found and whose credentials are good.
@@ -76,7 +76,9 @@ impl Call {
             | Route::AdminWorker
             | Route::AdminDrain
             | Route::AdminMembers
+            | Route::AdminIndex
             | Route::AdminKeys => admin::answer(self).await,
+            Route::AdminExplain => explain::answer(self).await,
             Route::Livez => Ok(health::livez().await.into_response()),
             Route::Readyz => {
                 let query = RawQuery(self.query().map(str::to_owned));

@@ -19,7 +19,8 @@ use super::retry::{RetryBudget, RetryOptions};
 use super::routes::Listener;
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
-use crate::config::Reserve;
+use crate::ingest::FeedBoard;
+use crate::routing::book::Reserve;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy::{self, POLICY_NAMES, Policy, PowerOfTwo};
 use crate::routing::select::Overload;
@@ -175,6 +176,8 @@ pub struct Front {
     pub(super) queue: Arc<Queue>,
     pub(super) retry_budget: RetryBudget,
     pub(super) lookouts: Arc<Lookouts>,
+    /// What this replica's feeds of KV events do, written by whoever keeps them.
+    pub feeds: FeedBoard,
     /// All policies, with their defaults, for requests that name one.
     policies: Vec<Arc<dyn Policy>>,
     replica: http::HeaderValue,
@@ -203,6 +206,7 @@ impl Front {
             queue: Arc::default(),
             retry_budget: RetryBudget::new(started),
             lookouts: Arc::default(),
+            feeds: FeedBoard::default(),
             policies: POLICY_NAMES.into_iter().filter_map(policy::by_name).collect(),
             replica,
         })

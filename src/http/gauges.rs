@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::front::Front;
 use super::keys::KeyGauges;
+use super::knowledge;
 use super::status::breaker;
 use crate::admin_types::BreakerState;
 use crate::cluster::api::{ClusterStats, ClusterStatus, GroupStats, GroupStatus, LogStats, MemberStatus};
@@ -36,6 +37,7 @@ impl Collector for Gauges {
         let bound = encoder.encode_descriptor("sessions", help, None, MetricType::Gauge)?;
         ConstGauge::new(front.control.sessions() as u64).encode(bound)?;
         workers(&mut encoder, &front.control.registry().workers, front.now_ms())?;
+        knowledge::encode(&mut encoder, front)?;
         let status = front.control.status();
         groups(&mut encoder, &status)?;
         peers(&mut encoder, &status)?;

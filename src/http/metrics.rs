@@ -3,6 +3,7 @@
 //! hashed and no lock is taken.
 
 mod access;
+mod choices;
 mod counts;
 mod models;
 mod recent;

@@ -207,6 +207,19 @@ fn request_body(entry: &Entry, method: &str) -> Option<Value> {
                 "properties": {"drain": {"type": "boolean"}},
             }),
         ),
+        (Route::AdminExplain, _) => (
+            "The request that is not sent.",
+            json!({
+                "type": "object",
+                "required": ["body"],
+                "additionalProperties": false,
+                "properties": {
+                    "route": {"type": "string", "default": "/v1/chat/completions"},
+                    "headers": {"type": "object", "additionalProperties": {"type": "string"}},
+                    "body": {"type": "object"},
+                },
+            }),
+        ),
         (Route::AdminMembers, _) => (
             "The change.",
             json!({

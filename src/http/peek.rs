@@ -7,6 +7,7 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::error::Category;
+use serde_json::value::RawValue;
 
 use super::depth::{MAX_DEPTH, is_shallow};
 use super::errors::{ApiError, Code};
@@ -23,6 +24,8 @@ pub(super) struct Peek<'a> {
     /// Length of the prompt, estimated: text counts a token for four bytes, ids count as
     /// they are.
     pub prompt_tokens: u32,
+    /// The member `everline`, as it is written: what the client wants of routing.
+    pub everline: Option<&'a str>,
 }
 
 /// Reads a body. Never quotes any part of it in an error.
@@ -43,6 +46,7 @@ pub(super) fn peek(body: &[u8]) -> Result<Peek<'_>, ApiError> {
         stream: raw.stream,
         max_tokens: raw.max_tokens,
         prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
+        everline: raw.everline.map(RawValue::get),
     })
 }
 
@@ -74,6 +78,7 @@ struct Raw<'a> {
     stream: bool,
     max_tokens: Option<u32>,
     size: PromptSize,
+    everline: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -95,8 +100,13 @@ impl<'de> Visitor<'de> for RawVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Raw<'de>, A::Error> {
-        let mut raw =
-            Raw { model: Model::Absent, stream: false, max_tokens: None, size: PromptSize::default() };
+        let mut raw = Raw {
+            model: Model::Absent,
+            stream: false,
+            max_tokens: None,
+            size: PromptSize::default(),
+            everline: None,
+        };
         while let Some(Key(key)) = map.next_key()? {
             match key.as_ref() {
                 "model" => {
@@ -113,6 +123,11 @@ impl<'de> Visitor<'de> for RawVisitor {
                 "max_tokens" | "max_completion_tokens" | "max_output_tokens" => {
                     if let Scalar::Count(count) = map.next_value()? {
                         raw.max_tokens = Some(u32::try_from(count).unwrap_or(u32::MAX));
+                    }
+                }
+                "everline" => {
+                    if raw.everline.replace(map.next_value()?).is_some() {
+                        return Err(serde::de::Error::duplicate_field("everline"));
                     }
                 }
                 key if is_prompt(key) => raw.size.add(map.next_value()?),
@@ -338,6 +353,7 @@ mod tests {
             ("{\"prompt\":\"secret}", Code::InvalidJson),
             ("{\"model\":\"secret\",\"model\":\"m\"}", Code::InvalidJson),
             ("{\"model\":\"m\"} secret", Code::InvalidJson),
+            ("{\"model\":\"m\",\"everline\":{\"secret\":1},\"everline\":{}}", Code::InvalidJson),
             ("{}", Code::MissingModel),
             ("{\"model\":7}", Code::MissingModel),
             ("{\"model\":[\"secret\"]}", Code::MissingModel),

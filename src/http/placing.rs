@@ -9,11 +9,13 @@ use serde_json::json;
 
 use super::front::Front;
 use super::wishes::Wishes;
+use crate::admin_types::{CandidateReply, CostReply, TierBlocks};
 use crate::ids::{WorkerId, WorkerIx};
 use crate::kv::hash::{LocalHash, SequenceHash, sequence_hashes};
 use crate::kv::types::Overlap;
 use crate::routing::book::Share;
 use crate::routing::policy::{Pin, Policy, RouteRequest};
+use crate::routing::rehearse::{Rehearsal, rehearse};
 use crate::routing::select::{Explained, Limits, NoWorker, Selection, explain, select};
 use crate::routing::view::{NOT_SCORED, RegistryView};
 use crate::state::cache::MOST_ROUTED;
@@ -27,6 +29,9 @@ const MOST_SIZES: usize = 4;
 
 /// Candidates that are told of in a trace.
 const MOST_TRACED: usize = 16;
+
+/// Longest trace: what clients and proxies take as a header without being told to.
+const MOST_TRACE_BYTES: usize = 8 << 10;
 
 /// What routing knows of one request.
 #[derive(Debug, Default)]
@@ -226,48 +231,72 @@ impl Placing {
         Some(selection.overlap.blocks.min(usable) * block)
     }
 
-    /// `Everline-Trace`: a line of JSON with what was known of the candidates, best first.
+    /// What would be chosen how often, without choosing.
+    pub(super) fn rehearse(&self, front: &Front, model: Option<&str>) -> Result<Rehearsal, NoWorker> {
+        let view = front.control.registry();
+        self.as_routing_sees_it(front, &view, model, |request| {
+            rehearse(&view, self.policy(front), request, &limits(front), &mut rand::rng())
+        })
+    }
+
+    /// One candidate for people and tools.
+    pub(super) fn candidate(&self, front: &Front, explained: &Explained) -> CandidateReply {
+        let view = front.control.registry();
+        let terms = explained.terms.map(|terms| CostReply {
+            queued: rounded(terms.queued),
+            prompt: rounded(terms.prompt),
+            credit: rounded(terms.credit),
+            decode: rounded(terms.decode),
+        });
+        CandidateReply {
+            worker: explained.worker.clone(),
+            rank: explained.rank,
+            share: None,
+            overlap: TierBlocks {
+                gpu: explained.overlap.gpu,
+                host: explained.overlap.host,
+                disk: explained.overlap.disk(),
+            },
+            coming: explained.coming,
+            block_size: view.worker(&explained.worker).map_or(0, |worker| worker.block_size()),
+            load: explained.load,
+            cost: explained.terms.map(|terms| rounded(terms.total())),
+            terms,
+            not_chosen: explained.filtered.map(|why| why.to_string()),
+        }
+    }
+
+    /// `Everline-Trace`: a line of JSON with what was known of the candidates, best first; no
+    /// longer than [`MOST_TRACE_BYTES`].
     pub(super) fn trace(&self, front: &Front, model: Option<&str>) -> Option<String> {
-        let mut candidates = self.explain(front, model).ok()?;
-        candidates.sort_by(|a, b| {
-            let cost = |c: &Explained| c.terms.map_or(f64::INFINITY, |terms| terms.total());
-            (a.filtered.is_some(), cost(a))
-                .partial_cmp(&(b.filtered.is_some(), cost(b)))
-                .unwrap_or(std::cmp::Ordering::Equal)
+        let mut explained = self.explain(front, model).ok()?;
+        let cost = |c: &Explained| c.terms.map_or(f64::INFINITY, |terms| terms.total());
+        explained.sort_by(|a, b| {
+            a.filtered.is_some().cmp(&b.filtered.is_some()).then_with(|| cost(a).total_cmp(&cost(b)))
         });
-        let more = candidates.len().saturating_sub(MOST_TRACED);
-        candidates.truncate(MOST_TRACED);
-        let candidates: Vec<_> = candidates.iter().map(explained).collect();
-        let trace = json!({
-            "policy": self.policy_name(front),
-            "prompt_tokens": self.prompt_tokens,
-            "source": self.source(),
-            "candidates": candidates,
-            "more": more,
-        });
-        Some(trace.to_string())
+        let all = explained.len();
+        let mut listed: Vec<_> =
+            explained.iter().take(MOST_TRACED).map(|explained| self.candidate(front, explained)).collect();
+        loop {
+            let trace = json!({
+                "policy": self.policy_name(front),
+                "prompt_tokens": self.prompt_tokens,
+                "source": self.source(),
+                "candidates": listed,
+                "more": all - listed.len(),
+            })
+            .to_string();
+            // Ids may be long; the last candidates are the least interesting.
+            if trace.len() <= MOST_TRACE_BYTES || listed.pop().is_none() {
+                return Some(trace);
+            }
+        }
     }
 }
 
-/// One candidate as JSON.
-pub(super) fn explained(candidate: &Explained) -> serde_json::Value {
-    json!({
-        "worker": candidate.worker,
-        "rank": candidate.rank,
-        "overlap": {
-            "gpu": candidate.overlap.gpu,
-            "host": candidate.overlap.host,
-            "disk": candidate.overlap.disk(),
-        },
-        "load": {
-            "requests": candidate.load.requests,
-            "prefill_tokens": candidate.load.prefill_tokens,
-            "decode_blocks": candidate.load.decode_blocks,
-        },
-        "cost": candidate.terms.map(|terms| terms.total()),
-        "terms": candidate.terms,
-        "not_chosen": candidate.filtered.map(|why| why.to_string()),
-    })
+/// Costs to a thousandth of a block.
+fn rounded(cost: f64) -> f64 {
+    (cost * 1000.0).round() / 1000.0
 }
 
 fn limits(front: &Front) -> Limits {

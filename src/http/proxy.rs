@@ -94,16 +94,9 @@ async fn try_forward(
         }
     };
     tracked.body_read();
-    let mut asked = match look_into(tracked.route(), &head.headers, &body).await {
-        Ok(asked) => asked,
-        Err(error) => return Err(Failed { error, tracked }),
-    };
     let caller = Caller::of(&head.extensions);
-    if let Err(error) = caller.check_model(asked.model.as_deref()) {
-        return Err(Failed { error, tracked });
-    }
-    asked.placing.wishes = match Wishes::read(&head.headers, caller.key_id()) {
-        Ok(wishes) => wishes,
+    let mut asked = match look_at(tracked.route(), &head.headers, &body, &caller).await {
+        Ok(asked) => asked,
         Err(error) => return Err(Failed { error, tracked }),
     };
     if let Some(model) = &asked.model {
@@ -131,6 +124,19 @@ async fn try_forward(
     }
 }
 
+/// What the client wants: of whom, with what prompt, and where it may go.
+pub(super) async fn look_at<'a>(
+    route: Route,
+    headers: &HeaderMap,
+    body: &'a Bytes,
+    caller: &Caller,
+) -> Result<Asked<'a>, ApiError> {
+    let mut asked = look_into(route, headers, body).await?;
+    caller.check_model(asked.model.as_deref())?;
+    asked.placing.wishes.read(headers, caller.key_id())?;
+    Ok(asked)
+}
+
 /// What routing needs to know. Where a route does without a model, a body that names none, or is
 /// none of our business, may go to any worker.
 async fn look_into<'a>(route: Route, headers: &HeaderMap, body: &'a Bytes) -> Result<Asked<'a>, ApiError> {
@@ -140,7 +146,11 @@ async fn look_into<'a>(route: Route, headers: &HeaderMap, body: &'a Bytes) -> Re
     let any = Asked { model: None, placing: Placing::default() };
     match passthrough::content(headers) {
         _ if body.is_empty() => Ok(any),
-        Content::Json => Ok(read(body).await.unwrap_or(any)),
+        Content::Json => match read(body).await {
+            // What is meant for us is for us to understand.
+            Err(error) if error.code == Code::InvalidValue => Err(error),
+            read => Ok(read.unwrap_or(any)),
+        },
         Content::Form(boundary) => {
             let model = passthrough::model_in_form(&boundary, body).map(Cow::Borrowed);
             Ok(Asked { model, ..any })
@@ -167,7 +177,10 @@ async fn read(body: &Bytes) -> Result<Asked<'_>, ApiError> {
 
 fn ask(body: &[u8]) -> Result<Asked<'_>, ApiError> {
     let peek = peek(body)?;
-    let placing = Placing::new(peek.prompt_tokens, peek.max_tokens);
+    let mut placing = Placing::new(peek.prompt_tokens, peek.max_tokens);
+    if let Some(text) = peek.everline {
+        placing.wishes = Wishes::of_body(text)?;
+    }
     Ok(Asked { model: Some(peek.model), placing })
 }
 

@@ -188,6 +188,10 @@ routes! {
         [GET "Lists the replicas.", POST "Adds, removes or promotes a replica, or hands leadership over."];
     AdminKeys = "/v1/admin/keys": Admin, AdminToken, Here, MaxBody::None,
         [GET "Lists the API keys in force at this replica, without secrets."];
+    AdminExplain = "/v1/admin/explain": Admin, AdminToken, Here, MaxBody::Configured,
+        [POST "Says where a request would go and why, and sends it nowhere."];
+    AdminIndex = "/v1/admin/index": Admin, AdminToken, Here, MaxBody::None,
+        [GET "Shows what is in the prefix index and who listens to which engine."];
     Livez = "/livez": Health, Open, Here, MaxBody::None,
         [GET "200 while the process answers."];
     Readyz = "/readyz": Health, Open, Here, MaxBody::None,

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::front::Front;
+use super::index::{caches, index};
 use crate::admin_types::{BreakerState, RecentError, StatusReply, WorkerStatus};
 use crate::routing::breaker;
 use crate::routing::view::{WorkerLive, WorkerView};
@@ -43,6 +44,7 @@ pub(super) fn worker_status(worker: &WorkerView, now_ms: u64) -> WorkerStatus {
         max_requests: record.spec.max_requests,
         block_size: record.spec.block_size,
         capacity_blocks: record.spec.capacity_blocks,
+        cache: None,
     }
 }
 
@@ -53,6 +55,7 @@ const RECENT_ERRORS: usize = 16;
 pub(super) fn status(front: &Front) -> StatusReply {
     let errors = front.metrics.recent().list();
     let now_ms = front.now_ms();
+    let mut caches = caches(&index(front).ranks);
     StatusReply {
         cluster: front.control.status(),
         workers: front
@@ -60,7 +63,7 @@ pub(super) fn status(front: &Front) -> StatusReply {
             .registry()
             .workers
             .iter()
-            .map(|worker| worker_status(worker, now_ms))
+            .map(|worker| WorkerStatus { cache: caches.remove(worker.id()), ..worker_status(worker, now_ms) })
             .collect(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         uptime_s: front.started.elapsed().as_secs(),

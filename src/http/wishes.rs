@@ -1,12 +1,16 @@
-//! What a client may say about where its request goes, in headers that no worker sees.
+//! What a client may say about where its request goes: in headers, which no worker sees, or in
+//! the body's member `everline`, which passes through. Where both speak, the header counts.
 
-use http::{HeaderMap, HeaderName};
+use std::borrow::Cow;
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::errors::{ApiError, Code};
 use super::headers;
-use crate::config::Reserve;
 use crate::ids::WorkerId;
+use crate::routing::book::Reserve;
 use crate::routing::policy::Overrides;
 
 const OVERLAP_WEIGHT: HeaderName = HeaderName::from_static("everline-overlap-weight");
@@ -39,93 +43,162 @@ pub(super) struct Wishes {
     /// `Everline-Reserve: linearizable`: book through the log before sending; `local`: do not;
     /// otherwise as configured.
     pub(super) reserve: Option<Reserve>,
+    /// What the body calls its session; read together with the headers.
+    named: Option<String>,
     /// `Everline-Trace: 1`: say in the answer what was known of each candidate.
     pub(super) trace: bool,
 }
 
 impl Wishes {
-    /// Reads the headers. `tenant` keeps equal session names of different keys apart.
-    pub(super) fn read(headers: &HeaderMap, tenant: Option<&str>) -> Result<Self, ApiError> {
+    /// Reads the body's member `everline`.
+    pub(super) fn of_body(text: &str) -> Result<Self, ApiError> {
         let mut wishes = Self::default();
-        let text = |name: &HeaderName| text_of(headers, name);
-        for name in &SESSIONS {
-            if let Some(session) = headers.get(name) {
-                let seed = tenant.map_or(0, |tenant| xxh3_64_with_seed(tenant.as_bytes(), 0));
-                wishes.session = Some(xxh3_64_with_seed(session.as_bytes(), seed));
-                break;
+        let members = match serde_json::from_str(text) {
+            Ok(Value::Object(members)) => members,
+            Ok(Value::Null) => return Ok(wishes),
+            _ => return Err(Place::Member("").wrong("must be an object")),
+        };
+        for (name, value) in members.iter().filter(|(_, value)| !value.is_null()) {
+            let place = Place::Member(name);
+            let number = || value.as_f64().ok_or_else(|| place.wrong("must be a number"));
+            let text = || value.as_str().ok_or_else(|| place.wrong("must be text"));
+            match name.as_str() {
+                "overlap_weight" => wishes.set_weight(number()?, &place)?,
+                "temperature" => wishes.set_temperature(number()?, &place)?,
+                "policy" => wishes.set_policy(text()?, &place)?,
+                "worker" => wishes.worker = Some(pin(text()?, &place)?),
+                "session_id" => wishes.named = Some(text()?.to_owned()),
+                "trace" => {
+                    wishes.trace = value.as_bool().ok_or_else(|| place.wrong("must be true or false"))?;
+                }
+                // Not named: it is part of somebody's body.
+                _ => {
+                    let known = "overlap_weight, temperature, policy, worker, session_id and trace";
+                    return Err(Place::Member("").wrong(&format!("has an unknown member; known are {known}")));
+                }
             }
+        }
+        Ok(wishes)
+    }
+
+    /// Reads the headers over what the body said. `tenant` keeps equal session names of different
+    /// keys apart.
+    pub(super) fn read(&mut self, headers: &HeaderMap, tenant: Option<&str>) -> Result<(), ApiError> {
+        let named = self.named.take();
+        let sent = SESSIONS.iter().find_map(|name| headers.get(name)).map(HeaderValue::as_bytes);
+        if let Some(session) = sent.or(named.as_deref().map(str::as_bytes)) {
+            let seed = tenant.map_or(0, |tenant| xxh3_64_with_seed(tenant.as_bytes(), 0));
+            self.session = Some(xxh3_64_with_seed(session, seed));
         }
         if !headers.keys().any(|name| name.as_str().starts_with("everline-")) {
-            return Ok(wishes);
+            return Ok(());
         }
-        let number = |name: &HeaderName| match text(name)? {
-            None => Ok(None),
-            Some(text) => text.parse::<f64>().map(Some).map_err(|_| wrong(name, "must be a number")),
-        };
-        let (weight, temperature) = (number(&OVERLAP_WEIGHT)?, number(&TEMPERATURE)?);
-        Overrides::new(weight, None, None).map_err(|why| wrong(&OVERLAP_WEIGHT, &why))?;
-        Overrides::new(None, temperature, None).map_err(|why| wrong(&TEMPERATURE, &why))?;
-        wishes.overrides =
-            Overrides::new(weight, temperature, text(&POLICY)?).map_err(|why| wrong(&POLICY, &why))?;
-        wishes.worker = match text(&headers::WORKER)? {
-            None => None,
-            Some(text) => Some(pin(text)?),
-        };
-        if let Some(text) = text(&LABELS)? {
+        let number =
+            |text: &str, place: &Place<'_>| text.parse::<f64>().map_err(|_| place.wrong("must be a number"));
+        if let Some((text, place)) = text_of(headers, &OVERLAP_WEIGHT)? {
+            self.set_weight(number(text, &place)?, &place)?;
+        }
+        if let Some((text, place)) = text_of(headers, &TEMPERATURE)? {
+            self.set_temperature(number(text, &place)?, &place)?;
+        }
+        if let Some((text, place)) = text_of(headers, &POLICY)? {
+            self.set_policy(text, &place)?;
+        }
+        if let Some((text, place)) = text_of(headers, &headers::WORKER)? {
+            self.worker = Some(pin(text, &place)?);
+        }
+        if let Some((text, place)) = text_of(headers, &LABELS)? {
             for label in text.split(',').map(str::trim).filter(|label| !label.is_empty()) {
                 let (key, value) =
-                    label.split_once('=').ok_or_else(|| wrong(&LABELS, "must be key=value,key=value"))?;
-                if wishes.labels.len() == MOST_LABELS {
-                    return Err(wrong(&LABELS, &format!("may hold {MOST_LABELS} labels at most")));
+                    label.split_once('=').ok_or_else(|| place.wrong("must be key=value,key=value"))?;
+                if self.labels.len() == MOST_LABELS {
+                    return Err(place.wrong(&format!("may hold {MOST_LABELS} labels at most")));
                 }
-                wishes.labels.push((key.trim().to_owned(), value.trim().to_owned()));
+                self.labels.push((key.trim().to_owned(), value.trim().to_owned()));
             }
         }
-        wishes.reserve = match text(&RESERVE)? {
-            None => None,
-            Some("local") => Some(Reserve::Local),
-            Some("linearizable") => Some(Reserve::Linearizable),
-            Some(_) => return Err(wrong(&RESERVE, "must be `local` or `linearizable`")),
-        };
-        wishes.trace = text(&headers::TRACE)?.is_some_and(|text| text != "0");
-        Ok(wishes)
+        if let Some((text, place)) = text_of(headers, &RESERVE)? {
+            self.reserve = match text {
+                "local" => Some(Reserve::Local),
+                "linearizable" => Some(Reserve::Linearizable),
+                _ => return Err(place.wrong("must be `local` or `linearizable`")),
+            };
+        }
+        if let Some((text, _)) = text_of(headers, &headers::TRACE)? {
+            self.trace = text != "0";
+        }
+        Ok(())
+    }
+
+    fn set_weight(&mut self, weight: f64, place: &Place<'_>) -> Result<(), ApiError> {
+        let o = self.overrides;
+        self.overrides =
+            Overrides::new(Some(weight), o.temperature(), o.policy()).map_err(|why| place.wrong(&why))?;
+        Ok(())
+    }
+
+    fn set_temperature(&mut self, temperature: f64, place: &Place<'_>) -> Result<(), ApiError> {
+        let o = self.overrides;
+        self.overrides = Overrides::new(o.overlap_weight(), Some(temperature), o.policy())
+            .map_err(|why| place.wrong(&why))?;
+        Ok(())
+    }
+
+    fn set_policy(&mut self, policy: &str, place: &Place<'_>) -> Result<(), ApiError> {
+        let o = self.overrides;
+        self.overrides = Overrides::new(o.overlap_weight(), o.temperature(), Some(policy))
+            .map_err(|why| place.wrong(&why))?;
+        Ok(())
     }
 }
 
-fn pin(text: &str) -> Result<(WorkerId, Option<u32>), ApiError> {
+/// Where a wish was written, for errors.
+enum Place<'a> {
+    Header(&'a HeaderName),
+    /// A member of `everline`; empty for the whole.
+    Member(&'a str),
+}
+
+impl Place<'_> {
+    fn wrong(&self, why: &str) -> ApiError {
+        let (kind, name): (_, Cow<'_, str>) = match self {
+            Place::Header(name) => ("header", name.as_str().into()),
+            Place::Member("") => ("member", "everline".into()),
+            Place::Member(name) => ("member", format!("everline.{name}").into()),
+        };
+        ApiError::new(Code::InvalidValue, format!("the {kind} {name} cannot be used: {why}"))
+            .param(name.into_owned())
+    }
+}
+
+fn pin(text: &str, place: &Place<'_>) -> Result<(WorkerId, Option<u32>), ApiError> {
     let (id, rank) = match text.split_once('/') {
         None => (text, None),
         Some((id, rank)) => {
-            let rank =
-                rank.parse().map_err(|_| wrong(&headers::WORKER, "must end in the number of a rank"))?;
+            let rank = rank.parse().map_err(|_| place.wrong("must end in the number of a rank"))?;
             (id, Some(rank))
         }
     };
-    let id = WorkerId::parse(id).map_err(|why| wrong(&headers::WORKER, &why.to_string()))?;
+    let id = WorkerId::parse(id).map_err(|why| place.wrong(&why.to_string()))?;
     Ok((id, rank))
 }
 
-fn text_of<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, ApiError> {
+fn text_of<'a>(
+    headers: &'a HeaderMap,
+    name: &'a HeaderName,
+) -> Result<Option<(&'a str, Place<'a>)>, ApiError> {
+    let place = Place::Header(name);
     let mut all = headers.get_all(name).iter();
-    let (Some(value), None) = (all.next(), all.next()) else {
-        return if headers.contains_key(name) {
-            Err(wrong(name, "was sent more than once"))
-        } else {
-            Ok(None)
-        };
-    };
-    value.to_str().map(|text| Some(text.trim())).map_err(|_| wrong(name, "is not visible ASCII"))
-}
-
-fn wrong(name: &HeaderName, why: &str) -> ApiError {
-    ApiError::new(Code::InvalidValue, format!("the header {name} cannot be used: {why}"))
-        .param(name.to_string())
+    let Some(value) = all.next() else { return Ok(None) };
+    if all.next().is_some() {
+        return Err(place.wrong("was sent more than once"));
+    }
+    let text = value.to_str().map_err(|_| place.wrong("is not visible ASCII"))?;
+    Ok(Some((text.trim(), place)))
 }
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
-
     use super::*;
 
     fn read(fields: &[(&'static str, &'static str)]) -> Result<Wishes, ApiError> {
@@ -136,7 +209,8 @@ mod tests {
         for (name, value) in headers {
             map.append(name, value);
         }
-        Wishes::read(&map, Some("tenant"))
+        let mut wishes = Wishes::default();
+        wishes.read(&map, Some("tenant")).map(|()| wishes)
     }
 
     #[test]
@@ -182,8 +256,57 @@ mod tests {
     fn equal_sessions_of_different_tenants_are_different() {
         let mut headers = HeaderMap::new();
         headers.insert("x-conversation-id", HeaderValue::from_static("same"));
-        let of = |tenant| Wishes::read(&headers, tenant).unwrap().session;
+        let of = |tenant| {
+            let mut wishes = Wishes::default();
+            wishes.read(&headers, tenant).unwrap();
+            wishes.session
+        };
         assert_ne!(of(Some("a")), of(Some("b")));
         assert_eq!(of(Some("a")), of(Some("a")));
+    }
+    #[test]
+    fn the_body_may_say_it_too_and_a_header_counts_more() {
+        let text = r#"{"overlap_weight": 2.5, "temperature": 0, "policy": "random", "worker": "w1/3",
+            "session_id": "s", "trace": true}"#;
+        let of_body = Wishes::of_body(text).unwrap();
+        let mut wishes = of_body.clone();
+        wishes.read(&HeaderMap::new(), Some("tenant")).unwrap();
+        assert_eq!(wishes.overrides.overlap_weight(), Some(2.5));
+        assert_eq!((wishes.overrides.temperature(), wishes.overrides.policy()), (Some(0.0), Some("random")));
+        assert_eq!(wishes.worker, Some((WorkerId::parse("w1").unwrap(), Some(3))));
+        assert!(wishes.trace);
+        assert_eq!(wishes.session, read(&[("x-session-id", "s")]).unwrap().session);
+
+        let mut headers = HeaderMap::new();
+        for (name, value) in [("everline-policy", "kv_cost"), ("everline-trace", "0"), ("x-session-id", "t")]
+        {
+            headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        let mut wishes = of_body;
+        wishes.read(&headers, Some("tenant")).unwrap();
+        assert_eq!(wishes.overrides.policy(), Some("kv_cost"));
+        assert_eq!(wishes.overrides.overlap_weight(), Some(2.5), "of the body");
+        assert!(!wishes.trace);
+        assert_eq!(wishes.session, read(&[("x-session-id", "t")]).unwrap().session);
+        assert_eq!(Wishes::of_body("null").unwrap(), Wishes::default());
+    }
+
+    #[test]
+    fn what_cannot_be_in_the_body_is_refused_with_the_members_name_and_without_its_value() {
+        for (text, param) in [
+            (r#""secret""#, "everline"),
+            (r#"{"secret": 1}"#, "everline"),
+            (r#"{"overlap_weight": "secret"}"#, "everline.overlap_weight"),
+            (r#"{"overlap_weight": -1}"#, "everline.overlap_weight"),
+            (r#"{"temperature": 1e9}"#, "everline.temperature"),
+            (r#"{"policy": 7}"#, "everline.policy"),
+            (r#"{"worker": "a b"}"#, "everline.worker"),
+            (r#"{"session_id": 7}"#, "everline.session_id"),
+            (r#"{"trace": "yes"}"#, "everline.trace"),
+        ] {
+            let error = Wishes::of_body(text).expect_err(text);
+            assert_eq!((error.code, error.param.as_deref()), (Code::InvalidValue, Some(param)), "{text}");
+            assert!(!error.message.contains("secret"), "{}", error.message);
+        }
     }
 }

@@ -21,6 +21,9 @@ mod replay;
 mod tests;
 
 use std::future::Future;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 pub use batch::FeedBatch;
 pub use feed::{FeedConfig, FeedCounters, FeedHandle, Source};
@@ -28,6 +31,10 @@ pub use feed::{FeedConfig, FeedCounters, FeedHandle, Source};
 use crate::kv::feed::Cursor;
 use crate::kv::hash::Seed;
 use crate::kv::types::EngineHash;
+use crate::state::ranks::RankKey;
+
+/// What the feeds of this process do, for whoever wants to tell of it.
+pub type FeedBoard = Arc<Mutex<Vec<(RankKey, FeedCounters)>>>;
 
 /// What became of a batch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

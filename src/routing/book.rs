@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use super::live::LiveBlocks;
 use super::view::{WorkerLive, WorkerView};
@@ -23,6 +24,22 @@ struct Pending {
     deltas: HashMap<WorkerIx, LoadDelta>,
     /// How often everything was said anew.
     restated: u64,
+}
+
+/// How a request is booked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reserve {
+    /// At once, here; the others hear of it.
+    #[default]
+    Local,
+    /// In the log first, unless somebody else was faster.
+    Linearizable,
+}
+
+impl Reserve {
+    /// Their names in the configuration.
+    pub const NAMES: &[&str] = &["local", "linearizable"];
 }
 
 /// What a request costs the rank it is sent to.

@@ -7,6 +7,7 @@ pub mod cost;
 pub mod live;
 pub mod policy;
 pub mod recent;
+pub mod rehearse;
 pub mod select;
 pub mod stale;
 #[cfg(test)]

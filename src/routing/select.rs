@@ -353,27 +353,60 @@ pub fn explain(
     limits: &Limits,
     tried: &[WorkerId],
 ) -> Result<Vec<Explained>, NoWorker> {
+    let considered = considered(view, request, limits, tried)?;
+    let explained = considered.iter().map(|(c, filtered)| Explained::of(c, policy, request, *filtered));
+    Ok(explained.collect())
+}
+
+impl Explained {
+    pub(super) fn of(
+        candidate: &Candidate<'_>,
+        policy: &dyn Policy,
+        request: &RouteRequest<'_>,
+        filtered: Option<Filtered>,
+    ) -> Self {
+        Self {
+            worker: candidate.worker.id().clone(),
+            rank: candidate.rank,
+            overlap: candidate.overlap,
+            coming: candidate.coming,
+            load: candidate.load,
+            terms: policy.terms(candidate, request),
+            filtered,
+        }
+    }
+}
+
+/// Each rank that serves the model, with the reason why it may not be chosen, if there is one.
+pub(super) fn considered<'a>(
+    view: &'a RegistryView,
+    request: &RouteRequest<'a>,
+    limits: &Limits,
+    tried: &[WorkerId],
+) -> Result<Vec<(Candidate<'a>, Option<Filtered>)>, NoWorker> {
     let peers_count = Freshness::of(request.view_age_ms) != Freshness::OwnOnly;
-    let mut explained = Vec::new();
+    let mut all = Vec::new();
     for &position in serving(view, request)? {
         let worker = &view.workers[position];
         let whole = filter(worker, request, tried)
             .or_else(|| doubt(worker, limits))
             .or_else(|| worker.is_saturated(limits.max_requests).then_some(Filtered::Saturated));
-        for candidate in ranks(worker, request, worker.live.booked(), peers_count) {
-            let overloaded = limits.overload.has(&candidate).then_some(Filtered::Overloaded);
-            explained.push(Explained {
-                worker: worker.id().clone(),
-                rank: candidate.rank,
-                overlap: candidate.overlap,
-                coming: candidate.coming,
-                load: candidate.load,
-                terms: policy.terms(&candidate, request),
-                filtered: whole.or(overloaded),
-            });
+        all.extend(
+            ranks(worker, request, worker.live.booked(), peers_count).map(|candidate| (candidate, whole)),
+        );
+    }
+    // The thresholds hold only while somebody is below them.
+    let fits = |(candidate, filtered): &(Candidate<'_>, Option<Filtered>)| {
+        filtered.is_none() && !limits.overload.has(candidate)
+    };
+    if all.iter().any(fits) {
+        for entry in &mut all {
+            if entry.1.is_none() && limits.overload.has(&entry.0) {
+                entry.1 = Some(Filtered::Overloaded);
+            }
         }
     }
-    Ok(explained)
+    Ok(all)
 }
 
 fn unknown_model(view: &RegistryView) -> NoWorker {

@@ -22,7 +22,7 @@ use crate::ids::{ReplicaId, WorkerIx};
 use crate::ingest::discover::RankSource;
 use crate::ingest::hub::{Claim, Hub};
 use crate::ingest::load::LoadFeed;
-use crate::ingest::{Delivery, FeedBatch, FeedConfig, FeedCounters, FeedHandle, FeedSink, Source};
+use crate::ingest::{Delivery, FeedBatch, FeedBoard, FeedConfig, FeedHandle, FeedSink, Source};
 use crate::kv::event::{Format, LoadStat};
 use crate::kv::feed::Cursor;
 use crate::kv::hash::Seed;
@@ -52,9 +52,6 @@ const FORGET_AFTER: Duration = Duration::from_secs(5);
 
 /// Claims and questions to engines under way at once.
 const AT_ONCE: usize = 16;
-
-/// What is told of the feeds to whoever asks.
-pub type FeedBoard = Arc<parking_lot::Mutex<Vec<(RankKey, FeedCounters)>>>;
 
 /// What the ranks that we listen to said last of their load, where they publish it.
 pub type LoadBoard = Arc<parking_lot::Mutex<HashMap<RankKey, LoadStat>>>;
@@ -121,8 +118,10 @@ pub struct Feeds {
 }
 
 impl Feeds {
-    /// Listens through `plane`; asks engines through `shard`.
+    /// Listens through `plane`; asks engines through `shard`, and tells of its feeds on the board
+    /// of its front, refreshed with every round.
     pub fn new(shard: Arc<Shard>, plane: Arc<dyn ControlPlane>, allow: Arc<Allowed>) -> Self {
+        let board = Arc::clone(&shard.front.feeds);
         Self {
             shard,
             plane,
@@ -133,7 +132,7 @@ impl Feeds {
             words: HashMap::new(),
             orphaned: HashMap::new(),
             missing: HashMap::new(),
-            board: FeedBoard::default(),
+            board,
             loads: LoadBoard::default(),
         }
     }
@@ -142,11 +141,6 @@ impl Feeds {
     #[must_use]
     pub fn with_hub(self, hub: Option<Hub>) -> Self {
         Self { hub, ..self }
-    }
-
-    /// What the feeds did, refreshed with every round.
-    pub fn board(&self) -> FeedBoard {
-        Arc::clone(&self.board)
     }
 
     /// What the ranks said last of their load, refreshed with every round.

@@ -303,6 +303,12 @@ impl ControlState {
         ControlOutcome::ReplicaId(id)
     }
 
+    /// What replicas reported lately of their states of a group: index, and digests by replica.
+    pub fn digest_rounds(&self, group: Group) -> impl Iterator<Item = (u64, &BTreeMap<ReplicaId, u64>)> {
+        let rounds = self.digests.range((group, 0)..=(group, u64::MAX));
+        rounds.map(|((_, index), reports)| (*index, reports))
+    }
+
     fn report_digest(&mut self, id: ReplicaId, group: Group, index: u64, digest: u64) {
         let round = self.digests.entry((group, index)).or_default();
         round.insert(id, digest);

@@ -124,6 +124,12 @@ pub static ROUND: Scale = Scale {
 pub static COUNT: Scale =
     Scale { bounds: &[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16_384], ticks_per_unit: 1 };
 
+/// Tokens of prompts: none to 131,072.
+pub static TOKENS: Scale = Scale {
+    bounds: &[0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072],
+    ticks_per_unit: 1,
+};
+
 /// Bytes: 64 B to 4 MiB.
 pub static BYTES: Scale = Scale {
     bounds: &[

@@ -189,12 +189,13 @@ impl Tokenizers {
     pub async fn prompt(&self, ask: Ask<'_>) -> Prompt {
         let model = self.models.get(ask.model).unwrap_or(&self.other);
         let outcome = if ask.body.len() <= self.inline_bytes {
-            let work = || model.prompt(ask.form, ask.body, ask.lora, ask.now);
+            let work = || model.prompt(ask.model, ask.form, ask.body, ask.lora, ask.now);
             catch_unwind(AssertUnwindSafe(work)).ok()
         } else {
             let (model, body) = (Arc::clone(model), ask.body.clone());
             let (form, lora, now) = (ask.form, ask.lora.map(str::to_owned), ask.now);
-            self.pool.run(move || model.prompt(form, &body, lora.as_deref(), now)).await
+            let name = ask.model.to_owned();
+            self.pool.run(move || model.prompt(&name, form, &body, lora.as_deref(), now)).await
         };
         let prompt = match outcome {
             Some(Outcome::Known(prompt)) => prompt,

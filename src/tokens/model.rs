@@ -128,7 +128,15 @@ impl Model {
     }
 
     /// Reads a request and does all that can be done without asking anybody.
-    pub(super) fn prompt(&self, form: Form, body: &Bytes, lora: Option<&str>, now: SystemTime) -> Outcome {
+    /// `name` is what engines call the model: this may stand for all that are not configured.
+    pub(super) fn prompt(
+        &self,
+        name: &str,
+        form: Form,
+        body: &Bytes,
+        lora: Option<&str>,
+        now: SystemTime,
+    ) -> Outcome {
         let Request { input, salt } = read(form, body);
         let seed = Seed::new(lora, salt.as_deref());
         let known = match input {
@@ -145,7 +153,7 @@ impl Model {
                     .and_further(further)
                 }
                 (Mode::Engine, _) => {
-                    let question = Question::of_text(&self.options.name, &text, special);
+                    let question = Question::of_text(name, &text, special);
                     return Outcome::Ask { question, seed, estimate: estimate(text.len()), further };
                 }
                 _ => of_text(text.into_bytes(), seed).and_further(further),
@@ -154,7 +162,7 @@ impl Model {
                 (Mode::Tokenizer, Some(local)) => self.converse(local, &chat, seed, now),
                 (Mode::Engine, _) if !has_media(&chat) => {
                     let estimate = estimate(flat(&chat).len());
-                    let question = Question::of_chat(&self.options.name, &chat);
+                    let question = Question::of_chat(name, &chat);
                     return Outcome::Ask { question, seed, estimate, further: 0 };
                 }
                 // Engines put other ids where pictures are than they tell.

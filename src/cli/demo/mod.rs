@@ -163,9 +163,16 @@ From Python:
                                               messages=[{{\"role\": \"user\", \"content\": \"Tell me a story\"}}]):
       print(chunk.choices[0].delta.content or \"\", end=\"\", flush=True)
 
+See where a prompt goes, and why; the same once more goes where it is cached:
+  curl -s -o /dev/null -D - {url}/v1/chat/completions -H 'content-type: application/json' -H 'Everline-Trace: 1' \\
+    -d '{{\"model\":\"{model}\",\"max_tokens\":4,\"messages\":[{{\"role\":\"user\",
+         \"content\":\"Once upon a time there was a router that knew who had read this very sentence before, and it remembered well\"}}]}}'
+
 Look inside:
   export EVERLINE_SERVER={admin}
   {exe} status --watch
+  {exe} index stats
+  {exe} explain --model {model} --prompt 'Tell me a story'
 
 Now kill a replica and go on asking:
 {pids}

@@ -36,11 +36,21 @@ impl Replica {
     }
 }
 
-/// An engine's address.
+/// An engine's addresses.
 #[derive(Debug)]
 pub(super) struct Engine {
     pub(super) name: String,
     pub(super) address: SocketAddr,
+    /// Where it tells of its KV cache, and where that can be heard again.
+    pub(super) events: [SocketAddr; 2],
+}
+
+impl Engine {
+    /// What it is told about that; the host of `*` is the one it listens on.
+    fn events_config(&self) -> String {
+        let [events, replay] = self.events.map(|address| format!("tcp://*:{}", address.port()));
+        json!({"enable_kv_cache_events": true, "endpoint": events, "replay_endpoint": replay}).to_string()
+    }
 }
 
 /// Everything but the processes.
@@ -86,7 +96,8 @@ impl Plan {
         let mut layout =
             Layout { exe, folder: PathBuf::new(), balancer, replicas: Vec::new(), engines: Vec::new() };
         for n in 1..=engines {
-            layout.engines.push(Engine { name: format!("e{n}"), address: hold(0)? });
+            let (address, events) = (hold(0)?, [hold(0)?, hold(0)?]);
+            layout.engines.push(Engine { name: format!("e{n}"), address, events });
         }
         for n in 1..=replicas {
             // Where `everline status` looks by itself, if nobody else is there.
@@ -120,8 +131,9 @@ impl Plan {
         }
         drop(held);
         for engine in &layout.engines {
-            let args =
-                ["engine-sim", "--listen", &engine.address.to_string(), "--model", MODEL].map(str::to_owned);
+            let (listen, events) = (engine.address.to_string(), engine.events_config());
+            let args = ["engine-sim", "--listen", &listen, "--model", MODEL, "--kv-events-config", &events]
+                .map(str::to_owned);
             children.start(&engine.name, layout.recipe(&engine.name, args.into()))?;
         }
         for replica in &layout.replicas {
@@ -254,6 +266,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
+    use crate::engines::sim::events::KvEventsConfig;
 
     #[test]
     fn every_replica_gets_a_valid_configuration_and_ports_of_its_own() {
@@ -268,6 +281,14 @@ mod tests {
             ports.extend([replica.http, replica.admin, replica.peer]);
         }
         assert_eq!(ports.len(), 10);
+        for engine in &plan.engines {
+            ports.extend(engine.events.into_iter().chain([engine.address]));
+            let events = KvEventsConfig::parse(&engine.events_config()).unwrap();
+            assert!(
+                events.publishes() && events.endpoint.ends_with(&format!("*:{}", engine.events[0].port()))
+            );
+        }
+        assert_eq!(ports.len(), 16);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::super::output::Paint;
 use super::super::table::{Column, count, cut, duration, flow, render, render_within};
 use super::survey::Survey;
-use crate::admin_types::{BreakerState, StatusReply, WorkerStatus};
+use crate::admin_types::{BreakerState, Known, StatusReply, WorkerStatus};
 use crate::cluster::api::{ClusterStatus, GroupStatus, MemberStatus};
 
 /// Most lines of errors.
@@ -216,8 +216,10 @@ pub(crate) fn workers_table(workers: &[WorkerStatus], paint: Paint) -> String {
 
 /// The workers, with every replica's breaker.
 fn workers(survey: &Survey, paint: Paint, width: Option<usize>) -> String {
+    // Columns that would be empty for all are not shown.
+    let caches = survey.asked.workers.iter().any(|worker| worker.cache.is_some());
     let rows = survey.asked.workers.iter().map(|worker| {
-        vec![
+        let mut row = vec![
             worker.id.to_string(),
             state(worker).to_owned(),
             breaker(survey, worker),
@@ -226,9 +228,13 @@ fn workers(survey: &Survey, paint: Paint, width: Option<usize>) -> String {
             worker.prefill_tokens.to_string(),
             blocks(worker),
             worker.url.clone(),
-        ]
+        ];
+        if caches {
+            row.splice(7..7, [known(worker.cache.as_ref().map(|cache| cache.blocks)), feed(worker)]);
+        }
+        row
     });
-    let columns = [
+    let mut columns = vec![
         Column::kept("WORKER"),
         Column::kept("STATE"),
         Column::dropped(5, "BREAKER"),
@@ -238,7 +244,21 @@ fn workers(survey: &Survey, paint: Paint, width: Option<usize>) -> String {
         Column::dropped(6, ">BLOCKS"),
         Column::dropped(9, "URL"),
     ];
+    if caches {
+        columns.splice(7..7, [Column::dropped(3, ">CACHED"), Column::dropped(4, "FEED")]);
+    }
     render_within(&columns, rows.collect(), paint, width)
+}
+
+/// Who listens to the engine's events.
+fn feed(worker: &WorkerStatus) -> String {
+    let Some(cache) = &worker.cache else { return "-".to_owned() };
+    let listeners = match (cache.known, &cache.owners[..]) {
+        (Known::Predicted, _) => "predicted".to_owned(),
+        (Known::Events, []) => "nobody".to_owned(),
+        (Known::Events, owners) => owners.join(","),
+    };
+    if cache.recovering { format!("{listeners}, recovering") } else { listeners }
 }
 
 /// The worst of the replicas' breakers, and how many are that.
@@ -447,6 +467,29 @@ RECENT ERRORS
         let page = page(&survey, PLAIN, None);
         assert!(page.contains("12.8 requests/s") && page.contains("REQ/S"), "{page}");
         assert!(page.contains("r2 did not answer at http://10.0.0.2:8081"), "{page}");
+    }
+
+    #[test]
+    fn caches_are_shown_with_who_listens_where_something_is_known() {
+        use crate::admin_types::CacheStatus;
+        let mut survey = survey();
+        let cache = |known, recovering, owners: &[&str]| {
+            let owners = owners.iter().map(|name| (*name).to_owned()).collect();
+            Some(CacheStatus { blocks: 512, known, recovering, owners })
+        };
+        survey.asked.workers[0].cache = cache(Known::Events, true, &["r1", "r2"]);
+        survey.asked.workers[1].cache = cache(Known::Predicted, false, &[]);
+        let page = page(&survey, PLAIN, None);
+        let lines: Vec<&str> =
+            page.lines().filter(|line| line.starts_with("gpu-") || line.starts_with("WORKER")).collect();
+        for (line, part) in lines.iter().zip([
+            "BLOCKS  CACHED  FEED               URL",
+            "350/10000     512  r1,r2, recovering  http://gpu-1:8000",
+            "350/10000     512  predicted          http://gpu-2:8000",
+            "      350       -  -                  http://gpu-10:8000",
+        ]) {
+            assert!(line.ends_with(part), "{page}");
+        }
     }
 
     #[test]

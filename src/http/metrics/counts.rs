@@ -11,6 +11,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
+use super::choices::Choices;
 use super::models::{ModelCounts, Models};
 use super::{Outcome, Retry, Route};
 use crate::http::routes::TABLE;
@@ -34,6 +35,7 @@ pub(super) struct Counts {
     queued: Histogram,
     retries: [AtomicU64; Retry::ALL.len()],
     pub(super) models: Models,
+    pub(super) choices: Choices,
 }
 
 fn by_route(scale: &'static Scale) -> [Histogram; ROUTES] {
@@ -51,6 +53,7 @@ impl Default for Counts {
             queued: Histogram::new(&ROUND),
             retries: Default::default(),
             models: Models::default(),
+            choices: Choices::default(),
         }
     }
 }
@@ -132,6 +135,7 @@ impl Collector for Exported {
             let count = counts.retries[why as usize].load(Ordering::Relaxed);
             ConstCounter::new(count).encode(family.encode_family(&[("reason", why.as_str())])?)?;
         }
+        counts.choices.encode(&mut encoder)?;
         self.models(&mut encoder)
     }
 }

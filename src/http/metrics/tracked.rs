@@ -31,8 +31,8 @@ fn operation(route: Route) -> Option<&'static str> {
 
 /// A request being measured; counted once, as canceled if nobody said otherwise before the drop.
 ///
-/// In the order of a request: [`Tracked::begin_span`], [`Tracked::body_read`], [`Tracked::set_model`],
-/// [`Tracked::span_headers`], [`Tracked::sent_upstream`], [`Tracked::retrying`], [`Tracked::set_status`],
+/// In the order of a request: [`Tracked::begin_span`], [`Tracked::body_read`], [`Tracked::span_headers`],
+/// [`Tracked::selected`], [`Tracked::placed`], [`Tracked::set_model`], [`Tracked::sent_upstream`], [`Tracked::retrying`], [`Tracked::set_status`],
 /// [`Tracked::set_events`], [`Tracked::first_byte`], [`Tracked::chunk`], [`Tracked::finish`].
 #[derive(Debug)]
 pub struct Tracked {
@@ -130,6 +130,19 @@ impl Tracked {
     pub fn waited(&mut self, time: Duration) {
         self.read += time;
         self.metrics.counts.waited(time);
+    }
+
+    /// A policy was asked for a worker; that took so long.
+    pub fn selected(&self, policy: &str, after: Duration) {
+        self.metrics.counts.choices.made(policy, after);
+    }
+
+    /// The prompt, whose length is known, goes to a worker that has so much of it. Of the first
+    /// attempt only.
+    pub fn placed(&self, prompt_tokens: u32, cached: u32) {
+        if !self.sent {
+            self.metrics.counts.choices.placed(prompt_tokens, cached);
+        }
     }
 
     /// About to be sent to a worker. The first time ends the router's own time.

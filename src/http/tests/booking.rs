@@ -45,7 +45,7 @@ async fn a_linearizable_request_is_chosen_again_while_others_are_faster_and_book
 #[tokio::test]
 async fn with_no_word_from_the_cluster_a_linearizable_request_is_sent_all_the_same() {
     let mut config = FrontConfig::default();
-    config.proxy.reserve = crate::config::Reserve::Linearizable;
+    config.proxy.reserve = crate::routing::book::Reserve::Linearizable;
     let front = start(config);
     let (address, _) = remembering().await;
     front.cluster.add("w", address);

@@ -110,6 +110,7 @@ fn body_of(entry: &Entry, method: &Method) -> &'static str {
         (Route::Nodes | Route::AdminWorkers, _) if method == Method::POST => {
             r#"{"url":"http://127.0.0.1:1","id":"new","models":["x"],"probe":false}"#
         }
+        (Route::AdminExplain, _) => r#"{"body":{"model":"m","messages":[]}}"#,
         (Route::AdminDrain, _) => r#"{"drain":true}"#,
         (Route::AdminMembers, _) if method == Method::POST => r#"{"op":"add","peer":"127.0.0.1:1"}"#,
         _ => "",

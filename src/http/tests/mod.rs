@@ -9,6 +9,7 @@ mod metrics;
 mod planes;
 mod proxy;
 mod registration;
+mod routing;
 mod support;
 mod tls;
 mod traces;

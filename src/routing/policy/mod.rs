@@ -178,6 +178,11 @@ pub trait Policy: Send + Sync {
         let _ = (candidate, request);
         None
     }
+
+    /// What to ask in its place where a choice is only rehearsed, if choosing changes it.
+    fn stand_in(&self) -> Option<Arc<dyn Policy>> {
+        None
+    }
 }
 
 impl fmt::Debug for dyn Policy {

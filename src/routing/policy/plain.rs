@@ -1,6 +1,7 @@
 //! Policies that do not look at the prompt: round robin, random, power of two, least loaded.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
@@ -60,6 +61,10 @@ impl Policy for RoundRobin {
             return self.turn.fetch_add(1, Ordering::Relaxed) % candidates.len();
         }
         self.smooth(candidates)
+    }
+
+    fn stand_in(&self) -> Option<Arc<dyn Policy>> {
+        Some(Arc::new(Self::default()))
     }
 }
 

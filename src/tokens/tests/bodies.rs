@@ -248,6 +248,7 @@ impl Engines for Engine {
             assert_eq!(model, "asked");
             let question: Json = serde_json::from_slice(&question).unwrap();
             let text = serde_json::to_string(&question).unwrap();
+            assert!(text.contains(r#""model":"asked""#), "{text}");
             match text {
                 text if text.contains("fail") => Err("down".to_owned()),
                 text if text.contains("stall") => std::future::pending().await,
@@ -255,6 +256,22 @@ impl Engines for Engine {
                 _ => Ok(Bytes::from_static(br#"{"count":2,"tokens":[7,8],"max_model_len":9}"#)),
             }
         })
+    }
+}
+
+#[tokio::test]
+async fn engines_are_asked_about_models_that_nobody_configured_by_their_names() {
+    for inline_bytes in [0, 1 << 20] {
+        let engine = Arc::new(Engine { asked: AtomicUsize::new(0) });
+        let options = Options { other: Mode::Engine, inline_bytes, ..Options::default() };
+        let tokenizers = Tokenizers::load(Vec::new(), &options, Some(engine)).unwrap();
+        for (path, body) in [
+            ("/v1/completions", r#"{"prompt":"hello"}"#),
+            ("/v1/chat/completions", r#"{"messages":[{"role":"user","content":"hello"}]}"#),
+        ] {
+            let prompt = ask(&tokenizers, "asked", path, body).await;
+            assert_eq!((prompt.source(), prompt.tokens()), (Source::Engine, 2), "{path}");
+        }
     }
 }
 
@@ -383,7 +400,7 @@ proptest! {
             for form in forms {
                 for model in ["tiny", "asked", "other"] {
                     let model = ALL.models.get(model).unwrap_or(&ALL.other);
-                    if let Outcome::Known(prompt) = model.prompt(form, &body, None, UNIX_EPOCH) {
+                    if let Outcome::Known(prompt) = model.prompt("m", form, &body, None, UNIX_EPOCH) {
                         let key = prompt.key(16);
                         prop_assert!(key.hashes.len() * 16 <= key.tokens.max(key.hashes.len() * 16));
                     }
