@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use everline::ids::{Incarnation, ReplicaId, WorkerIx};
-use everline::kv::hash::{LocalHash, Seed, local_hashes, sequence_hashes};
+use everline::kv::hash::{LocalHash, Seed, SequenceHash, local_hashes, sequence_hashes};
 use everline::kv::types::{EngineHash, KvOp, RankIx, Tier};
 use everline::routing::blocks::Blocks;
 use everline::routing::book::{Bookings, Share};
@@ -67,6 +67,10 @@ fn store(blocks: &Blocks, rank: RankIx, locals: &[LocalHash]) {
     blocks.index.load().apply(rank, &[op]);
 }
 
+fn share(rank: u32, prefill_tokens: u32, decode_blocks: u32, chain: &Arc<[SequenceHash]>) -> Share {
+    Share { rank, prefill_tokens, decode_blocks, chain: Some(chain.clone()) }
+}
+
 /// Median time of one call, ns.
 fn time<R>(mut call: impl FnMut(usize) -> R) -> f64 {
     let mut rounds: Vec<f64> = (0..ROUNDS)
@@ -89,6 +93,8 @@ fn measure(workers: usize) {
     let prompts: Vec<Vec<u32>> = (0..PROMPTS).map(|n| prompt(n, shared)).collect();
     let hashed: Vec<Vec<LocalHash>> =
         prompts.iter().map(|tokens| local_hashes(tokens, BLOCK, Seed::default())).collect();
+    let chains: Vec<Arc<[SequenceHash]>> =
+        hashed.iter().map(|locals| sequence_hashes(locals).into()).collect();
     for worker in 0..workers {
         // Half of each prompt is held by every worker, the whole by one or other.
         for n in 0..HELD {
@@ -134,12 +140,12 @@ fn measure(workers: usize) {
     assert_eq!(held.len(), workers, "every worker holds the first half");
     let (held_now, sent_now) = (held.clone(), sent.clone());
     told("filter, cost, choose", time(|_| choose(PROMPT, &held_now, &sent_now, policy.as_ref())));
-    let book = |n: usize| {
-        let chain = Some(sequence_hashes(&hashed[n % PROMPTS]).into());
-        let share = Share { rank: 0, prefill_tokens: 2000, decode_blocks: 250, chain };
-        bookings.book_share(view.workers[n % workers].clone(), share)
-    };
-    told("sequence hashes, book and free", time(book));
+    told(
+        "book and free",
+        time(|n| {
+            bookings.book_share(view.workers[n % workers].clone(), share(0, 2000, 250, &chains[n % PROMPTS]))
+        }),
+    );
     let note =
         |n: usize| blocks.recent.note(RankIx((n % workers) as u32), Seed::default(), &hashed[n % PROMPTS]);
     told("note where it was sent", time(note));
@@ -151,8 +157,8 @@ fn measure(workers: usize) {
         blocks.overlaps(&locals, &mut held, &mut sent);
         let selection = choose(PROMPT, &held, &sent, policy.as_ref());
         let (tokens, decode) = selection.to_book(PROMPT as u32);
-        let chain = Some(sequence_hashes(&locals).into());
-        let share = Share { rank: selection.rank, prefill_tokens: tokens, decode_blocks: decode, chain };
+        let chain = sequence_hashes(&locals).into();
+        let share = share(selection.rank, tokens, decode, &chain);
         let booked = bookings.book_share(selection.worker.clone(), share);
         blocks.recent.note(selection.worker.live.ranks()[0], Seed::default(), &locals);
         booked

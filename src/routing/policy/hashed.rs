@@ -85,10 +85,6 @@ impl Policy for PrefixHash {
         true
     }
 
-    fn wants_hashes(&self) -> bool {
-        true
-    }
-
     fn pick(&self, candidates: &[Candidate<'_>], request: &RouteRequest<'_>, rng: &mut dyn Rng) -> usize {
         // The chain makes the last hash of the beginning speak for all of it.
         let blocks = (self.tokens / f64::from(candidates[0].worker.block_size())).max(1.0) as usize;

@@ -33,8 +33,7 @@ pub struct RouteRequest<'a> {
     pub prompt_tokens: u32,
     /// Longest output asked for, where the client says so.
     pub max_tokens: Option<u32>,
-    /// Sequence hashes of the prompt's full blocks; empty where they are not known, and where
-    /// [`Policy::wants_hashes`] says no.
+    /// Sequence hashes of the prompt's full blocks; empty where they are not known.
     pub hashes: &'a [SequenceHash],
     /// What the ranks hold of it, sorted by rank, each rank at most once; those that hold nothing
     /// may be left out.
@@ -168,11 +167,6 @@ pub trait Policy: Send + Sync {
 
     /// Whether it looks at the prompt's blocks; if not, nobody need hash them.
     fn wants_overlap(&self) -> bool {
-        false
-    }
-
-    /// Whether it goes by [`RouteRequest::hashes`]; if not, nobody need chain them.
-    fn wants_hashes(&self) -> bool {
         false
     }
 
