@@ -123,7 +123,6 @@ impl Placing {
             look_up(front, &blocks.key.hashes, &mut held, &mut sent);
             first.get_or_insert(blocks);
         }
-        let wants_hashes = self.policy(front).wants_hashes();
         let labels: Vec<(&str, &str)> =
             self.wishes.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let pinned = self.wishes.worker.as_ref().map(|(worker, rank)| Pin { worker, rank: *rank });
@@ -131,7 +130,7 @@ impl Placing {
             model,
             prompt_tokens: self.prompt_tokens,
             max_tokens: self.max_tokens,
-            hashes: first.as_ref().filter(|_| wants_hashes).map_or(&[], |blocks| blocks.chain()),
+            hashes: first.as_ref().map_or(&[], |blocks| blocks.chain()),
             overlaps: &held,
             predicted: &sent,
             session: self.wishes.session,
