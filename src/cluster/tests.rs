@@ -454,7 +454,8 @@ fn replicas_tell_equal_digests_of_equal_indexes_of_the_log() {
         CacheCommand::Routed { rank, seed: Seed::default(), locals: locals.into(), capacity: Some(64) };
     r.runtime.block_on(r.plane(1).propose_cache(routed)).unwrap();
     // The clock of the group alone moves the log on, and everybody comes by the same indexes.
-    let told: RefCell<BTreeMap<u64, BTreeMap<usize, (String, String)>>> = RefCell::default();
+    type Told = BTreeMap<usize, (String, String)>;
+    let told: RefCell<BTreeMap<u64, Told>> = RefCell::default();
     let since = r.plane(1).cache_digest().applied;
     r.until("an index that all have told of", || {
         for i in 0..3 {
