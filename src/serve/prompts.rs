@@ -108,10 +108,14 @@ impl Engines for ByWorkers {
                 .await
                 .map_err(|error| error.to_string())
                 .flatten();
-            if asked.is_err() {
+            let told = asked.and_then(|answer| match memchr::memmem::find(&answer, b"\"tokens\"") {
+                Some(_) => Ok(answer),
+                None => Err("the answer has no list `tokens`".to_owned()),
+            });
+            if told.is_err() {
                 self.rest(model);
             }
-            asked
+            told
         })
     }
 }

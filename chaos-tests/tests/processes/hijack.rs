@@ -38,7 +38,8 @@ async fn registered(at: &Endpoint, request: &RegisterRequest) -> u16 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_takes_over_a_live_workers_name_and_no_prompt_goes_astray() {
-    let fleet = Fleet::of(3).start().await;
+    // Workers count what reaches them; nobody shall ask them for token ids besides.
+    let fleet = Fleet::of(3).set("kv.default_mode=text").start().await;
     let all = fleet.endpoints(&[0, 1, 2]);
     let (honest, rogue) = (answering("honest").await, answering("rogue").await);
     assert_eq!(registered(&all[0], &node("gpu", &honest)).await, 201);

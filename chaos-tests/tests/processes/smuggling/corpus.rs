@@ -279,7 +279,7 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         ("a continuation expected", "Connection: close\r\nExpect: 100-continue\r\n"),
         ("TE and Trailer", "Connection: close, TE\r\nTE: trailers, chunked\r\nTrailer: Content-Length\r\n"),
-        ("headers of ours", "Connection: close\r\nEverline-Worker: evil\r\nX-Forwarded-Host: evil\r\n"),
+        ("headers of ours", "Connection: close\r\nEverline-Replica: evil\r\nX-Forwarded-Host: evil\r\n"),
     ] {
         add(name, format!("{LINE}{HOST}{fields}{cl}\r\n{whole}"), Once);
     }

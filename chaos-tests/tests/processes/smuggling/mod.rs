@@ -64,7 +64,8 @@ fn complaint(number: usize, case: &corpus::Case, got: &[u8], seen: &[Seen]) -> O
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_reaches_a_worker_but_what_was_meant() {
-    let mut builder = Fleet::of(1);
+    // The worker counts what reaches it; nobody shall ask it for token ids besides.
+    let mut builder = Fleet::of(1).set("kv.default_mode=text").set("kv.scrape_ms=0");
     for setting in
         ["http.header_timeout_ms=1500", "http.first_byte_timeout_ms=1500", "http.idle_timeout_ms=1500"]
     {
@@ -80,6 +81,8 @@ async fn nothing_reaches_a_worker_but_what_was_meant() {
     let mut request = engine_worker("w", worker.address);
     request.models = vec![ModelEntry::Name("m".to_owned())];
     request.probe = Some(false);
+    // It is not asked about its events either.
+    request.labels.insert("kv-events".to_owned(), "none".to_owned());
     let reply = replica.add_worker(&request, LIMIT).await.expect("an answer");
     assert!(reply.status.is_success(), "{}", reply.text());
 
