@@ -12,10 +12,11 @@ Everything on 127.0.0.1.
     benches/proxy.py --targets plain,everline,everline_kv,everline3,everline3_kv --phases ns_c64,long_c64,ids_c64
 
 Targets: direct (the worker), plain (a bare hyper proxy), haproxy, nginx, everline (one replica),
-everline3 (three replicas, one of which gets the load; `cpu_all` is that of all three), everline_kv,
+everline3 (three replicas, one of which gets the load; `cpu_all` is that of all three), everline3_local
+(the same with `streams.durability = "local"`: a stream is held where its client is), everline_kv,
 everline3_kv, and with --venvs DIR (`pip install sglang-router`, `vllm-router`, `smg` in DIR/<name>) sgl_rr, vllm_rr, smg_rr.
 Phases: ns_c1, ns_c64 (not streaming, ~300 B), long_c64 (16 KiB), ids_c64 (4,000 token ids, half shared), st_max_c64 (64 chunks flat out),
-st_10ms_c1, st_10ms_c64 (64 chunks, one each 10 ms), slow5000 (5,000 streams, a chunk a second).
+st_first_c1 (2 chunks 10 ms apart, for the time to the first), st_10ms_c1, st_10ms_c64 (64 chunks, one each 10 ms), slow5000 (5,000 streams, a chunk a second).
 """
 import argparse, json, os, pathlib, shutil, signal, statistics, subprocess, sys, tempfile, time, urllib.request
 
@@ -28,6 +29,7 @@ PHASES = {
     "long_c64": ["--conc", "64", "--prefix-bytes", "16384"],
     "ids_c64": ["--conc", "64", "--path", "/v1/completions", "--ids", "4000"],
     "st_max_c64": ["--conc", "64", "--stream", "64"],
+    "st_first_c1": ["--conc", "1", "--stream", "2", "--gap-us", "10000"],
     "st_10ms_c1": ["--conc", "1", "--stream", "64", "--gap-us", "10000"],
     "st_10ms_c64": ["--conc", "64", "--stream", "64", "--gap-us", "10000"],
     "slow5000": ["--conc", "5000", "--stream", "20", "--gap-us", "1000000"],
@@ -106,9 +108,11 @@ class Target:
                 'location / { proxy_pass http://w; proxy_http_version 1.1; proxy_set_header Connection "";\n'
                 "proxy_buffering off; proxy_read_timeout 300s; } } }\n")
             self.start("nginx", "-c", folder / "nginx.conf")
-        elif name in ("everline", "everline3", "everline_kv", "everline3_kv"):
+        elif name in ("everline", "everline3", "everline3_local", "everline_kv", "everline3_kv"):
             routing = ('policy = "kv_cost"\n[kv]\ndefault_mode = "text"\n' if name.endswith("_kv")
                        else 'policy = "least_loaded"\n')
+            if name.endswith("_local"):
+                routing += '[streams]\ndurability = "local"\n'
             self.everline(options, folder, 3 if name.startswith("everline3") else 1, urls, routing)
         elif name in ("sgl_rr", "vllm_rr", "smg_rr"):
             common = ["--host", "127.0.0.1", "--port", PORT, "--worker-urls", *urls, "--policy", "round_robin",

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use bytes::Bytes;
-use everline::tokens::{Ask, Form, Mode, ModelOptions, Options, Prompt, Tokenizers};
+use everline::http::{peek, peek_around};
+use everline::tokens::{Ask, Form, Lifted, Mode, ModelOptions, Options, Prompt, Tokenizers, lift};
 
 /// Repetitions of each figure, whose median is told.
 const ROUNDS: usize = 41;
@@ -40,7 +41,7 @@ fn main() -> anyhow::Result<()> {
     let directory = given.map_or(tiny, PathBuf::from);
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let ask = |tokenizers: &Tokenizers, body: &Bytes| -> Prompt {
-        let ask = Ask { model: "m", lora: None, form: Form::Chat, body, now: UNIX_EPOCH };
+        let ask = Ask { model: "m", lora: None, form: Form::Chat, body, lifted: None, now: UNIX_EPOCH };
         runtime.block_on(tokenizers.prompt(ask))
     };
     let median = |mut round: Box<dyn FnMut(usize) -> Duration + '_>| {
@@ -90,5 +91,41 @@ fn main() -> anyhow::Result<()> {
         }));
         println!("{:<46} {time:>10.1?}", format!("{} bytes, {what}", bytes.len()));
     }
+    ids(&runtime, &load(&directory, &here)?);
     Ok(())
+}
+
+/// A prompt of 4,000 token ids, from the body to the hashes of its blocks: read as any body, all on
+/// one thread, and with the ids lifted out first.
+fn ids(runtime: &tokio::runtime::Runtime, tokenizers: &Tokenizers) {
+    let ids: Vec<String> =
+        (0..4000_u32).map(|n| (n.wrapping_mul(2_654_435_761) % 150_000).to_string()).collect();
+    let body = Bytes::from(format!(r#"{{"model":"m","max_tokens":64,"prompt":[{}]}}"#, ids.join(",")));
+    let prompt = |lifted: Option<&Lifted>| {
+        let form = Form::Completions;
+        let ask = Ask { model: "m", lora: None, form, body: &body, lifted, now: UNIX_EPOCH };
+        runtime.block_on(tokenizers.prompt(ask)).key(16)
+    };
+    let as_any = || {
+        std::hint::black_box(peek(&body).is_ok());
+        std::hint::black_box(prompt(None));
+    };
+    let lifted = || {
+        if let Some(lifted) = lift(Form::Completions, &body) {
+            std::hint::black_box(peek_around(&lifted).is_some());
+            std::hint::black_box(prompt(Some(&lifted)));
+        }
+    };
+    for (what, work) in [("as any body", &as_any as &dyn Fn()), ("lifted", &lifted)] {
+        let mut times: Vec<Duration> = (0..50 * ROUNDS)
+            .map(|_| {
+                let begun = Instant::now();
+                work();
+                begun.elapsed()
+            })
+            .collect();
+        times.sort();
+        let time = times[times.len() / 2];
+        println!("{:<46} {time:>10.1?}", format!("4000 ids, {} bytes, {what}", body.len()));
+    }
 }

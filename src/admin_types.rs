@@ -1,6 +1,9 @@
 //! What the admin listener says and takes, as JSON: shared by the server, the CLI and tests.
 
+pub mod ksana;
+pub mod names;
 mod routing;
+mod streams;
 
 use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
@@ -9,12 +12,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::cluster::api::{ClusterStatus, MemberStatus};
 use crate::ids::WorkerId;
-use crate::state::worker::{EngineKind, Liveness, ServedModel, WorkerRole, WorkerSource, WorkerSpec};
+use crate::state::streams::StreamEnd;
+use crate::state::worker::{
+    Connector, EngineKind, KvTransfer, Liveness, ServedModel, WorkerRole, WorkerSource, WorkerSpec,
+};
 
 pub use self::routing::{
     CacheStatus, CandidateReply, CostReply, ExplainReply, ExplainRequest, FeedStatus, IndexCounters,
-    IndexReply, Known, MOST_EXPLAINED, RankStatus, TierBlocks,
+    IndexReply, Known, MOST_EXPLAINED, PrefillReply, RankStatus, TierBlocks,
 };
+pub use self::streams::{StreamAtAgent, StreamCopy, StreamNumbers, StreamReply, StreamStatus, StreamsReply};
 
 /// `GET /v1/admin/status`
 #[derive(Clone, Serialize, Deserialize, Debug)]
@@ -33,6 +40,12 @@ pub struct StatusReply {
     /// What went wrong lately at the answering replica, newest first; at most 16.
     #[serde(default)]
     pub recent_errors: Vec<RecentError>,
+    /// Output streams at the answering replica; nothing where it keeps none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub streams: Option<StreamNumbers>,
+    /// What is wrong with the answering replica's name service, a line for each name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub name_troubles: Vec<String>,
 }
 
 /// Something that went wrong.
@@ -68,6 +81,9 @@ pub struct WorkerStatus {
     pub engine: EngineKind,
     /// The part of a request it does.
     pub role: WorkerRole,
+    /// How it hands the KV cache on, if it does but a part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connector: Option<Connector>,
     /// Names of the models and adapters it serves.
     pub models: Vec<String>,
     /// Alive, by committed decision.
@@ -164,6 +180,83 @@ pub struct RegisteredReply {
     /// How often it should heartbeat, milliseconds; only for `POST /v1/nodes`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interval_ms: Option<u64>,
+    /// The cluster's id, which agents name to replicas; only for `POST /v1/nodes`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<String>,
+}
+
+/// What a heartbeat may say besides: of the streams that the node's agent holds, what nobody else tells.
+#[derive(Clone, Serialize, Deserialize, Debug, Default, PartialEq, Eq)]
+pub struct HeartbeatRequest {
+    /// What no replica has booked, rank by rank; ranks without such streams may be left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub running: Vec<RunningOnRank>,
+    /// Streams that have ended there without anybody reading the end.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ended: Vec<EndedStream>,
+}
+
+/// A stream that has ended.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct EndedStream {
+    /// Its id.
+    pub id: String,
+    /// Counts take-overs.
+    pub attempt: u32,
+    /// How it ended.
+    pub how: EndedAs,
+    /// How long it is kept there, milliseconds.
+    pub keep_ms: u32,
+}
+
+/// How a stream has ended.
+#[derive(Clone, Copy, Serialize, Deserialize, Debug, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum EndedAs {
+    /// With its last event.
+    Completed,
+    /// It was told to, or no client came back.
+    Cancelled,
+    /// With an error.
+    Failed,
+}
+
+impl From<StreamEnd> for EndedAs {
+    fn from(end: StreamEnd) -> Self {
+        match end {
+            StreamEnd::Complete => Self::Completed,
+            StreamEnd::Cancelled => Self::Cancelled,
+            StreamEnd::Failed => Self::Failed,
+        }
+    }
+}
+
+impl From<EndedAs> for StreamEnd {
+    fn from(end: EndedAs) -> Self {
+        match end {
+            EndedAs::Completed => Self::Complete,
+            EndedAs::Cancelled => Self::Cancelled,
+            EndedAs::Failed => Self::Failed,
+        }
+    }
+}
+
+/// What runs on one rank of a worker.
+#[derive(Clone, Copy, Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct RunningOnRank {
+    /// Which.
+    pub rank: u32,
+    /// Streams.
+    pub requests: u32,
+    /// Tokens of their prompts whose prefill is outstanding.
+    pub prefill_tokens: u32,
+    /// KV blocks that they take.
+    pub decode_blocks: u32,
+}
+
+impl RunningOnRank {
+    /// Most streams of a rank that are believed: as many as one link has.
+    pub const MOST_REQUESTS: u32 = 65_536;
 }
 
 /// What a change answers: a sentence for the operator.
@@ -250,7 +343,20 @@ pub struct RegisterRequest {
     /// The part of a request it does; aggregated where left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<WorkerRole>,
-    /// Data-parallel ranks, 1 to 1024; 1 where left out.
+    /// How it hands the KV cache on, if it does but a part of a request; where left out, nixl for vLLM,
+    /// sglang for SGLang, shared for others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connector: Option<Connector>,
+    /// Where decode workers find this prefill worker; the host of the URL where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bootstrap_host: Option<String>,
+    /// ... and at which port; 8998 where left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bootstrap_port: Option<u16>,
+    /// Its address for other engines, where the router has to tell them (p2p-nccl, moriio).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub side_channel: Option<String>,
+    /// Data-parallel ranks, 1 to 1024; where left out, as many as the engine says when it is probed, or 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dp_ranks: Option<u32>,
     /// Tokens in a KV block.
@@ -289,6 +395,10 @@ impl RegisterRequest {
         "engine",
         "models",
         "role",
+        "connector",
+        "bootstrap_host",
+        "bootstrap_port",
+        "side_channel",
         "dp_ranks",
         "block_size",
         "capacity_blocks",
@@ -313,6 +423,10 @@ impl RegisterRequest {
             engine: None,
             models: Vec::new(),
             role: None,
+            connector: None,
+            bootstrap_host: None,
+            bootstrap_port: None,
+            side_channel: None,
             dp_ranks: None,
             block_size: None,
             capacity_blocks: None,
@@ -345,6 +459,12 @@ impl RegisterRequest {
             engine: self.engine.unwrap_or_default(),
             models: self.models.iter().map(ModelEntry::served).collect(),
             role: self.role.unwrap_or_default(),
+            transfer: KvTransfer {
+                connector: self.connector,
+                bootstrap_host: self.bootstrap_host.clone(),
+                bootstrap_port: self.bootstrap_port,
+                side_channel: self.side_channel.clone(),
+            },
             dp_ranks: self.dp_ranks.unwrap_or(1),
             block_size: self.block_size,
             capacity_blocks: self.capacity_blocks,
@@ -396,6 +516,37 @@ mod tests {
     }
 
     #[test]
+    fn what_hands_over_is_checked_with_the_engine_and_the_role() {
+        let spec = |json: &str| {
+            let request: RegisterRequest = serde_json::from_str(json).unwrap();
+            request.to_spec(WorkerSource::Admin)
+        };
+        let prefill =
+            |more: &str| spec(&format!(r#"{{"url":"http://[::1]:80","id":"p","role":"prefill"{more}}}"#));
+        let plain = prefill("").unwrap();
+        assert_eq!((plain.connector(), plain.bootstrap()), (Connector::Nixl, ("[::1]", 8998)));
+        let sglang = prefill(r#","engine":"sglang","bootstrap_host":"b","bootstrap_port":7"#).unwrap();
+        assert_eq!((sglang.connector(), sglang.bootstrap()), (Connector::Sglang, ("b", 7)));
+        assert!(!sglang.works_alone() && !plain.works_alone());
+        assert!(
+            prefill(r#","connector":"moriio","side_channel":"host:10.0.0.1,handshake:1,notify:2""#).is_ok()
+        );
+        for (more, why) in [
+            (r#","connector":"sglang""#, "does not go with"),
+            (r#","engine":"sglang","connector":"nixl""#, "does not go with"),
+            (r#","connector":"p2p-nccl""#, "needs side_channel"),
+            (r#","connector":"p2p-nccl","side_channel":"a___b""#, "must be an address"),
+            (r#","bootstrap_host":"a b""#, "must be an address"),
+            (r#","bootstrap_port":0"#, "1 to 65535"),
+        ] {
+            let error = prefill(more).expect_err(more);
+            assert!(error.contains(why), "{more}: {error}");
+        }
+        let error = spec(r#"{"url":"http://a:80","connector":"nixl"}"#).unwrap_err();
+        assert!(error.contains("prefill or decode"), "{error}");
+    }
+
+    #[test]
     fn unknown_fields_are_refused() {
         assert!(serde_json::from_str::<RegisterRequest>(r#"{"url":"http://a:1","modles":[]}"#).is_err());
     }
@@ -407,6 +558,8 @@ mod tests {
         full.engine = Some(EngineKind::Vllm);
         full.models = vec![ModelEntry::Name("m".into())];
         full.role = Some(WorkerRole::Decode);
+        (full.connector, full.bootstrap_port) = (Some(Connector::Nixl), Some(1));
+        (full.bootstrap_host, full.side_channel) = (Some("a".into()), Some("a:1".into()));
         (full.dp_ranks, full.block_size, full.capacity_blocks) = (Some(1), Some(1), Some(1));
         full.labels.insert("a".into(), "b".into());
         (full.weight, full.heartbeat, full.probe) = (Some(1), Some(true), Some(true));

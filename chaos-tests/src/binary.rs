@@ -5,10 +5,13 @@ use std::process::{Command, Output};
 use std::sync::OnceLock;
 
 /// Builds the program once per test process (which does nothing when it is fresh) and says
-/// where it is.
+/// where it is. `EVERLINE_BINARY` names another one to try, such as that of a release.
 pub fn everline() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
+        if let Some(given) = std::env::var_os("EVERLINE_BINARY") {
+            return given.into();
+        }
         // target/PROFILE/deps/TEST-HASH
         let test = std::env::current_exe().expect("a test has a path");
         let folder = test.ancestors().nth(2).expect("a test lies in deps/");

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// How long an answer may take where nothing else is said.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A whole answer.
 #[derive(Clone, Debug)]
@@ -101,6 +101,12 @@ impl Http {
     /// `GET`.
     pub async fn get(&self, url: &str, limit: Duration) -> Result<Reply, String> {
         self.send(Method::GET, url, None::<&()>, limit).await
+    }
+
+    /// `GET` of JSON, where something else is to be had, too.
+    pub async fn get_json(&self, url: &str, limit: Duration) -> Result<Reply, String> {
+        let request = Request::builder().uri(url).header(header::ACCEPT, "application/json");
+        self.exchange(request, None::<&()>, limit).await
     }
 
     /// `POST` of JSON with an API key or a token.

@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use everline::admin_types::{ModelEntry, RegisterRequest, StatusReply, WorkerStatus, WorkersReply};
+use everline::admin_types::{
+    ModelEntry, RegisterRequest, StatusReply, StreamCopy, StreamReply, WorkerStatus, WorkersReply,
+};
 use everline::cluster::api::MemberStatus;
 
 use crate::client::{Http, Reply};
@@ -61,6 +63,13 @@ impl Endpoint {
     /// The registry as this replica has it.
     pub async fn local_workers(&self) -> Result<Vec<WorkerStatus>, String> {
         Ok(self.status().await?.workers)
+    }
+
+    /// What this replica has of a stream.
+    pub async fn stream_copy(&self, id: &str) -> Result<StreamCopy, String> {
+        let url = self.admin_url(&format!("/v1/admin/streams/{id}"));
+        let reply = Http::fresh().get(&url, LIMIT).await?.json::<StreamReply>()?;
+        reply.copy.ok_or_else(|| format!("{} has no copy", self.name))
     }
 
     /// A worker as this replica has it.

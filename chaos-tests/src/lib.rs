@@ -6,15 +6,22 @@
 
 pub mod binary;
 pub mod client;
+pub mod edges;
 pub mod endpoint;
 pub mod figures;
 pub mod fleet;
 pub mod h2;
+pub mod handover;
+pub mod hurts;
 pub mod load;
 pub mod ports;
 pub mod process;
+pub mod programs;
+pub mod published;
 pub mod raw;
 pub mod replica;
+pub mod streams;
+pub mod tally;
 pub mod vllm;
 pub mod wait;
 pub mod writes;

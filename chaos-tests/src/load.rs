@@ -19,7 +19,7 @@ use crate::figures::Figures;
 use crate::fleet::MODEL;
 
 /// How long one answer may take.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 const PROMPTS: [&str; 4] = ["why is the sea salt", "tell a story", "count the stars", "naïve café 日本"];
 
 /// A kind of request.

@@ -14,13 +14,18 @@ static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
 
 /// A loopback address that nobody listens on and that is given out only once.
 pub fn free_address() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, free_ports(1)).into()
+}
+
+/// The first of so many ports in a row, all of them as [`free_address`]'s.
+pub fn free_ports(many: u16) -> u16 {
     let mut given = GIVEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     loop {
-        let port = rand::rng().random_range(RANGE);
-        let address = (Ipv4Addr::LOCALHOST, port).into();
-        if !given.contains(&port) && TcpListener::bind(address).is_ok() {
-            given.insert(port);
-            return address;
+        let first = rand::rng().random_range(RANGE);
+        let mut all = first..first + many;
+        if all.all(|port| !given.contains(&port) && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()) {
+            given.extend(first..first + many);
+            return first;
         }
     }
 }

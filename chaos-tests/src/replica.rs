@@ -40,7 +40,7 @@ impl Replica {
             "--log-format",
             "pretty",
             "--log-filter",
-            "info,everline::access=warn",
+            "info,everline::access=warn,everline::relay=debug",
         ]
         .map(str::to_owned)
         .into();
@@ -101,6 +101,14 @@ impl Replica {
     /// Its process id; it must have been started.
     pub fn id(&self) -> u32 {
         self.process.as_ref().expect("it was started").id()
+    }
+
+    /// Memory that its process has in use, in KiB.
+    pub fn memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        number.expect("the kernel says how much memory a process has")
     }
 
     /// Whether its process runs.

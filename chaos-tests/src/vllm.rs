@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use crate::client::Http;
 use crate::ports::free_address;
@@ -30,6 +30,16 @@ pub fn installed() -> Option<PathBuf> {
         println!("SKIPPED: {VARIABLE} is not set; chaos-tests/real-engine/install.sh installs a vLLM");
     }
     folder
+}
+
+/// Whether it can hand KV over; says so if not.
+pub fn has_nixl(installed: &Path) -> bool {
+    let python = Command::new(installed.join("bin/python")).args(["-c", "import nixl"]).status();
+    let has = python.is_ok_and(|status| status.success());
+    if !has {
+        println!("SKIPPED: {} has no nixl; install.sh installs it", installed.display());
+    }
+    has
 }
 
 /// The topic of its events.
@@ -61,6 +71,8 @@ pub struct Vllm {
     endpoint: String,
     /// Where it says its events again.
     pub replay: String,
+    /// Port of its side channel, if it shares requests with others.
+    side_channel: Option<u16>,
     child: Option<Child>,
 }
 
@@ -85,8 +97,15 @@ impl Vllm {
             blocks,
             endpoint,
             replay,
+            side_channel: None,
             child: None,
         }
+    }
+
+    /// It can do a part of a request, and another engine the rest (NIXL over TCP).
+    pub fn shares(mut self) -> Self {
+        self.side_channel = Some(free_address().port());
+        self
     }
 
     /// Starts it, or starts it again.
@@ -98,6 +117,12 @@ impl Vllm {
         command.arg(&self.installed).arg(&self.run);
         command.args([&self.address.port().to_string(), &self.blocks.to_string()]);
         command.args([&self.endpoint, &self.replay, TOPIC]);
+        if let Some(port) = self.side_channel {
+            command.env("VLLM_NIXL_SIDE_CHANNEL_PORT", port.to_string());
+            let connector =
+                r#"{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_buffer_device":"cpu"}"#;
+            command.env("KV_TRANSFER", connector);
+        }
         // A group of its own, because it is several processes. It ends with its standard input.
         command.process_group(0).stdin(Stdio::piped()).stdout(out).stderr(err);
         self.child = Some(command.spawn().expect("serve.sh starts"));
@@ -123,13 +148,39 @@ impl Vllm {
         format!("http://{}{path}", self.address)
     }
 
+    /// Asks it to stop: it gives up what it generates, and says so. What is left of it is killed when
+    /// it is started again.
+    pub fn sigterm(&self) {
+        if let Some(pid) =
+            self.child.as_ref().and_then(|child| Pid::from_raw(i32::try_from(child.id()).ok()?))
+        {
+            // It may have ended by itself.
+            let _ = kill_process(pid, Signal::TERM);
+        }
+    }
+
+    /// Freezes all its processes.
+    pub fn sigstop(&self) {
+        self.signal_all(Signal::STOP);
+    }
+
+    /// Lets them go on.
+    pub fn sigcont(&self) {
+        self.signal_all(Signal::CONT);
+    }
+
+    fn signal_all(&self, signal: Signal) {
+        let group = self.child.as_ref().and_then(|child| i32::try_from(child.id()).ok());
+        if let Some(group) = group.and_then(Pid::from_raw) {
+            // It may have ended by itself.
+            let _ = kill_process_group(group, signal);
+        }
+    }
+
     /// `kill -9` of all its processes; gone when this returns.
     pub fn kill9(&mut self) {
+        self.signal_all(Signal::KILL);
         let Some(mut child) = self.child.take() else { return };
-        if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-            // It may have ended by itself.
-            let _ = kill_process_group(group, Signal::KILL);
-        }
         let _ = child.wait();
     }
 

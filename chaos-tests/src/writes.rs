@@ -140,7 +140,7 @@ impl Default for Manner {
         Self {
             per_replica: 1,
             pause: Duration::from_millis(5),
-            limit: Duration::from_secs(5),
+            limit: Duration::from_secs(15),
             retries: 0,
             first: 0,
         }

@@ -54,6 +54,20 @@ pub struct ExplainReply {
     pub candidates: Vec<CandidateReply>,
     /// Further ones that are not listed.
     pub more: usize,
+    /// Who would do the prefill, if somebody else does than what `candidates` are for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill: Option<PrefillReply>,
+}
+
+/// Where the prefill of a request would go that two workers share.
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq)]
+pub struct PrefillReply {
+    /// The policy that chooses.
+    pub policy: String,
+    /// Ranks of workers that serve the model, the likeliest first.
+    pub candidates: Vec<CandidateReply>,
+    /// Further ones that are not listed.
+    pub more: usize,
 }
 
 /// What is known of one rank for one request.
@@ -73,8 +87,11 @@ pub struct CandidateReply {
     pub coming: u32,
     /// Tokens in a block.
     pub block_size: u32,
-    /// What is booked there.
+    /// What is to do there: what is booked, corrected by the engine's own figures.
     pub load: LoadSum,
+    /// What those add in `load` to what is booked on this rank, or take off; left out where they agree.
+    #[serde(default, skip_serializing_if = "LoadSum::is_zero")]
+    pub correction: LoadSum,
     /// The sum of `terms`, in blocks; for policies that go by cost.
     pub cost: Option<f64>,
     /// What the cost is made of.

@@ -15,6 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::output::Failure;
+use super::urls;
 use crate::admin_types::ErrorReply;
 use crate::tls::client_config;
 
@@ -43,12 +44,29 @@ pub(crate) struct Server {
     pub(crate) ca: Option<PathBuf>,
 }
 
+/// A question to a server, and how its answer is shown.
+#[derive(clap::Args, Debug, Clone)]
+pub(crate) struct Listing {
+    #[command(flatten)]
+    pub(crate) server: Server,
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl Listing {
+    /// What stands there.
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.server.client()?.get(path).await
+    }
+}
+
 impl Server {
     /// A client with the token that was given, if any.
     pub(crate) fn client(&self) -> Result<Client, Failure> {
         let token = match &self.token_file {
             None => crate::config::admin_token(),
-            Some(path) => Some(read_token(path)?),
+            Some(path) => Some(read_token("--token-file", path)?),
         };
         let client = Client::with_ca(&self.server, self.ca.as_deref())?;
         match token {
@@ -59,13 +77,13 @@ impl Server {
 }
 
 /// The first token in a file of tokens, such as `admin.token_file`.
-fn read_token(path: &Path) -> Result<String, Failure> {
+pub(super) fn read_token(flag: &str, path: &Path) -> Result<String, Failure> {
     let name = path.display();
     let text = std::fs::read_to_string(path)
-        .map_err(|e| Failure::Usage(format!("--token-file: cannot read {name}: {e}")))?;
+        .map_err(|e| Failure::Usage(format!("{flag}: cannot read {name}: {e}")))?;
     let mut tokens = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     let token = tokens.next().map(str::to_owned);
-    token.ok_or_else(|| Failure::Usage(format!("--token-file: {name} has no token in it")))
+    token.ok_or_else(|| Failure::Usage(format!("{flag}: {name} has no token in it")))
 }
 
 /// A connection pool to one server.
@@ -216,14 +234,7 @@ impl Client {
 
 /// A server's URL as requests need it.
 fn base_of(server: &str) -> Result<String, Failure> {
-    let base = server.trim_end_matches('/');
-    let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
-    if !base.starts_with("http://") && !base.starts_with("https://") {
-        return Err(Failure::Usage(format!(
-            "--server {server}: only http:// and https:// URLs are spoken here"
-        )));
-    }
-    Ok(base)
+    urls::base(server).map_err(|why| Failure::Usage(format!("--server {server}: {why}")))
 }
 
 fn reason(error: &hyper_util::client::legacy::Error) -> String {

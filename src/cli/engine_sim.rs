@@ -1,9 +1,12 @@
 //! `everline engine-sim`
 
+use std::path::PathBuf;
+
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::output::{Failure, Out};
-use crate::engines::sim::{EngineSimArgs, run};
+use crate::config::LogConfig;
+use crate::engines::sim::{EngineSimArgs, model_files, run};
 
 /// Run a simulated engine that speaks like vLLM
 ///
@@ -14,15 +17,29 @@ use crate::engines::sim::{EngineSimArgs, run};
 ///   everline engine-sim --listen 127.0.0.1:8000 --model my-model
 ///   everline engine-sim --instant                    no delays at all
 ///   everline worker add http://127.0.0.1:8000        let a replica route to it
+///   everline engine-sim --write-model ./sim-model    for a replica's [[model]] directory
 #[derive(clap::Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineSimArgs,
+    /// Write the model's tokenizer and chat template into this folder, in the files that real models
+    /// have, and end.
+    #[arg(long, value_name = "FOLDER")]
+    write_model: Option<PathBuf>,
+    /// What to log, in the syntax of RUST_LOG: `debug`, `info,everline::zmtp=debug`.
+    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    log_filter: String,
 }
 
 impl Args {
     pub(crate) fn run(self, out: &mut Out) -> Result<(), Failure> {
+        if let Some(folder) = &self.write_model {
+            model_files::write(folder)?;
+            return out.line(&format!("the simulated model's files are in {}", folder.display()));
+        }
+        let log = LogConfig { filter: self.log_filter.clone(), ..LogConfig::default() };
+        crate::serve::start_logging(&log);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         runtime.block_on(async {
             let (mut terminate, mut interrupt) =

@@ -7,10 +7,10 @@ use http::Method;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::client::{Server, block_on};
+use super::client::{Listing, block_on};
 use super::output::{Failure, Out, Paint};
 use super::table::{Column, count, duration, flow, render_within};
-use crate::admin_types::{CandidateReply, ExplainReply, ExplainRequest};
+use crate::admin_types::{CandidateReply, ExplainReply, ExplainRequest, PrefillReply};
 
 /// From when on the view of others' bookings is worth a word.
 const OLD_VIEW_MS: u64 = 100;
@@ -49,10 +49,7 @@ pub(crate) struct Args {
     #[arg(long = "header", short = 'H', value_name = "NAME: VALUE", value_parser = header)]
     headers: Vec<(String, String)>,
     #[command(flatten)]
-    server: Server,
-    /// As JSON
-    #[arg(long)]
-    json: bool,
+    listing: Listing,
 }
 
 fn header(text: &str) -> Result<(String, String), String> {
@@ -64,9 +61,9 @@ impl Args {
     pub(crate) fn run(self, out: &mut Out) -> Result<(), Failure> {
         let request = self.request()?;
         let reply: ExplainReply = block_on(async {
-            self.server.client()?.call(Method::POST, "/v1/admin/explain", Some(&request)).await
+            self.listing.server.client()?.call(Method::POST, "/v1/admin/explain", Some(&request)).await
         })?;
-        if self.json { out.json(&reply) } else { out.write(&page(&reply, out.paint(), out.width())) }
+        if self.listing.json { out.json(&reply) } else { out.write(&page(&reply, out.paint(), out.width())) }
     }
 
     fn request(&self) -> Result<ExplainRequest, Failure> {
@@ -127,7 +124,27 @@ fn page(reply: &ExplainReply, paint: Paint, width: Option<usize>) -> String {
     if reply.more > 0 {
         parts.push(paint.dim(&format!("and {} more", count(reply.more, "candidate"))));
     }
-    if reply.candidates.iter().any(|candidate| candidate.terms.is_some()) {
+    let of_prefill = reply.prefill.clone().map(|prefill| {
+        let PrefillReply { policy, candidates, more } = prefill;
+        ExplainReply {
+            policy,
+            candidates,
+            more,
+            waits: false,
+            last_resort: false,
+            prefill: None,
+            ..reply.clone()
+        }
+    });
+    if let Some(prefill) = &of_prefill {
+        let text = format!("for the prefill (policy {}) {}", prefill.policy, verdict(prefill));
+        parts.extend([paint.bold(&text), table(prefill, paint, width)]);
+        if prefill.more > 0 {
+            parts.push(paint.dim(&format!("and {} more", count(prefill.more, "candidate"))));
+        }
+    }
+    let costed = of_prefill.iter().chain([reply]).flat_map(|reply| &reply.candidates);
+    if costed.into_iter().any(|candidate| candidate.terms.is_some()) {
         let legend = "cost in blocks = QUEUED (prefill that waits there) + PROMPT (this one's) - CREDIT (what is \
                       cached of it) + DECODE (what runs there); the least is chosen";
         let words: Vec<String> = legend.split(' ').map(str::to_owned).collect();
@@ -176,6 +193,11 @@ fn name(reply: &ExplainReply, candidate: &CandidateReply) -> String {
     if ranked { format!("{}/{}", candidate.worker, candidate.rank) } else { candidate.worker.to_string() }
 }
 
+/// A load, with what the engine's own figures make of it.
+fn corrected(load: i64, correction: i64) -> String {
+    if correction == 0 { load.to_string() } else { format!("{load} ({correction:+})") }
+}
+
 fn table(reply: &ExplainReply, paint: Paint, width: Option<usize>) -> String {
     let number = |cost: Option<f64>| cost.map_or("-".to_owned(), |cost| format!("{cost:.1}"));
     let rows = reply.candidates.iter().map(|candidate| {
@@ -194,9 +216,9 @@ fn table(reply: &ExplainReply, paint: Paint, width: Option<usize>) -> String {
             held.host.to_string(),
             held.disk.to_string(),
             candidate.coming.to_string(),
-            candidate.load.requests.to_string(),
-            candidate.load.prefill_tokens.to_string(),
-            candidate.load.decode_blocks.to_string(),
+            corrected(candidate.load.requests, candidate.correction.requests),
+            corrected(candidate.load.prefill_tokens, candidate.correction.prefill_tokens),
+            corrected(candidate.load.decode_blocks, candidate.correction.decode_blocks),
             number(candidate.cost),
             number(terms.map(|terms| terms.queued)),
             number(terms.map(|terms| terms.prompt)),
@@ -246,6 +268,7 @@ mod tests {
             coming: 0,
             block_size: 16,
             load: LoadSum { requests: 2, prefill_tokens: 32, decode_blocks: 9 },
+            correction: LoadSum::default(),
             cost: Some(2.0 + prompt - credit + 0.8),
             terms: Some(CostReply { queued: 2.0, prompt, credit, decode: 0.8 }),
             not_chosen: why.map(str::to_owned),
@@ -264,6 +287,7 @@ mod tests {
             last_resort: false,
             candidates,
             more: 0,
+            prefill: None,
         }
     }
 
@@ -289,6 +313,24 @@ cost in blocks = QUEUED (prefill that waits there) + PROMPT (this one's) - CREDI
         ];
         let page = page(&reply(candidates), PLAIN, None);
         assert!(page == PAGE, "{page}");
+    }
+
+    #[test]
+    fn a_correction_is_told_beside_the_load_that_it_is_in() {
+        let mut other = candidate("e1", 1.0, 0, None);
+        other.load = LoadSum { requests: 12, prefill_tokens: 32, decode_blocks: 2 };
+        other.correction = LoadSum { requests: 10, prefill_tokens: 0, decode_blocks: -7 };
+        let page = page(&reply(vec![other.clone()]), PLAIN, None);
+        let (head, row) = (page.lines().nth(4).unwrap(), page.lines().nth(5).unwrap());
+        let column = |name: &str| {
+            let end = head.find(name).unwrap() + name.len();
+            row[..end].rsplit("  ").next().unwrap().trim()
+        };
+        assert_eq!(["LOAD", "PREFILL", "BLOCKS"].map(column), ["12 (+10)", "32", "2 (-7)"], "{page}");
+        let told = serde_json::to_value(&other).unwrap();
+        assert_eq!(told["correction"]["requests"], 10);
+        other.correction = LoadSum::default();
+        assert!(serde_json::to_value(&other).unwrap().get("correction").is_none(), "seldom there");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
 
-use super::client::{Client, Server, block_on};
+use super::client::{Client, Listing, block_on};
 use super::output::{Failure, Out, Paint};
 use super::table::{Column, render, render_within};
 use crate::admin_types::{IndexReply, Known, RankStatus, StatusReply};
@@ -43,36 +43,31 @@ enum Command {
     /// all have told theirs for one index. States change all the time; digests of different
     /// indexes say nothing about each other.
     Digest {
-        #[command(flatten)]
-        server: Server,
         /// Seconds to wait for an index that all replicas tell of
         #[arg(long, value_name = "SECONDS", default_value_t = 10)]
         wait: u64,
-        /// As JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        listing: Listing,
     },
     /// Show counts, and each rank with its blocks, its feed and how far that was read
-    Stats {
-        #[command(flatten)]
-        server: Server,
-        /// As JSON
-        #[arg(long)]
-        json: bool,
-    },
+    Stats(Listing),
 }
 
 impl Args {
     pub(crate) fn run(self, out: &mut Out) -> Result<(), Failure> {
         block_on(async {
             match self.command {
-                Command::Stats { server, json } => {
-                    let reply: IndexReply = server.client()?.get(INDEX).await?;
-                    if json { out.json(&reply) } else { out.write(&stats(&reply, out.paint(), out.width())) }
+                Command::Stats(listing) => {
+                    let reply: IndexReply = listing.get(INDEX).await?;
+                    if listing.json {
+                        out.json(&reply)
+                    } else {
+                        out.write(&stats(&reply, out.paint(), out.width()))
+                    }
                 }
-                Command::Digest { server, wait, json } => {
-                    let told = compare(&server.client()?, Duration::from_secs(wait)).await?;
-                    if json {
+                Command::Digest { wait, listing } => {
+                    let told = compare(&listing.server.client()?, Duration::from_secs(wait)).await?;
+                    if listing.json {
                         out.json(&told)?
                     } else {
                         out.write(&told.page(out.paint()))?

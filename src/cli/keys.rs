@@ -8,7 +8,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use rand::TryRng as _;
 use rand::rngs::SysRng;
 
-use super::client::{Server, block_on};
+use super::client::{Listing, block_on};
 use super::output::{Failure, Out};
 use super::table::{duration, render};
 use crate::admin_types::{KeyStatus, KeysReply};
@@ -40,10 +40,7 @@ enum Command {
     /// List the keys in force at a replica, and what they have used
     List {
         #[command(flatten)]
-        server: Server,
-        /// As JSON
-        #[arg(long)]
-        json: bool,
+        listing: Listing,
     },
 }
 
@@ -76,9 +73,9 @@ impl Args {
                 out.write(&made(&secret, &entry))
             }
             Command::Hash => out.line(&TokenDigest::of(&read_secret()?).to_string()),
-            Command::List { server, json } => block_on(async {
-                let reply: KeysReply = server.client()?.get("/v1/admin/keys").await?;
-                match (json, reply.required) {
+            Command::List { listing } => block_on(async {
+                let reply: KeysReply = listing.get("/v1/admin/keys").await?;
+                match (listing.json, reply.required) {
                     (true, _) => out.json(&reply),
                     (false, false) => {
                         out.line("clients need no key here; make the first one: everline keys new ID")

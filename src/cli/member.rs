@@ -2,7 +2,7 @@
 
 use http::Method;
 
-use super::client::{Server, block_on};
+use super::client::{Listing, Server, block_on};
 use super::output::{Failure, Out};
 use super::repair;
 use super::status::members_table;
@@ -28,17 +28,11 @@ pub(crate) struct Args {
 #[derive(clap::Subcommand, Debug)]
 enum Command {
     /// List all members
-    List {
-        #[command(flatten)]
-        server: Server,
-        /// As JSON
-        #[arg(long)]
-        json: bool,
-    },
+    List(Listing),
     /// Tell the replica that waits at a peer address to join
     Add {
         /// Address of its peer listener
-        #[arg(value_name = "HOST:PORT")]
+        #[arg(value_name = "HOST:PORT", value_parser = super::urls::host_port)]
         peer: String,
         #[command(flatten)]
         server: Server,
@@ -69,7 +63,7 @@ impl Args {
     pub(crate) fn run(self, out: &mut Out) -> Result<(), Failure> {
         let (server, op) = match self.command {
             Command::Repair(args) => return args.run(out),
-            Command::List { server, json } => return list(&server, json, out),
+            Command::List(listing) => return list(&listing, out),
             Command::Add { peer, server } => {
                 crate::config::check_host_port(&peer).map_err(Failure::Usage)?;
                 (server, MemberOp::Add { peer })
@@ -85,9 +79,9 @@ impl Args {
     }
 }
 
-fn list(server: &Server, json: bool, out: &mut Out) -> Result<(), Failure> {
+fn list(listing: &Listing, out: &mut Out) -> Result<(), Failure> {
     block_on(async {
-        let reply: MembersReply = server.client()?.get(MEMBERS).await?;
-        if json { out.json(&reply) } else { out.line(&members_table(&reply.members, out.paint())) }
+        let reply: MembersReply = listing.get(MEMBERS).await?;
+        if listing.json { out.json(&reply) } else { out.line(&members_table(&reply.members, out.paint())) }
     })
 }

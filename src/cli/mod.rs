@@ -1,24 +1,32 @@
 //! The command line: one subcommand a file, output through [`output`], the admin API through
 //! [`client`].
 
+mod agent;
 mod balancer;
 mod certs;
 mod client;
 mod completions;
 mod config;
 mod demo;
+mod drain;
+mod edge;
 mod engine_sim;
 mod explain;
 mod index;
 mod keys;
+mod ksana;
 mod member;
+mod names;
 mod output;
 mod parent;
 mod repair;
 mod replay;
 mod serve;
+mod shim;
 mod status;
+mod stream;
 mod table;
+mod urls;
 mod worker;
 
 use std::process::ExitCode;
@@ -57,16 +65,23 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Serve(Box<serve::Args>),
+    Edge(Box<edge::Args>),
     Demo(demo::Args),
+    Agent(Box<agent::Args>),
     EngineSim(Box<engine_sim::Args>),
     Balancer(balancer::Args),
+    Shim(shim::Args),
     Replay(Box<replay::Args>),
     Status(status::Args),
     Explain(Box<explain::Args>),
     Index(index::Args),
+    Ksana(ksana::Args),
+    Names(names::Args),
     Worker(worker::Args),
     Member(member::Args),
+    Drain(drain::Args),
     Keys(keys::Args),
+    Stream(stream::Args),
     Config(config::Args),
     Certs(certs::Args),
     Completions(completions::Args),
@@ -99,16 +114,23 @@ impl Command {
     fn run(self, out: &mut Out) -> Result<(), Failure> {
         match self {
             Command::Serve(args) => args.run(),
+            Command::Edge(args) => args.run(),
             Command::Demo(args) => args.run(out),
+            Command::Agent(args) => args.run(out),
             Command::EngineSim(args) => args.run(out),
             Command::Balancer(args) => args.run(out),
+            Command::Shim(args) => args.run(out),
             Command::Replay(args) => args.run(out),
             Command::Status(args) => args.run(out),
             Command::Explain(args) => args.run(out),
             Command::Index(args) => args.run(out),
+            Command::Ksana(args) => args.run(out),
+            Command::Names(args) => args.run(out),
             Command::Worker(args) => args.run(out),
             Command::Member(args) => args.run(out),
+            Command::Drain(args) => args.run(out),
             Command::Keys(args) => args.run(out),
+            Command::Stream(args) => args.run(out),
             Command::Config(args) => args.run(out),
             Command::Certs(args) => args.run(out),
             Command::Completions(args) => args.run(out),

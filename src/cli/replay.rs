@@ -1,5 +1,6 @@
 //! `everline replay`
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -9,12 +10,13 @@ use serde_json::{Map, json};
 
 use super::output::{Failure, Out};
 use super::table;
+use super::urls;
 use crate::replay::engine::EngineModel;
 use crate::replay::generate::{Kind, generate};
 use crate::replay::simulate::{Options, Router, simulate};
 use crate::replay::stats::{Run, Summary};
 use crate::replay::trace::{self, Request, TraceError};
-use crate::replay::{live, plot};
+use crate::replay::{live, plot, prompt};
 use crate::routing::policy::from_spec;
 
 /// Replay a trace of requests, simulated or against a cluster, and compare policies
@@ -29,6 +31,7 @@ use crate::routing::policy::from_spec;
 ///   everline replay --simulate --policy round_robin --policy kv_cost trace.jsonl
 ///   everline replay --simulate --workers 16 --blocks 8000 --routers 3 --lag-ms 10 trace.jsonl
 ///   everline replay --url http://127.0.0.1:8080 --model m --speed 10 --limit 1000 trace.jsonl
+///   everline replay --url http://127.0.0.1:8080 --model m --policy kv_cost --policy cache_aware trace.jsonl
 ///   everline replay --generate agents --requests 5000 > agents.jsonl
 #[derive(clap::Args, Debug)]
 #[command(verbatim_doc_comment)]
@@ -68,21 +71,24 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
 
-    /// Policy to simulate; repeatable [default: round_robin and kv_cost]
-    #[arg(long = "policy", value_name = "NAME[:KEY=VALUE,...]", help_heading = "Simulation")]
+    /// Policy to compare; repeatable [default: round_robin and kv_cost, or a cluster's own]
+    ///
+    /// Parameters are for the simulation; a cluster is asked by name, for one run after the other,
+    /// each with prompts of its own
+    #[arg(long = "policy", value_name = "NAME[:KEY=VALUE,...]")]
     policies: Vec<String>,
-    /// Engines to simulate
-    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Simulation")]
-    workers: u32,
-    /// Blocks in the cache of each engine
-    #[arg(long, value_name = "N", default_value_t = 4000, help_heading = "Simulation")]
-    blocks: u64,
-    /// Replicas of the router, which take requests in turn
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Simulation")]
-    routers: u32,
-    /// How late a replica learns what others booked, and all learn what an engine holds
-    #[arg(long, value_name = "MS", default_value_t = 10.0, help_heading = "Simulation")]
-    lag_ms: f64,
+    /// Engines to simulate [default: 8]
+    #[arg(long, value_name = "N", help_heading = "Simulation")]
+    workers: Option<u32>,
+    /// Blocks in the cache of each engine [default: 4000]
+    #[arg(long, value_name = "N", help_heading = "Simulation")]
+    blocks: Option<u64>,
+    /// Replicas of the router, which take requests in turn [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Simulation")]
+    routers: Option<u32>,
+    /// How late a replica learns what others booked, and all learn what an engine holds [default: 10]
+    #[arg(long, value_name = "MS", help_heading = "Simulation")]
+    lag_ms: Option<f64>,
     /// Do not simulate one pooled cache to compare hit rates with
     #[arg(long, help_heading = "Simulation")]
     no_bound: bool,
@@ -164,11 +170,12 @@ impl Args {
     }
 
     fn simulated(&self, out: &mut Out) -> Result<(), Failure> {
+        let lag_ms = self.lag_ms.unwrap_or(10.0);
         let options = Options {
-            workers: self.workers,
-            blocks: self.blocks,
-            routers: self.routers,
-            lag: self.lag_ms / 1000.0,
+            workers: self.workers.unwrap_or(8),
+            blocks: self.blocks.unwrap_or(4000),
+            routers: self.routers.unwrap_or(1),
+            lag: lag_ms / 1000.0,
             speed: self.speed,
             seed: self.seed,
             engine: EngineModel::new(self.block_size),
@@ -179,10 +186,7 @@ impl Args {
             policies.extend(["round_robin", "kv_cost"].map(str::to_owned));
         }
         for (at, spec) in policies.iter().enumerate() {
-            from_spec(spec).map_err(|why| Failure::Usage(format!("--policy: {why}")))?;
-            if policies[..at].contains(spec) {
-                return Err(Failure::Usage(format!("--policy {spec} is given twice")));
-            }
+            check_policy(spec, &policies[..at])?;
         }
         let requests = self.read()?;
         let pooled = (!self.no_bound).then(|| simulate(&requests, &options, Router::Pooled));
@@ -204,20 +208,46 @@ impl Args {
         let policies: Map<String, serde_json::Value> =
             summaries.into_iter().map(|(name, summary)| (name.to_owned(), json!(summary))).collect();
         let about = json!({
-            "requests": requests.len(), "workers": self.workers, "blocks": self.blocks, "block_size": self.block_size,
-            "routers": self.routers, "lag_ms": self.lag_ms, "speed": self.speed, "seed": self.seed,
+            "requests": requests.len(), "workers": options.workers, "blocks": options.blocks,
+            "block_size": self.block_size, "routers": options.routers, "lag_ms": lag_ms,
+            "speed": self.speed, "seed": self.seed,
         });
         out.json(&json!({"simulation": about, "policies": policies, "pooled_bound": bound}))
     }
 
-    fn live(&self, url: &str, out: &mut Out) -> Result<(), Failure> {
-        let url = url.trim_end_matches('/');
-        if !url.starts_with("http://") && !url.starts_with("https://") {
-            return Err(Failure::Usage(format!("--url {url}: begin it with http:// or https://")));
+    /// Refuses what a cluster cannot be told.
+    fn check_live(&self) -> Result<(), Failure> {
+        let simulated = [
+            ("--workers", self.workers.is_some()),
+            ("--blocks", self.blocks.is_some()),
+            ("--routers", self.routers.is_some()),
+            ("--lag-ms", self.lag_ms.is_some()),
+            ("--no-bound", self.no_bound),
+        ];
+        if let Some((flag, _)) = simulated.iter().find(|(_, given)| *given) {
+            return Err(Failure::Usage(format!(
+                "{flag} is for the simulation, and a cluster is what it is: leave it out, or say --simulate \
+                 in place of --url"
+            )));
+        }
+        for (at, spec) in self.policies.iter().enumerate() {
+            check_policy(spec, &self.policies[..at])?;
+            if let Some((name, _)) = spec.split_once(':') {
+                return Err(Failure::Usage(format!(
+                    "--policy {spec}: a cluster is asked by name, with the parameters that it is configured \
+                     with; say --policy {name}, and the parameters in the cluster's configuration"
+                )));
+            }
         }
         if !(self.timeout.is_finite() && (0.001..=86_400.0).contains(&self.timeout)) {
             return Err(Failure::Usage("--timeout must lie in 0.001 to 86400 s".to_owned()));
         }
+        Ok(())
+    }
+
+    fn live(&self, url: &str, out: &mut Out) -> Result<(), Failure> {
+        let url = urls::base(url).map_err(|why| Failure::Usage(format!("--url {url}: {why}")))?;
+        self.check_live()?;
         let key = self.key_file.as_deref().map(|path| {
             let read = std::fs::read_to_string(path);
             let text =
@@ -228,8 +258,9 @@ impl Args {
             .map_err(|e| Failure::Usage(format!("--ca: {e}")))?;
         let requests = self.read()?;
         let options = live::Options {
-            url: url.to_owned(),
+            url: url.clone(),
             model: self.model.clone().unwrap_or_default(),
+            policy: None,
             key: key.transpose()?,
             tls,
             speed: self.speed,
@@ -240,35 +271,56 @@ impl Args {
             max_output: self.max_output,
             vocabulary: self.vocabulary,
         };
+        let mut policies: Vec<Option<&String>> = self.policies.iter().map(Some).collect();
+        if policies.is_empty() {
+            policies.push(None);
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let outcome = runtime.block_on(live::replay(&requests, options)).map_err(Failure::Usage)?;
-        let summary = outcome.run.summary(None);
-        let (errors, sent) = (summary.errors, summary.requests);
-        let runs = [(format!("{url} {}", self.model.as_deref().unwrap_or_default()), outcome.run)];
-        self.draw(&runs)?;
-        if self.json {
-            let known = outcome.cached_known;
-            let live = json!({
-                "live": summary, "late": outcome.late, "failures": outcome.failures, "cached_tokens_known": known,
+        let (mut runs, mut told) = (Vec::new(), Vec::new());
+        for (run, policy) in (0..).zip(&policies) {
+            let options = live::Options { policy: policy.cloned(), ..options.clone() };
+            let requests = prompt::of_run(run, &requests);
+            let outcome = runtime.block_on(live::replay(&requests, options)).map_err(Failure::Usage)?;
+            let summary = outcome.run.summary(None);
+            let model = self.model.as_deref().unwrap_or_default();
+            runs.push((policy.map_or_else(|| format!("{url} {model}"), |name| (*name).clone()), outcome.run));
+            told.push(Told {
+                policy: policy.map(String::as_str),
+                summary,
+                late: outcome.late,
+                failures: outcome.failures,
+                cached_tokens_known: outcome.cached_known,
             });
-            out.json(&live)?;
-        } else {
-            print(out, std::iter::once(("live", summary)))?;
-            if outcome.late > 0 {
+        }
+        self.draw(&runs)?;
+        match self.json {
+            true => out.json(&in_json(&told))?,
+            false => self.tell(&told, out)?,
+        }
+        let sent: usize = told.iter().map(|told| told.summary.requests).sum();
+        if told.iter().all(|told| told.summary.errors == told.summary.requests) {
+            return Err(Failure::Unreachable(format!("all {sent} requests failed")));
+        }
+        Ok(())
+    }
+
+    fn tell(&self, told: &[Told<'_>], out: &mut Out) -> Result<(), Failure> {
+        print(out, told.iter().map(|told| (told.name(), told.summary.clone())))?;
+        for told in told {
+            let of = told.policy.map(|name| format!("{name}: ")).unwrap_or_default();
+            if told.late > 0 {
+                let (late, places) = (told.late, self.concurrency);
+                out.line(&format!("{of}late: {late} requests waited for one of {places} places"))?;
+            }
+            if !told.cached_tokens_known {
                 out.line(&format!(
-                    "late: {} requests waited for one of {} places",
-                    outcome.late, self.concurrency
+                    "{of}hit rate unknown: no answer has usage.prompt_tokens_details.cached_tokens (vLLM: \
+                     --enable-prompt-tokens-details)"
                 ))?;
             }
-            if !outcome.cached_known {
-                out.line("hit rate unknown: no answer has usage.prompt_tokens_details.cached_tokens (vLLM: --enable-prompt-tokens-details)")?;
+            for (why, count) in &told.failures {
+                out.line(&format!("{of}failed: {count} × {why}"))?;
             }
-            for (why, count) in &outcome.failures {
-                out.line(&format!("failed: {count} × {why}"))?;
-            }
-        }
-        if errors == sent {
-            return Err(Failure::Unreachable(format!("all {sent} requests failed")));
         }
         Ok(())
     }
@@ -280,11 +332,57 @@ impl Args {
     }
 }
 
+/// What is told of a run against a cluster.
+struct Told<'a> {
+    policy: Option<&'a str>,
+    summary: Summary,
+    late: usize,
+    failures: BTreeMap<String, usize>,
+    cached_tokens_known: bool,
+}
+
+impl Told<'_> {
+    fn name(&self) -> &str {
+        self.policy.unwrap_or("live")
+    }
+}
+
+/// One run with the cluster's own policy as `live`, others by policy.
+fn in_json(told: &[Told<'_>]) -> serde_json::Value {
+    let beside = |told: &Told<'_>| json!({"late": told.late, "failures": told.failures, "cached_tokens_known": told.cached_tokens_known});
+    let put = |whole: &mut serde_json::Value, more: serde_json::Value| {
+        if let (Some(whole), serde_json::Value::Object(more)) = (whole.as_object_mut(), more) {
+            whole.extend(more);
+        }
+    };
+    if let [only] = told
+        && only.policy.is_none()
+    {
+        let mut whole = json!({"live": only.summary});
+        put(&mut whole, beside(only));
+        return whole;
+    }
+    let policies = told.iter().map(|told| {
+        let mut whole = json!(told.summary);
+        put(&mut whole, beside(told));
+        (told.name().to_owned(), whole)
+    });
+    json!({"policies": policies.collect::<Map<String, serde_json::Value>>()})
+}
+
+fn check_policy(spec: &str, before: &[String]) -> Result<(), Failure> {
+    from_spec(spec).map_err(|why| Failure::Usage(format!("--policy: {why}")))?;
+    if before.iter().any(|other| other == spec) {
+        return Err(Failure::Usage(format!("--policy {spec} is given twice")));
+    }
+    Ok(())
+}
+
 fn print<'a>(out: &mut Out, summaries: impl Iterator<Item = (&'a str, Summary)>) -> Result<(), Failure> {
     let headings = [
         "POLICY",
         ">REQUESTS",
-        ">ERRORS",
+        ">ERRORS %",
         ">HIT %",
         ">OF BOUND %",
         ">TTFT MEAN",
@@ -292,6 +390,7 @@ fn print<'a>(out: &mut Out, summaries: impl Iterator<Item = (&'a str, Summary)>)
         ">P90",
         ">P99",
         ">ITL MEAN",
+        ">P50",
         ">P99",
         ">IMBALANCE",
     ];
@@ -300,7 +399,7 @@ fn print<'a>(out: &mut Out, summaries: impl Iterator<Item = (&'a str, Summary)>)
         vec![
             name.to_owned(),
             s.requests.to_string(),
-            s.errors.to_string(),
+            share(Some(s.error_rate)),
             share(Some(s.hit_rate)),
             share(s.hit_rate_of_bound),
             format!("{:.3} s", s.mean_ttft_s),
@@ -308,6 +407,7 @@ fn print<'a>(out: &mut Out, summaries: impl Iterator<Item = (&'a str, Summary)>)
             format!("{:.3} s", s.p90_ttft_s),
             format!("{:.2} s", s.p99_ttft_s),
             format!("{:.1} ms", s.mean_itl_s * 1000.0),
+            format!("{:.1} ms", s.p50_itl_s * 1000.0),
             format!("{:.1} ms", s.p99_itl_s * 1000.0),
             s.imbalance.map_or("-".to_owned(), |v| format!("{v:.2}")),
         ]

@@ -21,6 +21,13 @@ fn documented_lines_are_accepted() {
         "serve --peers a=h:1,b=h:2 --node-token-file t --set a.b=c --set d.e=f --log-format json --log-filter debug",
         "serve --join h:1 --exit-with-parent",
         "demo --replicas 5 --engines 2 --port 0 --state-file s.json --run-for 10 --data-dir d --restart",
+        "demo --edges 2",
+        "edge --config x.toml --name e1 --http 127.0.0.1:1 --admin 127.0.0.1:2 --keys-file k --set a.b=c",
+        "edge --replicas h:1,h:2 --log-format json --log-filter debug --exit-with-parent",
+        "agent --engine http://h:1 --replica http://a:1,http://b:1 --listen 127.0.0.1:0 --kv-port 0",
+        "agent --engine http://h:1 --replica a:1 --advertise h:2 --advertise-engine http://h:3 --id e --model m \
+         --name n --peer-ca c --peer-cert d --peer-key k --node-token-file t --cluster x --label a=b --dp-ranks 2 \
+         --kv-port 5557 --kv-events ipc:///x --kv-replay ipc:///y --kv-topic t --drain-timeout 5 --engine-kind sglang",
         "engine-sim --listen 127.0.0.1:0",
         "balancer --listen 127.0.0.1:0 --backend 127.0.0.1:1 --backend 127.0.0.1:2 --check-interval-ms 100",
         "serve --admin-token-file t --keys-file k",
@@ -36,8 +43,17 @@ fn documented_lines_are_accepted() {
         "explain --model m --tokens 1,2,3",
         "index stats --json",
         "index digest --wait 3 --json --server http://h:1",
+        "ksana nodes --json",
+        "ksana groups --server http://h:1",
+        "ksana pairs --token-file t",
+        "ksana remove n",
+        "serve --ksana-config config.ini",
         "keys new team-a --models a,b* --rps 0.5 --burst 3 --max-concurrent 9 --expires 2099-12-31T00:00:00Z",
         "keys hash",
+        "stream list --all --json",
+        "stream list --state failed,cancelled --model m --after st_x --limit 9",
+        "stream show st_x --server http://h:1 --json",
+        "stream cancel st_x --token-file t",
         "keys list --server http://h:1 --token-file t --json",
         "worker add http://h:1 --id w --engine sglang --model a --model b --role prefill --dp-ranks 2",
         "worker add http://h:1 --block-size 16 --capacity-blocks 9 --label k=v --weight 5 --no-probe",
@@ -170,11 +186,39 @@ fn replay_says_what_is_wrong_and_what_would_be_right() {
         (format!("replay --simulate --policy random --policy random {trace}"), ["random", "given twice"]),
         (format!("replay --simulate --workers 0 {trace}"), ["workers", "1 to 256"]),
         (format!("replay --simulate --speed 0 {trace}"), ["--speed", "0.001"]),
+        (
+            format!("replay --url http://h:1 --model m --blocks 7 {trace}"),
+            ["--blocks is for the simulation", "--simulate"],
+        ),
+        (format!("replay --url http://h:1 --model m --no-bound {trace}"), ["--no-bound", "leave it out"]),
+        (
+            format!("replay --url http://h:1 --model m --policy kv_cost:weight=4 {trace}"),
+            ["by name", "--policy kv_cost,"],
+        ),
+        (
+            format!("replay --url http://h:1 --model m --policy fastest {trace}"),
+            ["--policy", "kv_cost, cache_aware"],
+        ),
         (format!("replay {trace}"), ["--simulate", "--url"]),
-        (format!("replay --url h:1 --model m {trace}"), ["--url h:1", "http://"]),
+        (format!("replay --url nonsense --model m {trace}"), ["--url nonsense", "http://"]),
         ("replay --generate x".to_owned(), ["unknown kind", "agents, rag, chat"]),
     ] {
         let Failure::Usage(text) = failure(&line) else { panic!("{line}: not a fault of usage") };
         assert!(words.iter().all(|word| text.contains(word)), "{line}: {text}");
     }
+}
+
+#[test]
+fn a_shim_is_not_exposed_by_accident_and_knows_what_an_address_is() {
+    let Failure::Usage(text) = failure("shim --listen 0.0.0.0:9099 --upstream http://r1:8080") else {
+        panic!("not a fault of usage")
+    };
+    assert!(text.contains("0.0.0.0:9099") && text.contains("--expose"), "{text}");
+    let Failure::Usage(text) = failure("shim --upstream http://r1:8080 --ca /nowhere/ca.pem") else {
+        panic!("not a fault of usage")
+    };
+    assert!(text.contains("--ca") && text.contains("/nowhere/ca.pem"), "{text}");
+    let refused = parse("shim --upstream http://r1:8080/v1").unwrap_err().to_string();
+    assert!(refused.contains("without a path"), "{refused}");
+    assert!(parse("shim").unwrap_err().to_string().contains("--upstream"));
 }

@@ -2,13 +2,13 @@
 
 use http::Method;
 
-use super::client::{Server, block_on, segment};
+use super::client::{Listing, Server, block_on, segment};
 use super::output::{Failure, Out};
 use super::status::{state, workers_table};
 use crate::admin_types::{
     DrainRequest, MessageReply, ModelEntry, RegisterRequest, WorkerStatus, WorkersReply,
 };
-use crate::state::worker::{EngineKind, WorkerRole, WorkerSource};
+use crate::state::worker::{Connector, EngineKind, WorkerRole, WorkerSource};
 
 const WORKERS: &str = "/v1/admin/workers";
 
@@ -17,6 +17,7 @@ const WORKERS: &str = "/v1/admin/workers";
 /// Examples:
 ///   everline worker add http://10.0.0.7:8000
 ///   everline worker add http://10.0.0.7:8000 --id gpu-7 --model llama-3-8b --weight 50 --label zone=a
+///   everline worker add http://10.0.0.8:8000 --role prefill      and another one with --role decode
 ///   everline worker drain gpu-7        no new requests; running ones finish
 ///   everline worker remove gpu-7
 #[derive(clap::Args, Debug)]
@@ -56,15 +57,6 @@ struct Named {
 }
 
 #[derive(clap::Args, Debug)]
-struct Listing {
-    #[command(flatten)]
-    server: Server,
-    /// As JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(clap::Args, Debug)]
 struct Add {
     /// Base URL of the engine, http://HOST:PORT or https://HOST:PORT
     url: String,
@@ -80,13 +72,26 @@ struct Add {
     /// Part of a request it does: aggregated, prefill or decode [default: aggregated]
     #[arg(long, value_parser = parse_name::<WorkerRole>)]
     role: Option<WorkerRole>,
-    /// Data-parallel ranks behind the URL [default: 1]
+    /// How a prefill or decode worker hands the KV cache on: nixl, mooncake, p2p-nccl, moriio, shared or sglang
+    /// [default: nixl for vllm, sglang for sglang, shared for others]
+    #[arg(long, value_parser = parse_name::<Connector>)]
+    connector: Option<Connector>,
+    /// Where decode workers find this prefill worker (sglang, mooncake) [default: host of the URL]
+    #[arg(long, value_name = "HOST")]
+    bootstrap_host: Option<String>,
+    /// ... and at which port [default: 8998]
+    #[arg(long, value_name = "PORT")]
+    bootstrap_port: Option<u16>,
+    /// The engine's zmq_address, that other engines are told (p2p-nccl, moriio)
+    #[arg(long, value_name = "ADDRESS")]
+    side_channel: Option<String>,
+    /// Data-parallel ranks behind the URL [default: what the engine says, or 1]
     #[arg(long, value_name = "N")]
     dp_ranks: Option<u32>,
-    /// Tokens in a KV block
+    /// Tokens in a KV block [default: what the engine says]
     #[arg(long, value_name = "TOKENS")]
     block_size: Option<u32>,
-    /// KV blocks the engine can hold
+    /// KV blocks the engine can hold, over all ranks [default: what the engine says]
     #[arg(long, value_name = "BLOCKS")]
     capacity_blocks: Option<u64>,
     /// Free-form pair for filters; may be given more than once
@@ -116,6 +121,10 @@ impl Add {
             engine: self.engine,
             models: self.models.iter().cloned().map(ModelEntry::Name).collect(),
             role: self.role,
+            connector: self.connector,
+            bootstrap_host: self.bootstrap_host.clone(),
+            bootstrap_port: self.bootstrap_port,
+            side_channel: self.side_channel.clone(),
             dp_ranks: self.dp_ranks,
             block_size: self.block_size,
             capacity_blocks: self.capacity_blocks,
@@ -159,7 +168,7 @@ impl Command {
             Command::Drain(named) => drain(named, true, out).await,
             Command::Undrain(named) => drain(named, false, out).await,
             Command::List(listing) => {
-                let reply: WorkersReply = listing.server.client()?.get(WORKERS).await?;
+                let reply: WorkersReply = listing.get(WORKERS).await?;
                 match (listing.json, reply.workers.is_empty()) {
                     (true, _) => out.json(&reply),
                     (false, true) => {
@@ -169,7 +178,7 @@ impl Command {
                 }
             }
             Command::Show { id, listing } => {
-                let worker: WorkerStatus = listing.server.client()?.get(&path(&id)).await?;
+                let worker: WorkerStatus = listing.get(&path(&id)).await?;
                 if listing.json { out.json(&worker) } else { out.write(&page(&worker)) }
             }
         }
@@ -194,7 +203,7 @@ fn page(worker: &WorkerStatus) -> String {
         ("url", worker.url.clone()),
         ("state", state(worker).to_owned()),
         ("engine", worker.engine.to_string()),
-        ("role", worker.role.name().to_owned()),
+        ("role", role(worker)),
         ("models", worker.models.join(", ")),
         ("requests", worker.requests.to_string()),
         ("prefill tokens", worker.prefill_tokens.to_string()),
@@ -210,12 +219,19 @@ fn page(worker: &WorkerStatus) -> String {
     lines.iter().map(|(name, value)| format!("{name:<15} {value}\n")).collect()
 }
 
+fn role(worker: &WorkerStatus) -> String {
+    match worker.connector {
+        Some(connector) => format!("{}, {}", worker.role.name(), connector.name()),
+        None => worker.role.name().to_owned(),
+    }
+}
+
 /// Reads a name as the JSON API spells it, so that flags and API cannot differ.
-fn parse_name<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(super) fn parse_name<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(text.into()).map_err(|e| e.to_string())
 }
 
-fn parse_pair(text: &str) -> Result<(String, String), String> {
+pub(super) fn parse_pair(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
 }

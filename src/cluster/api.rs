@@ -13,13 +13,16 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 pub use super::stats::{ClusterStats, GroupStats, LogStats};
-use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
+use crate::ids::{Group, Incarnation, ReplicaId, StreamId, WorkerId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::routing::blocks::Blocks;
 use crate::routing::book::{Booking, Bookings, Tentative};
+use crate::routing::groups::Groups;
 use crate::routing::view::RegistryView;
 use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo};
+use crate::state::ksana::{KsanaState, Rules};
 use crate::state::ranks::{RankKey, Ranks};
+use crate::state::streams::StreamRecord;
 
 /// Why the cluster did not do something.
 #[derive(thiserror::Error, Clone, Debug, PartialEq, Eq)]
@@ -213,6 +216,12 @@ pub trait ControlPlane: Send + Sync + 'static {
     /// [`ControlPlane::propose`].
     fn propose_cache(&self, command: CacheCommand) -> Answer<CacheOutcome>;
 
+    /// Like [`ControlPlane::propose_cache`], of what may wait some milliseconds: it goes with what the
+    /// cluster is told next.
+    fn propose_cache_unhurried(&self, command: CacheCommand) -> Answer<CacheOutcome> {
+        self.propose_cache(command)
+    }
+
     /// Tells the cluster something of the cache group that nobody waits for; forgotten when there
     /// is no room.
     fn tell_cache(&self, command: CacheCommand);
@@ -235,6 +244,43 @@ pub trait ControlPlane: Send + Sync + 'static {
     fn sessions(&self) -> usize {
         0
     }
+
+    /// A stream, as applied here.
+    fn stream(&self, _id: StreamId) -> Option<StreamRecord> {
+        None
+    }
+
+    /// The streams that `wanted` lets through, as applied here, by id; at most `most`.
+    fn streams(
+        &self,
+        _wanted: &mut dyn FnMut(StreamId, &StreamRecord) -> bool,
+        _most: usize,
+    ) -> Vec<(StreamId, StreamRecord)> {
+        Vec::new()
+    }
+
+    /// What stream ids and capabilities are derived from; `None` before anybody has said it.
+    fn stream_secret(&self) -> Option<[u8; 32]> {
+        None
+    }
+
+    /// Has `told` called with each stream that is taken over, and its new attempt, as that is applied
+    /// here. At most one caller; it must not block.
+    fn on_stream_moved(&self, _told: Box<dyn Fn(StreamId, u32) + Send + Sync>) {}
+
+    /// Shows KsanaLLM's tables as applied here, with the cluster time; false where there are none.
+    fn ksana(&self, _look: &mut dyn FnMut(&KsanaState, u64)) -> bool {
+        false
+    }
+
+    /// KsanaLLM's groups with what is booked on them.
+    fn ksana_groups(&self) -> Arc<Groups> {
+        Arc::default()
+    }
+
+    /// Takes note of a KsanaLLM node's heartbeat that changes nothing but its time; reported to the
+    /// cluster within 250 ms, with all that came since the last report.
+    fn ksana_heard(&self, _node: &str, _rules: Rules) {}
 
     /// How long what this replica proposed is waiting to be applied, in milliseconds: what its
     /// peers proposed may be as old. 0 while nothing waits.

@@ -1,104 +1,50 @@
-//! The cluster for a replica that takes no part in it: says why, to everybody who asks.
+//! The cluster for a process that takes no part in it, a damaged replica or an edge: says why, to
+//! everybody who asks.
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
-
-use super::api::{Answer, ClusterError, ClusterStatus, ControlPlane, MemberOp};
-use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
-use crate::kv::feed::Cursor;
-use crate::routing::blocks::Blocks;
-use crate::routing::book::{Booking, Bookings, Tentative};
+use super::apart::{Apart, Nothing};
+use super::api::{ClusterError, ClusterStatus};
+use crate::ids::{Incarnation, ReplicaId};
 use crate::routing::view::RegistryView;
-use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome};
-use crate::state::ranks::{RankKey, Ranks};
 
 /// See the module.
 pub struct DownPlane {
     name: String,
     why: String,
-    bookings: Bookings,
-    blocks: Blocks,
-    ranks: watch::Sender<Arc<Ranks>>,
+    nothing: Nothing,
+    seen: Option<Box<dyn Fn() -> ClusterStatus + Send + Sync>>,
 }
 
 impl DownPlane {
-    /// For the replica of this name, with the reason and the remedy.
-    pub fn new(name: &str, why: String) -> Self {
-        Self {
-            name: name.to_owned(),
-            why,
-            bookings: Bookings::new(|| {}),
-            blocks: Blocks::default(),
-            ranks: watch::Sender::default(),
-        }
+    /// What is known of the cluster all the same.
+    pub fn seeing(self, seen: impl Fn() -> ClusterStatus + Send + Sync + 'static) -> Self {
+        Self { seen: Some(Box::new(seen)), ..self }
     }
 
-    fn refuse<T: Send + 'static>(&self) -> Answer<T> {
-        let why = self.why.clone();
-        Box::pin(async move { Err(ClusterError::Down(why)) })
+    /// For the replica of this name, with the reason and the remedy.
+    pub fn new(name: &str, why: String) -> Self {
+        Self { name: name.to_owned(), why, nothing: Nothing::default(), seen: None }
     }
 }
 
-impl ControlPlane for DownPlane {
-    fn propose(&self, _: ControlCommand) -> Answer<ControlOutcome> {
-        self.refuse()
+impl Apart for DownPlane {
+    fn nothing(&self) -> &Nothing {
+        &self.nothing
     }
 
-    fn read_barrier(&self, _: Group) -> Answer<()> {
-        self.refuse()
+    fn refusal(&self) -> ClusterError {
+        ClusterError::Down(self.why.clone())
     }
 
-    fn heartbeat(&self, _: &WorkerId) -> bool {
-        false
-    }
-
-    fn probed(&self, _: &WorkerId, _: bool) {}
-
-    fn registry(&self) -> Arc<RegistryView> {
+    fn workers(&self) -> Arc<RegistryView> {
         Arc::default()
     }
 
-    fn bookings(&self) -> &Bookings {
-        &self.bookings
-    }
-
-    fn reserve(&self, tentative: Tentative) -> Answer<Option<Booking>> {
-        tentative.refused();
-        self.refuse()
-    }
-
-    fn propose_cache(&self, _: CacheCommand) -> Answer<CacheOutcome> {
-        self.refuse()
-    }
-
-    fn tell_cache(&self, _: CacheCommand) {}
-
-    fn blocks(&self) -> &Blocks {
-        &self.blocks
-    }
-
-    fn ranks(&self) -> watch::Receiver<Arc<Ranks>> {
-        self.ranks.subscribe()
-    }
-
-    fn feed_cursor(&self, _: RankKey) -> Option<Cursor> {
-        None
-    }
-
-    fn session(&self, _: u64) -> Option<(WorkerIx, bool)> {
-        None
-    }
-
-    fn view_age_ms(&self) -> u64 {
-        0
-    }
-
-    fn member(&self, _: MemberOp) -> Answer<String> {
-        self.refuse()
-    }
-
-    fn status(&self) -> ClusterStatus {
+    fn seen(&self) -> ClusterStatus {
+        if let Some(seen) = &self.seen {
+            return seen();
+        }
         ClusterStatus {
             cluster_id: String::new(),
             me: ReplicaId::default(),

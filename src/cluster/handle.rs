@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{Instant as _, ServerState};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::api::{
     Answer, CacheDigest, ClusterError, ClusterStats, ClusterStatus, ControlPlane, DigestRound, GroupStatus,
@@ -15,16 +15,19 @@ use super::api::{
 use super::inner::{Inner, Member};
 use super::membership::Members;
 use super::peer::wire::{Kind, ReadIndexReply};
-use super::proposer::{Proposer, Route};
+use super::proposer::Route;
 use crate::codec;
-use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
+use crate::ids::{Group, Incarnation, ReplicaId, StreamId, WorkerId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::routing::blocks::Blocks;
 use crate::routing::book::{Booking, Bookings, Tentative};
+use crate::routing::groups::Groups;
 use crate::routing::view::RegistryView;
 use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo};
+use crate::state::ksana::{KsanaState, Rules};
 use crate::state::ranks::{RankKey, Ranks};
 use crate::state::replicated::State;
+use crate::state::streams::StreamRecord;
 
 /// A quorum heard of within this is a quorum.
 const QUORUM_FRESH: Duration = Duration::from_millis(1000);
@@ -51,19 +54,14 @@ impl Inner {
         if let Err(error) = codec::decode::<ControlCommand>(&codec::encode(&command)) {
             return Err(ClusterError::Refused(format!("this build cannot encode the command: {error}")));
         }
-        self.propose_to(&self.control, command, ControlOutcome::Unknown).await
+        self.down_reason()?;
+        self.outcome(self.control.submit(&[command])?, ControlOutcome::Unknown).await
     }
 
-    async fn propose_to<S: State>(
-        &self,
-        proposer: &Proposer<S>,
-        command: S::Command,
-        unknown: S::Outcome,
-    ) -> Result<S::Outcome, ClusterError> {
-        self.down_reason()?;
+    /// Waits until a command is applied here, for a while.
+    async fn outcome<O>(&self, outcomes: oneshot::Receiver<Vec<O>>, unknown: O) -> Result<O, ClusterError> {
         let waited = self.config.propose_timeout;
-        let answer = proposer.submit(&[command])?;
-        match tokio::time::timeout(waited, answer).await {
+        match tokio::time::timeout(waited, outcomes).await {
             Ok(Ok(outcomes)) => Ok(outcomes.into_iter().next().unwrap_or(unknown)),
             Ok(Err(_)) => Err(ClusterError::Down("the proposer has stopped".to_owned())),
             Err(_) => Err(ClusterError::Unavailable { waited }),
@@ -362,7 +360,18 @@ impl ControlPlane for Handle {
 
     fn propose_cache(&self, command: CacheCommand) -> Answer<CacheOutcome> {
         let inner = self.inner.clone();
-        Box::pin(async move { inner.propose_to(&inner.cache, command, CacheOutcome::Unknown).await })
+        Box::pin(async move {
+            inner.down_reason()?;
+            inner.outcome(inner.cache.submit(&[command])?, CacheOutcome::Unknown).await
+        })
+    }
+
+    fn propose_cache_unhurried(&self, command: CacheCommand) -> Answer<CacheOutcome> {
+        let inner = self.inner.clone();
+        Box::pin(async move {
+            inner.down_reason()?;
+            inner.outcome(inner.cache.submit_unhurried(&[command])?, CacheOutcome::Unknown).await
+        })
     }
 
     fn tell_cache(&self, command: CacheCommand) {
@@ -370,7 +379,9 @@ impl ControlPlane for Handle {
         let _ = match &command {
             // Only peers want to know: this replica has noted it, and the engine will tell.
             CacheCommand::Routed { capacity: None, .. } if !self.has_peers() => Ok(()),
-            CacheCommand::Routed { .. } => self.inner.cache.tell(&[command]),
+            CacheCommand::Routed { .. } | CacheCommand::MirrorStream { .. } => {
+                self.inner.cache.tell(&[command])
+            }
             _ => self.inner.cache.submit(&[command]).map(drop),
         };
     }
@@ -391,6 +402,44 @@ impl ControlPlane for Handle {
     fn session(&self, session: u64) -> Option<(WorkerIx, bool)> {
         let member = self.inner.member.get()?;
         member.cache.read(|state| state.sessions().worker(session))
+    }
+
+    fn stream(&self, id: StreamId) -> Option<StreamRecord> {
+        self.inner.member.get()?.cache.read(|state| state.streams().get(id).cloned())
+    }
+
+    fn streams(
+        &self,
+        wanted: &mut dyn FnMut(StreamId, &StreamRecord) -> bool,
+        most: usize,
+    ) -> Vec<(StreamId, StreamRecord)> {
+        let Some(member) = self.inner.member.get() else { return Vec::new() };
+        member.cache.read(|state| {
+            let found = state.streams().iter().filter(|(id, record)| wanted(*id, record));
+            found.take(most).map(|(id, record)| (id, record.clone())).collect()
+        })
+    }
+
+    fn stream_secret(&self) -> Option<[u8; 32]> {
+        self.inner.member.get()?.cache.read(|state| state.stream_secret())
+    }
+
+    fn on_stream_moved(&self, told: Box<dyn Fn(StreamId, u32) + Send + Sync>) {
+        let _ = self.inner.board.stream_moved.set(told);
+    }
+
+    fn ksana(&self, look: &mut dyn FnMut(&KsanaState, u64)) -> bool {
+        let Some(member) = self.inner.member.get() else { return false };
+        member.control.read(|state| look(state.ksana(), state.now_ms()));
+        true
+    }
+
+    fn ksana_groups(&self) -> Arc<Groups> {
+        self.inner.board.groups.load_full()
+    }
+
+    fn ksana_heard(&self, node: &str, rules: Rules) {
+        self.inner.pulse.ksana_heard(node, rules);
     }
 
     fn sessions(&self) -> usize {

@@ -11,9 +11,10 @@ use tokio::sync::watch;
 
 use super::machine::{Cell, Hooks};
 use super::proposer::Proposer;
-use crate::ids::{Group, ReplicaId, WorkerIx};
+use crate::ids::{Group, ReplicaId, StreamId, WorkerIx};
 use crate::kv::types::RankIx;
 use crate::routing::blocks::Blocks;
+use crate::routing::groups::Groups;
 use crate::routing::view::{NOT_SCORED, RegistryView, WorkerLive, WorkerView};
 use crate::state::cache::CacheState;
 use crate::state::command::{CacheOutcome, ControlCommand, ControlOutcome};
@@ -24,6 +25,8 @@ use crate::state::ranks::{Knowledge, Ranks};
 pub struct Board {
     /// The registry, replaced when it changes.
     pub registry: ArcSwap<RegistryView>,
+    /// KsanaLLM's groups, replaced when they change.
+    pub groups: ArcSwap<Groups>,
     /// Who has which blocks.
     pub blocks: Blocks,
     /// The ranks, as of the last time that one came, went, changed hands or became whole; their
@@ -33,6 +36,8 @@ pub struct Board {
     pub lives: Mutex<HashMap<WorkerIx, Arc<WorkerLive>>>,
     /// Set when the cluster has released what this replica holds.
     pub lease_lost: AtomicBool,
+    /// Told of streams that are taken over.
+    pub stream_moved: OnceLock<Box<dyn Fn(StreamId, u32) + Send + Sync>>,
     /// Called with the reason when this replica's state differs from the majority's.
     pub diverged: Box<dyn Fn(String) + Send + Sync>,
 }
@@ -42,10 +47,12 @@ impl Board {
     pub fn new(diverged: impl Fn(String) + Send + Sync + 'static) -> Self {
         Self {
             registry: ArcSwap::default(),
+            groups: ArcSwap::default(),
             blocks: Blocks::default(),
             ranks: watch::Sender::default(),
             lives: Mutex::default(),
             lease_lost: AtomicBool::new(false),
+            stream_moved: OnceLock::new(),
             diverged: Box::new(diverged),
         }
     }
@@ -99,6 +106,42 @@ pub struct ControlHooks {
     pub seen: AtomicU64,
 }
 
+impl ControlHooks {
+    fn publish_groups(&self, state: &ControlState) {
+        if self.board.groups.load().are_of(state.ksana()) {
+            return;
+        }
+        let mut fresh = Vec::new();
+        let groups = {
+            let mut lives = self.board.lives.lock();
+            Groups::of(state.ksana(), |ix| {
+                let made = || {
+                    let live = Arc::<WorkerLive>::default();
+                    fresh.push((ix, live.clone()));
+                    live
+                };
+                lives.entry(ix).or_insert_with(made).clone()
+            })
+        };
+        self.fill(&fresh);
+        self.board.groups.store(Arc::new(groups));
+    }
+
+    /// Lets those that are new here have what the other state knows of them.
+    fn fill(&self, fresh: &[(WorkerIx, Arc<WorkerLive>)]) {
+        let (Some(cache), false) = (self.cache.get(), fresh.is_empty()) else { return };
+        // Under the other state's lock, so that no later value is overwritten.
+        cache.read(|cache| {
+            for (ix, live) in fresh {
+                live.set_peers(cache.peers_load(self.me, *ix));
+                live.set_correction(cache.correction(*ix));
+                live.set_ranks(scored(cache.ranks(), *ix));
+                live.set_reckoned(is_reckoned(cache.ranks(), *ix));
+            }
+        });
+    }
+}
+
 impl Hooks<ControlState> for ControlHooks {
     fn acknowledged(&self, number: u64, outcomes: Vec<ControlOutcome>) {
         self.proposer.acknowledged(number, outcomes);
@@ -116,6 +159,7 @@ impl Hooks<ControlState> for ControlHooks {
                 tracing::error!(%group, index = at, replica = %id, "a replica's state differs from the majority's");
             }
         }
+        self.publish_groups(state);
         if self.seen.swap(state.registry_version(), Ordering::Relaxed) == state.registry_version() {
             return;
         }
@@ -136,17 +180,7 @@ impl Hooks<ControlState> for ControlHooks {
             }
             view
         };
-        if let (Some(cache), false) = (self.cache.get(), fresh.is_empty()) {
-            // Under the other state's lock, so that no later value is overwritten.
-            cache.read(|cache| {
-                for (ix, live) in &fresh {
-                    live.peers.set(cache.peers_load(self.me, *ix));
-                    live.foreign.set(cache.correction(*ix));
-                    live.set_ranks(scored(cache.ranks(), *ix));
-                    live.set_reckoned(is_reckoned(cache.ranks(), *ix));
-                }
-            });
-        }
+        self.fill(&fresh);
         self.board.registry.store(Arc::new(RegistryView::new(index, workers)));
     }
 
@@ -188,10 +222,19 @@ impl Hooks<CacheState> for CacheHooks {
         if state.take_ranks_changed() {
             self.board.publish_ranks(state);
         }
+        let moved = state.take_moved_streams();
+        if let Some(told) = self.board.stream_moved.get() {
+            moved.into_iter().for_each(|(id, attempt)| told(id, attempt));
+        }
         for (origin, routed) in state.take_routed() {
             // What this replica sent, it has noted itself, at once.
             if origin != self.me {
-                self.board.blocks.recent.note(routed.rank, routed.seed, &routed.locals);
+                self.board.blocks.recent.note_told(routed.rank, routed.seed, routed.locals);
+            }
+        }
+        for (origin, keys) in state.take_waiting() {
+            if origin != self.me {
+                self.board.blocks.recent.still_wait(&keys);
             }
         }
         let (changed, restored) = (state.take_changed(), state.take_restored());
@@ -200,8 +243,8 @@ impl Hooks<CacheState> for CacheHooks {
         }
         let lives = self.board.lives.lock();
         let set = |worker: WorkerIx, live: &WorkerLive| {
-            live.peers.set(state.peers_load(self.me, worker));
-            live.foreign.set(state.correction(worker));
+            live.set_peers(state.peers_load(self.me, worker));
+            live.set_correction(state.correction(worker));
         };
         if restored {
             return lives.iter().for_each(|(worker, live)| set(*worker, live));

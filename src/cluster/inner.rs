@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +18,7 @@ use super::machine::{Cell, Machine, Raft};
 use super::peer::dial::Dialer;
 use super::peer::server::Served;
 use super::proposer::{Batching, Proposer, Route};
-use super::pulse::Pulse;
+use super::pulse::{KsanaWatch, Pulse};
 use super::stats::GroupCounters;
 use super::storage::wal::Wal;
 use crate::ids::{Group, Incarnation, ReplicaId};
@@ -41,6 +42,8 @@ pub struct NodeConfig {
     pub join: Vec<String>,
     /// Certificates for the links; without, they are in plain text and anybody's.
     pub tls: Option<Arc<PeerTls>>,
+    /// What else is served on the peer listener, and what drives connections that are for streams.
+    pub services: Option<(tonic::service::Routes, Handle)>,
     /// Become a voter as soon as caught up.
     pub auto_promote: bool,
     /// Raft heartbeat.
@@ -63,6 +66,8 @@ pub struct NodeConfig {
     pub digest_every: u64,
     /// What the prefix index of all replicas may take, when this one leads.
     pub index: Options,
+    /// How KsanaLLM's nodes go offline when this one leads; nobody looks after them without.
+    pub ksana: Option<KsanaWatch>,
 }
 
 impl NodeConfig {
@@ -78,6 +83,7 @@ impl NodeConfig {
             peers: BTreeMap::new(),
             join: Vec::new(),
             tls: None,
+            services: None,
             auto_promote: true,
             heartbeat: Duration::from_millis(125),
             election: (Duration::from_millis(150), Duration::from_millis(300)),
@@ -89,6 +95,7 @@ impl NodeConfig {
             wal_segment_bytes: 16 << 20,
             digest_every: 256,
             index: Options::default(),
+            ksana: None,
         }
     }
 }
@@ -136,7 +143,7 @@ pub(super) struct Inner {
     pub(super) nudge: tokio::sync::Notify,
     pub(super) invited: Mutex<Vec<String>>,
     pub(super) stop: CancellationToken,
-    pub(super) raft_runtime: tokio::runtime::Handle,
+    pub(super) raft_runtime: Handle,
     /// Held while this process lives.
     pub(super) _lock: std::fs::File,
 }

@@ -1,14 +1,15 @@
 //! Becoming a member: opens log and checkpoints, starts both groups and the tasks around them.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use openraft::SnapshotPolicy;
 use openraft::async_runtime::watch::WatchReceiver;
 use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
 
 use super::clock;
-use super::hooks::{CacheHooks, ControlHooks};
+use super::hooks::{Board, CacheHooks, ControlHooks};
 use super::inner::{Inner, Member, StartError};
 use super::log_store::LogStore;
 use super::machine::{AnyCell, Cell, Machine, Raft};
@@ -17,7 +18,7 @@ use super::pacemaker::{self, Heard};
 use super::peer::lane::Lane;
 use super::peer::link::Links;
 use super::peer::server::Served;
-use super::proposer::{self, Driver, Route};
+use super::proposer::{self, Driver, Proposer, Route};
 use super::pulse;
 use super::read_index::ReadIndex;
 use super::stats::GroupCounters;
@@ -25,6 +26,7 @@ use super::storage::checkpoint::CheckpointStore;
 use super::storage::disk::RealDisk;
 use super::storage::wal::{Wal, WalError, WalOptions};
 use crate::ids::{Group, Incarnation, ReplicaId};
+use crate::routing::recent::TURN;
 use crate::state::cache::CacheState;
 use crate::state::command::{CacheCommand, ControlCommand};
 use crate::state::control::ControlState;
@@ -243,6 +245,12 @@ impl Inner {
         ));
         let timeout = self.config.rhythm.worker_timeout;
         tokio::spawn(pulse::run(self.pulse.clone(), control.clone(), self.control.clone(), timeout));
+        if let Some(watch) = self.config.ksana {
+            let (raft, proposer) = (rafts[0].clone(), self.control.clone());
+            tokio::spawn(pulse::watch_ksana(watch, raft, control.clone(), proposer));
+        }
+        let peers = has_peers(rafts[1].clone());
+        tokio::spawn(turns(Arc::downgrade(&self.board), self.cache.clone(), peers));
         for group in Group::ALL {
             let raft = rafts[group.index()].clone();
             let (wal, machine) = (wal.clone(), machines[group.index()].clone());
@@ -281,6 +289,27 @@ impl Inner {
 fn has_peers(raft: Raft) -> Box<dyn Fn() -> bool + Send + Sync> {
     let metrics = raft.server_metrics();
     Box::new(move || metrics.borrow_watched().membership_config.membership().nodes().count() > 1)
+}
+
+/// Lets what was just sent be forgotten in time, and tells the others what still waits; ends with the
+/// replica.
+async fn turns(
+    board: Weak<Board>,
+    cache: Proposer<CacheState>,
+    has_peers: Box<dyn Fn() -> bool + Send + Sync>,
+) {
+    let mut rhythm = tokio::time::interval(TURN);
+    rhythm.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        rhythm.tick().await;
+        let Some(board) = board.upgrade() else { return };
+        // Many long prompts that wait for long take some milliseconds.
+        let Ok(keys) = tokio::task::spawn_blocking(move || board.blocks.recent.turn()).await else { return };
+        if !keys.is_empty() && has_peers() {
+            // No room: they have more to do than to know this.
+            let _ = cache.tell(&[CacheCommand::Waiting { keys }]);
+        }
+    }
 }
 
 /// Keeps the proposers' route to the leader; ends when nobody wants to know or the group stops.

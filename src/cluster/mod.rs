@@ -3,6 +3,7 @@
 //!
 //! Entry point: [`node::Cluster::start`]. Everybody else knows the cluster by [`api::ControlPlane`].
 
+mod apart;
 pub mod api;
 pub mod clock;
 #[cfg(test)]
@@ -25,6 +26,7 @@ mod place;
 pub mod proposer;
 pub mod pulse;
 pub mod read_index;
+pub mod solo;
 pub mod stats;
 pub mod storage;
 #[cfg(test)]

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use rand::RngExt;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
 
 use super::api::ControlPlane;
 use super::handle::Handle;
@@ -17,12 +18,17 @@ use super::identity::Identity;
 use super::inner::{Inner, NodeConfig, StartError};
 use super::membership;
 use super::peer::dial::Dialer;
-use super::peer::incoming::incoming;
+use super::peer::incoming::{Incoming, incoming, incoming_apart, server};
 use super::peer::server::Service;
 use super::place::LinkHost;
 use super::proposer::Proposer;
 use crate::routing::book::Bookings;
 use crate::state::cache::CacheState;
+
+/// Bytes that may be on their way on one stream of a link, and on all of them. Windows of our own,
+/// for each output stream, are within these.
+pub(super) const STREAM_WINDOW: u32 = 4 << 20;
+pub(super) const CONNECTION_WINDOW: u32 = 16 << 20;
 
 /// How long the groups may take to stop.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
@@ -44,7 +50,7 @@ impl Cluster {
             return Err(StartError::Damaged(format!("this folder is quarantined: {why}")));
         }
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
+            .worker_threads(2)
             .thread_name("raft")
             .enable_all()
             .build()?;
@@ -185,13 +191,23 @@ async fn serve_links(inner: Arc<Inner>, listener: TcpListener) {
             return;
         }
     };
-    let incoming = incoming(listener, inner.config.tls.clone(), inner.stop.clone());
-    let stop = inner.stop.clone();
-    let served = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(5)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(2)))
-        .add_service(Service::serve(Arc::new(LinkHost { inner })))
-        .serve_with_incoming_shutdown(incoming, async move { stop.cancelled().await });
+    let (tls, stop) = (inner.config.tls.clone(), inner.stop.clone());
+    let (incoming, more) = match inner.config.services.clone() {
+        None => (incoming(listener, tls, stop.clone()), Routes::default()),
+        Some((more, runtime)) => {
+            let (incoming, streams) = incoming_apart(listener, tls, runtime.clone(), stop.clone());
+            // Ends with `stop`, or the runtime.
+            runtime.spawn(serve_what_comes(streams, more.clone(), stop.clone()));
+            (incoming, more)
+        }
+    };
+    let routes = more.add_service(Service::serve(Arc::new(LinkHost { inner })));
+    serve_what_comes(incoming, routes, stop).await;
+}
+
+async fn serve_what_comes(incoming: Incoming, routes: Routes, stop: CancellationToken) {
+    let stopped = async move { stop.cancelled().await };
+    let served = server().add_routes(routes).serve_with_incoming_shutdown(incoming, stopped);
     if let Err(error) = served.await {
         tracing::error!(%error, "the peer links have stopped");
     }

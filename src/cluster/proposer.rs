@@ -79,13 +79,14 @@ type Waiter<O> = oneshot::Sender<Vec<O>>;
 struct Batch<O> {
     list: ListEncoder,
     mutations: u64,
-    /// Whoever waits; nobody, if all of it was only told.
     waiters: Vec<(std::ops::Range<usize>, Waiter<O>)>,
+    /// Somebody waits for it and does nothing else meanwhile.
+    urgent: bool,
 }
 
 impl<O> Default for Batch<O> {
     fn default() -> Self {
-        Self { list: ListEncoder::default(), mutations: 0, waiters: Vec::new() }
+        Self { list: ListEncoder::default(), mutations: 0, waiters: Vec::new(), urgent: false }
     }
 }
 
@@ -141,25 +142,41 @@ impl<S: State> Proposer<S> {
         commands: &[S::Command],
     ) -> Result<oneshot::Receiver<Vec<S::Outcome>>, ClusterError> {
         let (tx, rx) = oneshot::channel();
-        self.enqueue(commands, Some(tx))?;
+        self.enqueue(commands, Some(tx), true)?;
+        Ok(rx)
+    }
+
+    /// Like [`Proposer::submit`], for outcomes that nobody waits for with anything else: they may
+    /// gather for as long as summed loads do.
+    pub fn submit_unhurried(
+        &self,
+        commands: &[S::Command],
+    ) -> Result<oneshot::Receiver<Vec<S::Outcome>>, ClusterError> {
+        let (tx, rx) = oneshot::channel();
+        self.enqueue(commands, Some(tx), false)?;
         Ok(rx)
     }
 
     /// Puts commands into the queue that nobody waits for: they may gather for as long as summed
     /// loads do.
     pub fn tell(&self, commands: &[S::Command]) -> Result<(), ClusterError> {
-        self.enqueue(commands, None)
+        self.enqueue(commands, None, false)
     }
 
     fn enqueue(
         &self,
         commands: &[S::Command],
         waiter: Option<Waiter<S::Outcome>>,
+        urgent: bool,
     ) -> Result<(), ClusterError> {
         let mut queue = self.shared.queue.lock();
         if queue.bytes >= self.shared.batching.queue_bytes {
             return Err(ClusterError::Overloaded { bytes: queue.bytes });
         }
+        // The driver knows when what waits is due, unless this changes it: there was nothing, a batch is
+        // full, or somebody waits where nobody did. Waking it for each of ten thousand prompts a second
+        // would cost more than the log does.
+        let sooner = queue.waiting.is_empty() || urgent && !queue.waiting.iter().any(|batch| batch.urgent);
         let needs_new =
             queue.waiting.back().is_none_or(|batch| batch.list.len() >= self.shared.batching.bytes);
         if needs_new {
@@ -174,10 +191,14 @@ impl<S: State> Proposer<S> {
         }
         let count = batch.list.count() as usize;
         batch.waiters.extend(waiter.map(|waiter| (start..count, waiter)));
+        batch.urgent |= urgent;
+        let is_full = batch.list.len() >= self.shared.batching.bytes;
         let grown = batch.list.len() - before;
         queue.bytes += grown;
         drop(queue);
-        self.shared.wake.notify_one();
+        if sooner || is_full {
+            self.shared.wake.notify_one();
+        }
         Ok(())
     }
 
@@ -257,20 +278,30 @@ pub async fn run<S: State>(mut driver: Driver<S>) {
     let shared = driver.proposer.shared.clone();
     let mut resend_after = RESEND.0;
     let mut sent_at = Instant::now();
-    let mut sealed_at = sent_at;
+    let (mut sealed_at, mut gathers_since) = (sent_at, sent_at);
+    // Whether there was nothing to say when it was last looked at.
+    let mut rests = true;
     let mut acked = 0u64;
     let trouble = Arc::new(Notify::new());
     loop {
         // Seal and send what is due.
         let mut due = None;
         while shared.queue.lock().in_flight.len() < IN_FLIGHT {
-            let wait = patience(&driver, &shared, sealed_at);
+            if std::mem::take(&mut rests) {
+                // Half a window: what comes alone is known to the others soon all the same.
+                let now = Instant::now();
+                gathers_since = now.checked_sub(shared.batching.load_window / 2).unwrap_or(now);
+            }
+            let wait = patience(&driver, &shared, sealed_at, gathers_since);
             if wait > Duration::ZERO {
                 due = Some(wait);
                 break;
             }
-            let Some(segment) = seal(&driver, &shared) else { break };
-            sealed_at = Instant::now();
+            let Some(segment) = seal(&driver, &shared) else {
+                rests = true;
+                break;
+            };
+            (sealed_at, gathers_since) = (Instant::now(), Instant::now());
             if shared.queue.lock().in_flight.len() == 1 {
                 sent_at = sealed_at;
             }
@@ -323,14 +354,21 @@ pub async fn run<S: State>(mut driver: Driver<S>) {
 /// How long what has gathered may go on gathering: not at all when nothing is in flight or a
 /// segment is full, else until a window has passed since the last was sealed. Where nobody waits
 /// for anything, something may have been told, or there may be something to fill a segment with,
-/// in its own time.
-fn patience<S: State>(driver: &Driver<S>, shared: &Shared<S>, sealed_at: Instant) -> Duration {
+/// in its own time: since the last was sealed, or, after a rest, half of it since it began to gather. A request
+/// that comes after a rest so has the processors to itself until it has its answer, or is at least
+/// on its way; what the log makes all replicas do comes after it.
+fn patience<S: State>(
+    driver: &Driver<S>,
+    shared: &Shared<S>,
+    sealed_at: Instant,
+    gathers_since: Instant,
+) -> Duration {
     let queue = shared.queue.lock();
     let full = queue.waiting.front().is_some_and(|batch| batch.list.len() >= shared.batching.bytes);
-    if !full && queue.waiting.iter().all(|batch| batch.waiters.is_empty()) {
+    if !full && !queue.waiting.iter().any(|batch| batch.urgent) {
         drop(queue);
         let window = if (driver.has_peers)() { shared.batching.load_window } else { LONELY_WINDOW };
-        return window.saturating_sub(sealed_at.elapsed());
+        return window.saturating_sub(gathers_since.elapsed());
     }
     if full || queue.in_flight.is_empty() {
         return Duration::ZERO;
@@ -463,6 +501,25 @@ mod tests {
     use crate::state::command::{ControlCommand, ControlOutcome};
     use crate::state::control::ControlState;
 
+    /// A driver that proposes here, what it proposes, and its route, which must be kept.
+    fn driver_of(
+        proposer: &Proposer<ControlState>,
+    ) -> (Driver<ControlState>, mpsc::Receiver<Segment>, watch::Sender<Route>) {
+        let (intake, segments) = mpsc::channel(8);
+        let (keep, route) = watch::channel(Route::Here);
+        let driver = Driver {
+            proposer: proposer.clone(),
+            group: Group::Control,
+            me: ReplicaId(1),
+            incarnation: Incarnation(1),
+            route,
+            intake,
+            fill: Box::new(Vec::new),
+            has_peers: Box::new(|| true),
+        };
+        (driver, segments, keep)
+    }
+
     #[test]
     fn a_queue_without_a_leader_is_bounded_and_empties_again() {
         let batching = Batching { queue_bytes: 100, ..Batching::default() };
@@ -479,18 +536,7 @@ mod tests {
         assert!(refused.retryable());
 
         // What a driver would do: seal, send, see it applied.
-        let (intake, mut segments) = mpsc::channel(8);
-        let (_keep, route) = watch::channel(Route::Here);
-        let driver = Driver {
-            proposer: proposer.clone(),
-            group: Group::Control,
-            me: ReplicaId(1),
-            incarnation: Incarnation(1),
-            route,
-            intake,
-            fill: Box::new(Vec::new),
-            has_peers: Box::new(|| true),
-        };
+        let (driver, mut segments, _keep) = driver_of(&proposer);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let driven = tokio::spawn(run(driver));
@@ -522,5 +568,44 @@ mod tests {
             assert_eq!(proposer.counters().read(Group::Control, 0).proposals.count(), 2);
             driven.abort();
         });
+    }
+
+    #[tokio::test]
+    async fn what_is_told_waits_for_company_and_what_is_asked_for_does_not() {
+        let batching =
+            Batching { load_window: Duration::from_secs(3600), bytes: 1000, ..Batching::default() };
+        let proposer: Proposer<ControlState> = Proposer::new(batching);
+        let (driver, mut segments, _keep) = driver_of(&proposer);
+        let driven = tokio::spawn(run(driver));
+        let count = |segment: &Segment| {
+            let commands: Vec<ControlCommand> = codec::decode(&segment.commands).unwrap();
+            commands.len()
+        };
+        let mut number = 0;
+        let mut applied = |proposer: &Proposer<ControlState>, commands: usize| {
+            number += 1;
+            proposer.acknowledged(number, vec![ControlOutcome::Done; commands]);
+        };
+        for _ in 0..3 {
+            // The driver sleeps by now, and again each time.
+            proposer.tell(&[ControlCommand::Noop]).unwrap();
+            tokio::time::timeout(Duration::from_millis(20), segments.recv()).await.unwrap_err();
+        }
+        let asked = proposer.submit(&[ControlCommand::Noop]).unwrap();
+        assert_eq!(count(&segments.recv().await.unwrap()), 4);
+        applied(&proposer, 4);
+        assert_eq!(asked.await.unwrap(), vec![ControlOutcome::Done]);
+        // Nobody waits, but it is enough for a segment.
+        let mut told = 0;
+        let segment = loop {
+            proposer.tell(&[ControlCommand::Noop]).unwrap();
+            told += 1;
+            if let Ok(segment) = tokio::time::timeout(Duration::from_millis(1), segments.recv()).await {
+                break segment.unwrap();
+            }
+        };
+        assert!(segment.commands.len() >= 1000, "{}", segment.commands.len());
+        assert_eq!(count(&segment), told);
+        driven.abort();
     }
 }

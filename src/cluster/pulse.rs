@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::machine::Cell;
+use super::machine::{Cell, Raft};
 use super::proposer::Proposer;
 use crate::ids::WorkerId;
 use crate::state::command::{ControlCommand, Sign};
 use crate::state::control::{ControlState, MAX_WORKERS};
+use crate::state::ksana::{KsanaCommand, MAX_NAME, MAX_NODES, Rules};
 use crate::state::worker::Liveness;
 
 /// Time between two reports; a twentieth of the worker timeout where that is less, so that a
@@ -22,12 +23,28 @@ const PERIOD: Duration = Duration::from_millis(250);
 /// what the log takes in one entry.
 const MOST: usize = 512;
 
+/// A KsanaLLM node's sign is reported when so much time has passed since the last one, or a quarter of
+/// the timeout where that is less: often enough that it shows who knew of what before it began anew.
+const KSANA_PERIOD: Duration = Duration::from_secs(1);
+
+/// How KsanaLLM's nodes go offline.
+#[derive(Clone, Copy, Debug)]
+pub struct KsanaWatch {
+    /// As configured.
+    pub rules: Rules,
+    /// How long after that a node is forgotten.
+    pub forget: Duration,
+}
+
 #[derive(Default)]
 struct Heard {
     /// When the newest came that has not been reported.
     heartbeats: BTreeMap<WorkerId, Instant>,
     probed: BTreeMap<WorkerId, Instant>,
     failed: BTreeSet<WorkerId>,
+    /// KsanaLLM's nodes, by id.
+    ksana: BTreeMap<String, Instant>,
+    ksana_rules: Option<Rules>,
 }
 
 /// See the module. Bounded by the registry: only known workers are taken note of.
@@ -43,6 +60,39 @@ impl Pulse {
         if heard.heartbeats.len() < MAX_WORKERS {
             heard.heartbeats.insert(id.clone(), Instant::now());
         }
+    }
+
+    /// A KsanaLLM node's heartbeat.
+    pub fn ksana_heard(&self, id: &str, rules: Rules) {
+        let mut heard = self.heard.lock();
+        heard.ksana_rules = Some(rules);
+        if id.len() <= MAX_NAME && heard.ksana.len() < MAX_NODES {
+            heard.ksana.insert(id.to_owned(), Instant::now());
+        }
+    }
+
+    fn take_ksana(&self, state: &ControlState) -> Option<ControlCommand> {
+        let mut heard = self.heard.lock();
+        let rules = heard.ksana_rules?;
+        let (now, now_ms) = (Instant::now(), state.now_ms());
+        let period_ms = (KSANA_PERIOD.as_millis() as u64).min(u64::from(rules.timeout_ms) / 4);
+        let mut nodes = Vec::new();
+        heard.ksana.retain(|id, at| {
+            let age_ms = (now - *at).as_millis() as u64;
+            let Some(node) = state.ksana().node(id).filter(|_| age_ms < u64::from(rules.timeout_ms)) else {
+                return false;
+            };
+            if node.online && now_ms.saturating_sub(age_ms) < node.last_heard_ms {
+                return false;
+            }
+            let is_due = !node.online || now_ms.saturating_sub(node.last_heard_ms) >= period_ms;
+            if is_due && nodes.len() < MOST {
+                nodes.push((id.clone(), age_ms as u32));
+                return false;
+            }
+            true
+        });
+        (!nodes.is_empty()).then_some(ControlCommand::Ksana(KsanaCommand::Heard { nodes, rules }))
     }
 
     /// The result of a probe; the latest counts.
@@ -118,10 +168,44 @@ pub async fn run(
     period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         period.tick().await;
-        let report = control.read(|state| pulse.take(state, worker_timeout));
-        if let Some(report) = report {
+        let report: Vec<ControlCommand> = control.read(|state| {
+            let workers = pulse.take(state, worker_timeout);
+            workers.into_iter().chain(pulse.take_ksana(state)).collect()
+        });
+        if !report.is_empty() {
             // With a full queue there is no leader; what is heard then will be heard again.
-            let _ = proposer.submit(&[report]);
+            let _ = proposer.submit(&report);
+        }
+    }
+}
+
+/// While this replica leads, has KsanaLLM's nodes judged that are overdue by the committed clock, until
+/// aborted. In strict mode heartbeats do that.
+pub async fn watch_ksana(
+    watch: KsanaWatch,
+    raft: Raft,
+    control: Arc<Cell<ControlState>>,
+    proposer: Proposer<ControlState>,
+) {
+    let KsanaWatch { rules, forget } = watch;
+    let forget_ms = u64::try_from(forget.as_millis()).unwrap_or(u64::MAX);
+    let mut period = tokio::time::interval(PERIOD);
+    period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    if rules.strict {
+        return;
+    }
+    loop {
+        period.tick().await;
+        if !raft.is_leader() {
+            continue;
+        }
+        let wanted = control.read(|state| state.ksana().wants_judgement(state.now_ms(), rules, forget_ms));
+        if wanted
+            && let Ok(judged) =
+                proposer.submit(&[ControlCommand::Ksana(KsanaCommand::Judge { rules, forget_ms })])
+        {
+            // One after the other: what is judged must show before it is looked at again.
+            let _ = judged.await;
         }
     }
 }

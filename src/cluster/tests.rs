@@ -10,7 +10,8 @@ use super::api::{ControlPlane, MemberOp};
 use super::inner::NodeConfig;
 use super::node::Cluster;
 use crate::ids::{Group, WorkerId, WorkerIx};
-use crate::kv::hash::Seed;
+use crate::kv::hash::{LocalHash, Seed};
+use crate::routing::recent::TURN;
 use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome};
 use crate::state::ranks::RankKey;
 use crate::state::worker::{WorkerSource, WorkerSpec};
@@ -136,6 +137,7 @@ pub(super) fn spec(id: &str) -> WorkerSpec {
         engine: Default::default(),
         models: vec![],
         role: Default::default(),
+        transfer: Default::default(),
         dp_ranks: 1,
         block_size: None,
         capacity_blocks: None,
@@ -496,4 +498,44 @@ fn the_leaders_bound_of_the_index_holds_on_all_replicas_however_they_are_configu
         let bound = |i| r.plane(i).blocks().index.load().options().bytes;
         (0..3).all(|i| bound(i) == (leader as u64 + 1) * (16 << 20))
     });
+}
+
+#[test]
+fn a_prompt_that_waits_is_coming_on_all_replicas_until_it_waits_no_more() {
+    let r = Replicas::new(3);
+    r.until("a cluster", || (0..3).all(|i| r.plane(i).status().quorum));
+    r.register(0, "a");
+    let worker = r.plane(0).registry().workers[0].record.ix;
+    let rank = RankKey { worker, rank: 0 };
+    // A rank with events.
+    let claim = CacheCommand::ClaimFeed { rank, from: None };
+    assert!(matches!(r.runtime.block_on(r.plane(0).propose_cache(claim)), Ok(CacheOutcome::Feed(_))));
+    let ix = r.plane(0).ranks().borrow().get(rank).unwrap().ix;
+    let locals: Vec<LocalHash> = (1..=4).map(LocalHash).collect();
+    let plane = r.plane(0);
+    let recent = &plane.blocks().recent;
+    recent.note(ix, Seed::default(), &locals);
+    let awaited = recent.until_first_token(ix, Seed::default(), &locals);
+    let bytes: Vec<u8> = locals.iter().flat_map(|local| local.0.to_le_bytes()).collect();
+    r.plane(0).tell_cache(CacheCommand::Routed {
+        rank,
+        seed: Seed::default(),
+        locals: bytes.into(),
+        capacity: None,
+    });
+    let coming = |i: usize| {
+        let mut sent = Vec::new();
+        r.plane(i).blocks().overlaps(&locals, &mut Vec::new(), &mut sent);
+        sent.first().map_or(0, |sent| sent.blocks)
+    };
+    r.until("known to all", || (0..3).all(|i| coming(i) == 4));
+    let began = Instant::now();
+    // Longer than what nobody names would stay.
+    while began.elapsed() < TURN * 6 {
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(coming(0), 4, "here, after {:?}", began.elapsed());
+    }
+    assert!((1..3).all(|i| coming(i) == 4), "elsewhere, too");
+    drop(awaited);
+    r.until("forgotten by all", || (0..3).all(|i| coming(i) == 0));
 }

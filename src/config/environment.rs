@@ -22,3 +22,16 @@ pub fn temporary_folder() -> PathBuf {
 pub fn admin_token() -> Option<String> {
     std::env::var("EVERLINE_ADMIN_TOKEN").ok().filter(|token| !token.trim().is_empty())
 }
+
+/// The node token in `EVERLINE_NODE_TOKEN`, for agents.
+pub fn node_token() -> Option<String> {
+    std::env::var("EVERLINE_NODE_TOKEN").ok().filter(|token| !token.trim().is_empty())
+}
+
+/// Where Kubernetes says that its API server is, to whatever runs in it.
+pub fn kubernetes_api() -> Option<String> {
+    let host = std::env::var("KUBERNETES_SERVICE_HOST").ok().filter(|host| !host.is_empty())?;
+    let port = std::env::var("KUBERNETES_SERVICE_PORT").unwrap_or_else(|_| "443".to_owned());
+    let host = if host.contains(':') { format!("[{host}]") } else { host };
+    Some(format!("https://{host}:{port}"))
+}

@@ -6,6 +6,7 @@ use toml::Value;
 use super::access::{KeyEntry, NodeTokenEntry};
 use super::errors::ConfigError;
 use super::models::ModelEntry;
+use super::names::{DiscoverEntry, NameEntry};
 use super::read_entry;
 use super::schema::SECTIONS;
 use crate::admin_types::RegisterRequest;
@@ -217,6 +218,21 @@ pub(super) static LISTS: &[List] = &[
         fields: ModelEntry::FIELDS,
         example: r#"such as [{ name = "llama", directory = "/models/llama" }]"#,
         check: |key, value| read_entry::<ModelEntry>(key, value).map(drop),
+    },
+    List {
+        name: "name",
+        fields: NameEntry::FIELDS,
+        example: r#"such as [{ name = "prefill-service", addresses = ["10.0.0.7:8088"] }]"#,
+        check: |key, value| {
+            let entry = read_entry::<NameEntry>(key, value)?;
+            entry.check().map_err(|why| ConfigError::about(key, why))
+        },
+    },
+    List {
+        name: "discover",
+        fields: DiscoverEntry::FIELDS,
+        example: r#"such as [{ name = "vllm" }]"#,
+        check: |key, value| read_entry::<DiscoverEntry>(key, value).map(drop),
     },
 ];
 

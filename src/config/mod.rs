@@ -9,7 +9,9 @@ mod certificates;
 mod environment;
 mod errors;
 mod keys;
+mod ksana_ini;
 mod models;
+mod names;
 mod render;
 mod schema;
 mod sources;
@@ -26,19 +28,38 @@ use toml::{Table, Value};
 
 pub use access::{Expiry, KeyEntry, NodeTokenEntry, parse_keys, read_keys_file};
 pub use certificates::Certificates;
-pub use environment::{admin_token, no_color, temporary_folder, variables};
+pub use environment::{admin_token, kubernetes_api, no_color, node_token, temporary_folder, variables};
 pub use errors::{ConfigError, ConfigErrors, Origin, Place};
 pub use keys::{KeyDoc, Kind, SectionDoc, all as all_keys, find as find_key, suggest};
-pub use models::{ContentForm, ModelEntry, PromptMode};
+pub use models::{ContentForm, ModelEntry, PromptDialect, PromptMode};
+pub use names::{DiscoverEntry, NameEntry, NameProvider};
 pub use render::{default_toml, reference_markdown, to_toml_with_origins};
 pub use schema::{
-    AdminConfig, ClusterConfig, Config, HttpConfig, LogConfig, NodesConfig, PeerConfig, ProxyConfig,
-    ReplicaConfig, SECTIONS, WorkersConfig,
+    AdminConfig, ClusterConfig, Config, HttpConfig, KsanaConfig, LogConfig, NameServiceConfig, NodesConfig,
+    PeerConfig, ProxyConfig, ReplicaConfig, SECTIONS, StreamsConfig, WorkersConfig,
 };
 pub use sources::{ENV_PREFIX, Override};
-pub use values::{AccessLog, LogFormat, PeerSeed, Policy, Reserve, TokenDigest, check_host_port, check_name};
+pub use values::{
+    AccessLog, Durability, KsanaCompat, LogFormat, PeerSeed, Penalties, Policy, Reserve, TokenDigest,
+    check_host_port, check_name,
+};
 
 use sources::Found;
+
+/// What a process is that reads a configuration.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// A replica.
+    Replica,
+    /// An edge: clients' requests come in, nothing is kept.
+    Edge,
+    /// A node agent: streams are held beside an engine. What is about listeners, the cluster and
+    /// certificates is not for it.
+    Agent,
+}
+
+/// The name of an edge that is given none.
+const EDGE_NAME: &str = "edge";
 
 /// A configuration that is whole and valid, and where its values come from.
 #[derive(Clone, Debug)]
@@ -47,6 +68,8 @@ pub struct Loaded {
     pub config: Config,
     /// Dotted key to origin, for every key; `[[worker]]` entries as `worker[0]` and on, other lists alike.
     pub origins: BTreeMap<String, Origin>,
+    /// What of the configuration has no effect, for the operator.
+    pub notes: Vec<String>,
 }
 
 impl Config {
@@ -57,7 +80,29 @@ impl Config {
         env: &mut dyn Iterator<Item = (String, String)>,
         overrides: &[Override],
     ) -> Result<Loaded, ConfigErrors> {
+        Self::load_as(Role::Replica, file, env, overrides)
+    }
+
+    /// The same for a process of another role.
+    pub fn load_as(
+        role: Role,
+        file: Option<&Path>,
+        env: &mut dyn Iterator<Item = (String, String)>,
+        overrides: &[Override],
+    ) -> Result<Loaded, ConfigErrors> {
+        Self::load_beside(role, None, file, env, overrides)
+    }
+
+    /// The same with a `config.ini` of KsanaLLM's router below all of that.
+    pub fn load_beside(
+        role: Role,
+        ksana: Option<&Path>,
+        file: Option<&Path>,
+        env: &mut dyn Iterator<Item = (String, String)>,
+        overrides: &[Override],
+    ) -> Result<Loaded, ConfigErrors> {
         let mut found = Found::default();
+        let notes = ksana.map(|path| ksana_ini::read(path, &mut found)).unwrap_or_default();
         if let Some(path) = file {
             match std::fs::read_to_string(path) {
                 Ok(text) => found.file(path, &text),
@@ -73,19 +118,19 @@ impl Config {
         }
         found.environment(env);
         found.overrides(overrides);
-        assemble(found)
+        assemble(found, role).map(|loaded| Loaded { notes, ..loaded })
     }
 
     /// Checks ranges and the rules between keys.
     pub fn validate(&self) -> Result<(), ConfigErrors> {
-        match validate::problems(self) {
+        match validate::problems(self, Role::Replica) {
             problems if problems.is_empty() => Ok(()),
             problems => Err(ConfigErrors(problems)),
         }
     }
 }
 
-fn assemble(found: Found) -> Result<Loaded, ConfigErrors> {
+fn assemble(found: Found, role: Role) -> Result<Loaded, ConfigErrors> {
     let Found { settings, mut errors } = found;
     let mut table = Table::new();
     let mut lists: BTreeMap<&str, Vec<Value>> = BTreeMap::new();
@@ -117,23 +162,30 @@ fn assemble(found: Found) -> Result<Loaded, ConfigErrors> {
             return Err(ConfigErrors(errors));
         }
     };
-    errors.extend(read_tokens(&mut config));
-    if let Some(path) = &config.http.keys_file
-        && let Err(wrong) = read_keys_file(path, &config.key)
-    {
-        errors.extend(wrong.0);
+    if role == Role::Edge && !places.contains_key("replica.name") {
+        config.replica.name = EDGE_NAME.to_owned();
+    }
+    // An agent has nobody's files.
+    let has_files = role != Role::Agent;
+    if has_files {
+        errors.extend(read_tokens(&mut config));
+        if let Some(path) = &config.http.keys_file
+            && let Err(wrong) = read_keys_file(path, &config.key)
+        {
+            errors.extend(wrong.0);
+        }
     }
     // A value that was refused above stands at its default here: rules between keys would
     // speak about something nobody wrote, so they wait until every value is right.
     if errors.is_empty() {
-        errors = validate::problems(&config);
+        errors = validate::problems(&config, role);
     }
     // Only of a configuration that makes sense otherwise: certificates are of a name.
-    if errors.is_empty() {
+    if errors.is_empty() && has_files {
         errors = Certificates::open(&config).err().unwrap_or_default();
     }
     if errors.is_empty() {
-        return Ok(Loaded { origins: origins(&config, &places), config });
+        return Ok(Loaded { origins: origins(&config, &places), config, notes: Vec::new() });
     }
     for error in &mut errors {
         if error.place.is_none() {
@@ -197,8 +249,14 @@ fn add_tokens(key: &str, path: &Path, known: &mut Vec<TokenDigest>) -> Result<()
 }
 
 fn origins(config: &Config, places: &BTreeMap<String, Place>) -> BTreeMap<String, Origin> {
-    let lengths =
-        [("worker", config.worker.len()), ("key", config.key.len()), ("node_token", config.node_token.len())];
+    let lengths = [
+        ("worker", config.worker.len()),
+        ("key", config.key.len()),
+        ("node_token", config.node_token.len()),
+        ("model", config.model.len()),
+        ("name", config.name.len()),
+        ("discover", config.discover.len()),
+    ];
     let entries =
         lengths.into_iter().flat_map(|(name, length)| (0..length).map(move |at| format!("{name}[{at}]")));
     let keys = keys::all().map(KeyDoc::dotted).chain(entries);

@@ -20,9 +20,13 @@ const WORKER_EXAMPLE: &str = r#"# Workers registered at start; repeat the block 
 # id = "gpu-1"                      # default: host:port of the url
 # engine = "vllm"                   # vllm, sglang or openai-compatible
 # models = ["llama-3"]              # default: what the engine's /v1/models lists
-# role = "aggregated"               # aggregated, prefill or decode
-# dp_ranks = 1                      # data-parallel ranks, 1 to 1024
-# block_size = 16                   # tokens in a KV block
+# role = "prefill"                  # aggregated (default), prefill or decode
+# connector = "nixl"                # of prefill and decode: nixl, mooncake, p2p-nccl, moriio, shared, sglang
+# bootstrap_host = "10.0.0.8"       # of prefill (sglang, mooncake); default: host of the url
+# bootstrap_port = 8998             # ... and its port
+# side_channel = "10.0.0.8:21001"   # the engine's zmq_address (p2p-nccl, moriio)
+# dp_ranks = 1                      # data-parallel ranks, 1 to 1024; default: what the engine says
+# block_size = 16                   # tokens in a KV block; default: what the engine says
 # capacity_blocks = 10000           # KV blocks the engine can hold
 # labels = { zone = "a" }           # free-form pairs for filters
 # weight = 100                      # relative share of traffic, 1 to 1000
@@ -50,8 +54,46 @@ const NODE_TOKEN_EXAMPLE: &str = r#"# Node tokens bound to networks and roles, b
 # roles = ["decode"]                # what may be registered; default: anything
 "#;
 
+const MODEL_EXAMPLE: &str = r#"# How the prompts of a model become token ids; kv.default_mode holds for the others.
+# [[model]]
+# name = "llama-3"                  # in requests; adapters go by their base model
+# mode = "tokenizer"                # tokenizer (default with a directory), engine (default without) or text
+# directory = "/models/llama-3"     # tokenizer.json, tokenizer_config.json, chat template
+# chat_template = "/models/own.jinja"  # in place of the directory's
+# content_format = "string"         # string or openai; default: found out from the template
+# dialect = "vllm"                  # vllm or sglang; default: that of the engines that serve it
+# template_kwargs = { enable_thinking = false }  # that the engine sets unless a request does; default: none
+# exclude_tools_when_none = false   # whether the engine leaves tools out for tool_choice = "none"
+# reasoning = ["<think>", "</think>"]  # what opens and closes reasoning in the raw text
+# reasoning_end = 128799            # id of the token that closes it
+# tool_markers = ["<call>"]         # what opens a tool call in the raw text; default: the usual ones
+"#;
+
+const NAME_EXAMPLE: &str = r#"# Names for name_service.provider = "static"; entries with the same name add up.
+# [[name]]
+# name = "prefill-service"
+# addresses = ["10.0.0.7:8088", "10.0.0.8:8088"]
+# weight = 100                      # share of each of these, 1 to 10000
+"#;
+
+const DISCOVER_EXAMPLE: &str = r#"# Names whose endpoints become workers, and cease to be. Everything but `name` may be left out.
+# [[discover]]
+# name = "prod/vllm:http"           # as name_service.provider wants it; in Kubernetes [namespace/]service[:port]
+# https = false                     # speak TLS to them
+# engine = "vllm"                   # default: what each engine says
+# models = ["llama-3"]              # default: what each engine's /v1/models lists
+# role = "aggregated"               # aggregated, prefill or decode
+# connector = "nixl"                # of prefill and decode; default: as the engine ordinarily does
+# bootstrap_port = 8998             # of prefill (sglang, mooncake)
+# dp_ranks = 1                      # default: what each engine says
+# labels = { zone = "a" }           # free-form pairs for filters
+# weight = 100                      # default: the name service's
+# http2 = false
+# max_requests = 256                # requests each should have at once
+"#;
+
 /// The lists of entries: name, what it is about, an example behind comment signs.
-const EXAMPLES: [(&str, &str, &str); 3] = [
+const EXAMPLES: [(&str, &str, &str); 6] = [
     ("worker", "Workers registered at start; repeat the block for each.", WORKER_EXAMPLE),
     (
         "key",
@@ -68,6 +110,23 @@ const EXAMPLES: [(&str, &str, &str); 3] = [
          `networks` is compared with the address the connection comes from: behind a balancer that is the \
          balancer's.",
         NODE_TOKEN_EXAMPLE,
+    ),
+    (
+        "model",
+        "How the prompts of a model become token ids, and its streams are continued; repeat the block for each. \
+         [Tokenisation](../explanation/tokenisation.md) says what follows from it.",
+        MODEL_EXAMPLE,
+    ),
+    (
+        "name",
+        "Names for `name_service.provider = \"static\"`; repeat the block for each, entries with the same name add up.",
+        NAME_EXAMPLE,
+    ),
+    (
+        "discover",
+        "Names whose endpoints become workers, and cease to be when they are gone; repeat the block for each. \
+         [How to](../how-to/find-workers-by-name.md).",
+        DISCOVER_EXAMPLE,
     ),
 ];
 

@@ -10,7 +10,10 @@ use serde::{Deserialize, Serialize};
 use super::access::{KeyEntry, NodeTokenEntry};
 use super::keys::{KeyDoc, Kind, SectionDoc};
 use super::models::{ModelEntry, PromptMode};
-use super::values::{AccessLog, LogFormat, PeerSeed, Policy, Reserve, TokenDigest};
+use super::names::{DiscoverEntry, NameEntry, NameProvider};
+use super::values::{
+    AccessLog, Durability, KsanaCompat, LogFormat, PeerSeed, Penalties, Policy, Reserve, TokenDigest,
+};
 use crate::admin_types::RegisterRequest;
 use crate::tls::listener::ListenerFiles;
 use crate::tls::peer::PeerFiles;
@@ -128,6 +131,8 @@ sections! {
         write_stall_timeout_ms: u64 = 30_000, Kind::int("ms", 1, HOUR_MS);
         /// Most concurrent HTTP/2 streams of one connection.
         max_h2_streams: u32 = 128, Kind::int("streams", 1, 65_536);
+        /// Origins whose pages browsers let send requests to the client routes, such as `https://chat.example`; or `*` alone, all of them, but then without cookies. An API key counts as no cookie: who opens this lets pages use keys that they have.
+        cors_origins: Vec<String> = Vec::new(), Kind::List("origin");
         /// Allow listeners that other machines can reach although they lack authentication or TLS.
         insecure: bool = false, Kind::Bool;
     }
@@ -198,6 +203,12 @@ sections! {
         digest_every: u64 = 256, Kind::int("entries", 0, 1_000_000_000);
     }
 
+    /// What is of edges only (`everline edge`).
+    "edge" => EdgeConfig {
+        /// Authorities that certificates of the replicas' client listeners must be of (PEM), where those speak TLS; without it, Mozilla's list.
+        tls_ca: Option<PathBuf> = None, Kind::Path;
+    }
+
     /// How workers are admitted and watched.
     "workers" => WorkersConfig {
         /// Networks a worker's address must lie in before a prompt is sent there. Link-local addresses and the clouds' metadata services are in no network: they count only where the address itself is listed (`/32`, `/128`). Multicast, broadcast and unspecified addresses never count.
@@ -234,7 +245,7 @@ sections! {
         idle_timeout_ms: u64 = 300_000, Kind::int("ms", 1, 24 * HOUR_MS);
         /// Longest time for a whole request.
         total_timeout_ms: u64 = 1_800_000, Kind::int("ms", 1, 168 * HOUR_MS);
-        /// Further attempts when a worker fails before its first byte. Two workers see a request at most.
+        /// Further attempts when a worker fails before its first byte, beside 8 where none could be reached. Two workers see a request at most.
         retries: u32 = 2, Kind::int("attempts", 0, 16);
         /// Retries for 100 requests, beside one a second, so that they cannot multiply a load that is already too much. Attempts that could not connect do not count.
         retry_budget_percent: u32 = 20, Kind::int("percent", 0, 1000);
@@ -274,7 +285,7 @@ sections! {
     "kv" => KvConfig {
         /// Where the token ids of a prompt come from if its model has no `[[model]]` entry: `engine` asks one that serves it (`POST /tokenize`; answers are kept), `text` compares pieces of text, which meet only what this cluster has sent itself and never an engine's events.
         default_mode: PromptMode = PromptMode::Engine, Kind::Choice(PromptMode::WITHOUT_FILES);
-        /// Time between two looks at an engine's own figures (SGLang's load sockets, or `/metrics`). Where it has more to do than the cluster gave it, three times in a row, that counts as load. One replica looks at each engine. 0 never looks.
+        /// Time between two looks at an engine's own figures (SGLang's load sockets, or `/metrics`, or SGLang's `/v1/loads`). Where it, or one of its data-parallel ranks, has more to do than the cluster gave it, three times in a row, or less five times, its load is corrected. One replica looks at each engine. 0 never looks.
         scrape_ms: u64 = 2_000, Kind::int("ms", 0, HOUR_MS);
         /// `tcp://host:port` where engines connect that are told to publish their KV events to a router (vLLM: an endpoint without `*`). Their workers have the labels `kv-events=hub` and `kv-topic=...`. There is no authentication: loopback, or a network you trust and `http.insecure = true`.
         listen: Option<String> = None, Kind::Text;
@@ -288,6 +299,92 @@ sections! {
         tokenize_cache_bytes: u64 = 256 * MIB, Kind::int("bytes", 0, 64 * GIB);
         /// Memory for the index of who has which blocks, on each replica; about 60 bytes a block that one rank holds, 30 for each further rank. Of what does not fit, the ends of the prefixes stored longest ago are forgotten. The replicas must forget the same: the leader's value holds for all.
         index_bytes: u64 = 512 * MIB, Kind::int("bytes", MIB, 3 * GIB);
+    }
+
+    /// Output streams that outlive their replica.
+    "streams" => StreamsConfig {
+        /// Where a stream is generated: `peer`, at another replica than the one that has the client, so that the death of either loses nothing; or `local`, at the same. Requests can ask for either with `Everline-Durability`.
+        durability: Durability = Durability::Peer, Kind::Choice(Durability::NAMES);
+        /// A replica that generates a stream and sends nothing for this long, not even a sign of life (every 250 ms), is taken to be dead.
+        holder_timeout_ms: u64 = 1_000, Kind::int("ms", 500, 600_000);
+        /// How long a stream may wait for somebody to go on with it; then it ends with `stream_lost`.
+        takeover_timeout_ms: u64 = 15_000, Kind::int("ms", 100, HOUR_MS);
+        /// A client that can come back may stay away for this long; then its stream is cancelled. Requests can say otherwise with `Everline-Orphan`.
+        orphan_grace_s: u64 = 30, Kind::int("s", 0, 3_600);
+        /// How long a stream can be read after its end.
+        keep_s: u64 = 300, Kind::int("s", 0, 3_600);
+        /// Most bytes of events of one stream that are kept for clients that come back, at each process that has it.
+        stream_bytes: u64 = 8 * MIB, Kind::int("bytes", 64 * KIB, 32 * MIB);
+        /// Memory for streams at one replica, edge or agent. When it is full, those that ended longest ago are forgotten, and new ones keep little.
+        replica_bytes: u64 = 512 * MIB, Kind::int("bytes", MIB, 256 * GIB);
+        /// After what silence a client gets a comment as a sign of life.
+        heartbeat_ms: u64 = 5_000, Kind::int("ms", 100, HOUR_MS);
+        /// Most clients that listen to one stream at one replica.
+        most_listeners: u32 = 8, Kind::int("clients", 1, 1_000);
+        /// Most engines in a row that may be lost with a stream before one of them gets on with it, by 16 tokens; then it ends with `stream_lost`. The loss of a replica, or its restart, is not counted. 0: streams do not go on at other engines.
+        max_continuations: u32 = 3, Kind::int("times", 0, 100);
+        /// Do not go on with a request that has a `seed`: what comes then is drawn from other numbers.
+        strict_seed: bool = false, Kind::Bool;
+        /// What is done with a request that has presence or frequency penalties, which begin anew where another engine goes on: `continue`, or `fail`.
+        penalties: Penalties = Penalties::Continue, Kind::Choice(Penalties::NAMES);
+        /// How often each API key may ask for streams that it did not begin; all without a key count as one.
+        guesses_per_s: u32 = 10, Kind::int("requests/s", 1, 1_000_000);
+        /// ... and how often at once.
+        guesses_burst: u32 = 100, Kind::int("requests", 1, 1_000_000);
+    }
+
+    /// Requests whose prefill one worker does and whose decode another.
+    "pd" => PdConfig {
+        /// A prompt of which no more tokens than this have to be computed at an aggregated worker, or at a decode worker whose engine can, is done there by that one worker. 0: every request that can be split is split.
+        bypass_tokens: u32 = 0, Kind::int("tokens", 0, 10_000_000);
+        /// What a prefill worker holds ready is not asked for any more after this time; the prefill is done anew. Less than the engines keep it (vLLM: 30 s): afterwards they answer with wrong text.
+        handoff_ms: u64 = 25_000, Kind::int("ms", 1, HOUR_MS);
+        /// `tcp://host:port` where engines with P2pNccl or MoRI-IO say every few seconds that they are there (their `proxy_ip` and `proxy_port` or `proxy_ping_port`); they become workers. There is no authentication: loopback, or a network you trust and `http.insecure = true`.
+        listen: Option<String> = None, Kind::Text;
+    }
+
+    /// KsanaLLM's fleets of prefill and decode nodes, in the place of its own router.
+    "ksana" => KsanaConfig {
+        /// The client listener is KsanaLLM's: its management routes (`/RegisterNode`, `/Heartbeat`, `/RegisterCommId`) and its proxy (`/generate`, `/v1/*`, `/v2/*`) to pairs of a prefill and a decode group. The OpenAI routes, streams and workers of Everline's own are not served there then.
+        enabled: bool = false, Kind::Bool;
+        /// `fixed`, the wire of KsanaLLM's router without its faults; or `strict`, as that router does it byte for byte, for a fleet that depends on them. The same on all replicas.
+        compat: KsanaCompat = KsanaCompat::Fixed, Kind::Choice(KsanaCompat::NAMES);
+        /// The cluster that nodes must be of; those that name none are.
+        cluster_name: String = "default_cluster".to_owned(), Kind::Text;
+        /// A node is offline after this time without a heartbeat.
+        heartbeat_timeout_s: u64 = 60, Kind::int("s", 1, 86_400);
+        /// In fixed mode a node that has been silent for this long is forgotten.
+        forget_after_s: u64 = 86_400, Kind::int("s", 60, 31_536_000);
+    }
+
+    /// Who says what endpoints a name stands for: of KsanaLLM's prefill and decode groups, and of `[[discover]]`.
+    "name_service" => NameServiceConfig {
+        /// `auto`: KsanaLLM's pairs are those of the replicated registry, and no names are looked up. `static`: `[[name]]`. `kubernetes`: the EndpointSlices of services. `polaris`: Polaris by its HTTP interface.
+        provider: NameProvider = NameProvider::Auto, Kind::Choice(NameProvider::NAMES);
+        /// Namespace of names that have none of their own (`namespace/name`). Where left out: in Kubernetes that of this pod, in Polaris `Production`.
+        namespace: Option<String> = None, Kind::Text;
+        /// The name of KsanaLLM's prefill groups. In Kubernetes `[namespace/]service[:port]`, where the port is the name or number of one and may be left out if there is one only.
+        prefill_service: String = "prefill-service".to_owned(), Kind::Text;
+        /// The name of KsanaLLM's decode groups.
+        decode_service: String = "decode-service".to_owned(), Kind::Text;
+        /// How long an answer counts after the service last said that it is so. While the service is away, the last answer holds for this time; then it is as if nothing were known.
+        max_age_s: u64 = 3_600, Kind::int("s", 120, 31_536_000);
+        /// Time between two questions to Polaris. Kubernetes tells of changes itself.
+        refresh_ms: u64 = 2_000, Kind::int("ms", 100, HOUR_MS);
+        /// `https://host:port` of Kubernetes' API server. Where left out: that of the cluster this process runs in.
+        kubernetes_api: Option<String> = None, Kind::Text;
+        /// Authority of its certificate (PEM), read again whenever everything is listed.
+        kubernetes_ca: PathBuf = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt".into(), Kind::Path;
+        /// File with the token shown to it, read again for each request. Empty: none is shown.
+        kubernetes_token_file: PathBuf = "/var/run/secrets/kubernetes.io/serviceaccount/token".into(), Kind::Path;
+        /// `http://host:port` of Polaris' servers (their HTTP port); one that does not answer is passed over.
+        polaris_servers: Vec<String> = vec!["http://127.0.0.1:8090".to_owned()], Kind::List("http://host:port");
+        /// Authority of their certificates (PEM), where they speak https; without it, Mozilla's list.
+        polaris_ca: Option<PathBuf> = None, Kind::Path;
+        /// File with the access token, where Polaris wants one; read again for each question.
+        polaris_token_file: Option<PathBuf> = None, Kind::Path;
+        /// `http://host:port` of the push gateway of Polaris' monitoring, which gets the results of calls every 10 s as Polaris' own clients report them. Where left out: they are not reported.
+        polaris_push_gateway: Option<String> = None, Kind::Text;
     }
 
     /// Log output.
@@ -317,6 +414,8 @@ pub struct Config {
     pub peer: PeerConfig,
     /// `[cluster]`
     pub cluster: ClusterConfig,
+    /// `[edge]`
+    pub edge: EdgeConfig,
     /// `[workers]`
     pub workers: WorkersConfig,
     /// `[nodes]`
@@ -325,6 +424,14 @@ pub struct Config {
     pub proxy: ProxyConfig,
     /// `[kv]`
     pub kv: KvConfig,
+    /// `[streams]`
+    pub streams: StreamsConfig,
+    /// `[pd]`
+    pub pd: PdConfig,
+    /// `[ksana]`
+    pub ksana: KsanaConfig,
+    /// `[name_service]`
+    pub name_service: NameServiceConfig,
     /// `[log]`
     pub log: LogConfig,
     /// `[[worker]]`: workers registered at start, with source `config`.
@@ -339,6 +446,12 @@ pub struct Config {
     /// `[[model]]`: how prompts of a model become token ids.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub model: Vec<ModelEntry>,
+    /// `[[name]]`: names for `name_service.provider = "static"`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub name: Vec<NameEntry>,
+    /// `[[discover]]`: names whose endpoints become workers.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub discover: Vec<DiscoverEntry>,
 }
 
 impl Config {

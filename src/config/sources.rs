@@ -40,7 +40,7 @@ pub(super) struct Found {
 }
 
 impl Found {
-    fn set(&mut self, key: String, value: Value, place: Place) {
+    pub(super) fn set(&mut self, key: String, value: Value, place: Place) {
         self.settings.push(Setting { key, value, place });
     }
 

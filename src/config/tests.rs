@@ -187,7 +187,7 @@ fn certificates_that_cannot_work_are_named_with_their_key() {
     assert!(error.contains("http.tls_key: is given without http.tls_cert"), "{error}");
 
     let error = the_error(&format!("[replica]\nname = \"r2\"\n[peer]\n{lines}"));
-    assert!(error.contains("peer.tls_cert") && error.contains("of r1, but this replica is r2"), "{error}");
+    assert!(error.contains("peer.tls_cert") && error.contains("of r1, but this process is r2"), "{error}");
 
     let exposed = folder.join("r1.key");
     use std::os::unix::fs::PermissionsExt as _;
@@ -243,7 +243,7 @@ fn example(list: &str) -> String {
 
 #[test]
 fn the_examples_are_accepted() {
-    let text = ["worker", "key", "node_token"].map(example).concat();
+    let text = ["worker", "key", "node_token", "model"].map(example).concat();
     let loaded = load(&text, &[], &[]).unwrap();
     let config = &loaded.config;
     assert_eq!(config.worker[0].id.as_deref(), Some("gpu-1"));

@@ -3,22 +3,34 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use super::Role;
 use super::access;
 use super::errors::ConfigError;
 use super::keys;
+use super::names;
 use super::schema::Config;
 use super::values::{check_host_port, check_name};
 use crate::state::worker::WorkerSource;
 
-/// Everything wrong with `config`; each error names the key to change.
-pub(super) fn problems(config: &Config) -> Vec<ConfigError> {
+/// Everything wrong with `config` for a process of this role; each error names the key to change.
+pub(super) fn problems(config: &Config, role: Role) -> Vec<ConfigError> {
     let mut problems = ranges(config);
+    if role == Role::Agent {
+        return problems;
+    }
     identity(config, &mut problems);
-    listeners(config, &mut problems);
+    listeners(config, role, &mut problems);
     certificates(config, &mut problems);
-    cluster(config, &mut problems);
+    match role {
+        Role::Replica => cluster(config, &mut problems),
+        Role::Edge => replicas(config, &mut problems),
+        Role::Agent => {}
+    }
     workers(config, &mut problems);
+    ksana(config, role, &mut problems);
+    names::check(config, role, &mut problems);
     headers(config, &mut problems);
+    origins(config, &mut problems);
     let keys = config.key.iter().enumerate().map(|(at, key)| (format!("key[{at}]"), key));
     problems.extend(access::key_problems(keys));
     problems.extend(access::node_token_problems(&config.node_token));
@@ -46,8 +58,9 @@ fn identity(config: &Config, problems: &mut Vec<ConfigError>) {
     }
 }
 
-fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
-    for plane in planes(config) {
+fn listeners(config: &Config, role: Role, problems: &mut Vec<ConfigError>) {
+    let planes = || planes(config).into_iter().filter(move |plane| role.has(plane.section));
+    for plane in planes() {
         let Plane { section, listen, advertise, .. } = plane;
         let key = format!("{section}.listen");
         let missing = plane.missing();
@@ -72,7 +85,8 @@ fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
         }
         let known_otherwise =
             section == "peer" && config.cluster.peers.iter().any(|p| p.name == config.replica.name);
-        if listen.ip().is_unspecified() && advertise.is_none() && !known_otherwise {
+        let is_told = role == Role::Replica;
+        if is_told && listen.ip().is_unspecified() && advertise.is_none() && !known_otherwise {
             problems.push(
                 ConfigError::about(&key, format!("{listen} is no address that others could connect to"))
                     .fix(format!("say how others reach it: {section}.advertise = \"host:port\"")),
@@ -83,7 +97,7 @@ fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
         }
     }
     let mut taken: BTreeMap<SocketAddr, &str> = BTreeMap::new();
-    for Plane { section, listen, .. } in planes(config).into_iter().filter(|p| p.listen.port() != 0) {
+    for Plane { section, listen, .. } in planes().filter(|p| p.listen.port() != 0) {
         if let Some(other) = taken.insert(listen, section) {
             problems.push(
                 ConfigError::about(&format!("{section}.listen"), format!("{listen} is also {other}.listen"))
@@ -91,11 +105,50 @@ fn listeners(config: &Config, problems: &mut Vec<ConfigError>) {
             );
         }
     }
-    if !config.http.listen.ip().is_loopback() && !config.wants_node_tokens() {
+    if role == Role::Replica && !config.http.listen.ip().is_loopback() && !config.wants_node_tokens() {
         problems.push(
             ConfigError::about("nodes.token_sha256", "is empty while workers can register from other machines at http.listen: anybody could register a worker and be sent prompts")
                 .fix("put a token into a file and name it: nodes.token_file = \"/etc/everline/node-tokens\""),
         );
+    }
+}
+
+/// Longest name of KsanaLLM's cluster.
+const KSANA_NAME: usize = 128;
+
+fn ksana(config: &Config, role: Role, problems: &mut Vec<ConfigError>) {
+    if !(1..=KSANA_NAME).contains(&config.ksana.cluster_name.len()) {
+        let message = format!("must be 1 to {KSANA_NAME} bytes long");
+        problems.push(ConfigError::about("ksana.cluster_name", message));
+    }
+    if config.ksana.enabled && role == Role::Edge {
+        problems.push(
+            ConfigError::about("ksana.enabled", "is for replicas: an edge does not serve KsanaLLM")
+                .fix("send KsanaLLM's engines and clients to the replicas"),
+        );
+    }
+}
+
+impl Role {
+    /// Whether processes of this role have this listener.
+    fn has(self, section: &str) -> bool {
+        self == Role::Replica || section != "peer"
+    }
+}
+
+/// Where an edge finds replicas.
+fn replicas(config: &Config, problems: &mut Vec<ConfigError>) {
+    let cluster = &config.cluster;
+    if cluster.peers.is_empty() && cluster.join.is_empty() {
+        problems.push(
+            ConfigError::about("cluster.join", "is empty, and so is cluster.peers: an edge has to know where replicas are")
+                .fix("name peer listeners of some: --replicas 10.0.0.1:8082,10.0.0.2:8082, or cluster.join in the file"),
+        );
+    }
+    for address in &cluster.join {
+        if let Err(message) = check_host_port(address) {
+            problems.push(ConfigError::about("cluster.join", message));
+        }
     }
 }
 
@@ -264,6 +317,32 @@ fn cluster(config: &Config, problems: &mut Vec<ConfigError>) {
             problems.push(ConfigError::about("cluster.join", message));
         }
     }
+}
+
+fn origins(config: &Config, problems: &mut Vec<ConfigError>) {
+    let key = "http.cors_origins";
+    let origins = &config.http.cors_origins;
+    for origin in origins {
+        if origin == "*" {
+            if origins.len() > 1 {
+                let message = "* lets in all origins, and stands beside others";
+                problems.push(ConfigError::about(key, message).fix("keep * alone, or the others"));
+            }
+        } else if !is_origin(origin) {
+            let message = format!("{origin:?} is no origin as browsers send it");
+            let fix = "write scheme and host in small letters, without a path and without the scheme's usual \
+                       port, such as https://chat.example or http://localhost:3000";
+            problems.push(ConfigError::about(key, message).fix(fix));
+        }
+    }
+}
+
+/// Whether a text is an origin as browsers send it.
+fn is_origin(text: &str) -> bool {
+    let Some((scheme, host)) = text.split_once("://") else { return false };
+    let small = text.bytes().all(|byte| byte.is_ascii_graphic() && !byte.is_ascii_uppercase());
+    let usual = (scheme == "http" && host.ends_with(":80")) || (scheme == "https" && host.ends_with(":443"));
+    small && !scheme.is_empty() && !host.is_empty() && !host.contains(['/', '?', '#', '@', '*']) && !usual
 }
 
 fn headers(config: &Config, problems: &mut Vec<ConfigError>) {

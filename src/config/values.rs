@@ -122,6 +122,54 @@ impl<'de> Deserialize<'de> for TokenDigest {
     }
 }
 
+/// Where output streams are generated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// At another replica than the client's.
+    #[default]
+    Peer,
+    /// At the same.
+    Local,
+}
+
+impl Durability {
+    /// Their names in the file.
+    pub const NAMES: &[&str] = &["peer", "local"];
+}
+
+/// How KsanaLLM's router is stood in for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KsanaCompat {
+    /// Without its faults.
+    #[default]
+    Fixed,
+    /// With them.
+    Strict,
+}
+
+impl KsanaCompat {
+    /// Their names in the file.
+    pub const NAMES: &[&str] = &["fixed", "strict"];
+}
+
+/// What becomes of streams with penalties.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Penalties {
+    /// They are continued.
+    #[default]
+    Continue,
+    /// They are not.
+    Fail,
+}
+
+impl Penalties {
+    /// Their names in the file.
+    pub const NAMES: &[&str] = &["continue", "fail"];
+}
+
 /// How a worker is chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

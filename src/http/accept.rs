@@ -7,17 +7,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use ipnet::IpNet;
 use parking_lot::Mutex;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::abandon::Streams;
 use super::conn::{ConnState, ConnTimeouts, GuardedIo};
 use super::errors::{ApiError, Code};
 use super::front::{Front, Shard};
@@ -78,6 +79,12 @@ impl Default for FrontOptions {
 
 /// Bytes of an answer that wait for a client that does not read, for each of its streams.
 const H2_SEND_BUFFER: usize = 64 * 1024;
+
+/// Bytes that the kernel takes of a connection and cannot send yet. Left to itself it takes up to 4 MiB of
+/// a client that reads too slowly, which is memory that nobody counts, and events that are old when
+/// they are read. What is on its way, and so the speed over long distances, is not bounded by this.
+#[cfg(target_os = "linux")]
+const UNSENT: u32 = 128 * 1024;
 
 /// Pause after a failed accept (mostly: no file descriptors left), so that the loop does not
 /// spin.
@@ -368,6 +375,9 @@ async fn serve(
     if stream.set_nodelay(true).is_err() {
         return;
     }
+    // Where that fails, the system's own bound holds.
+    #[cfg(target_os = "linux")]
+    let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
     let accepted = Instant::now();
     let secured = tokio::select! {
         secured = secure(tls, stream, options.timeouts.first_byte) => secured,
@@ -384,7 +394,7 @@ async fn serve(
     let first_byte = options.timeouts.first_byte.saturating_sub(accepted.elapsed());
     let state: Arc<ConnState> = Arc::clone(service.state());
     let io = TokioIo::new(GuardedIo::new(stream, state, ConnTimeouts { first_byte, ..options.timeouts }));
-    let mut builder = Builder::new(TokioExecutor::new());
+    let mut builder = Builder::new(Streams);
     // hyper's own head timer is the second line: it cannot tell an idle connection from a slow
     // head, which the guarded socket does.
     let backstop = options.timeouts.idle.max(options.timeouts.first_byte) + options.timeouts.head;

@@ -11,6 +11,7 @@ use super::call::{Call, misrouted};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::index::index;
+use super::names;
 use super::nodes::{find, not_found, remove};
 use super::register::register;
 use super::routes::Route;
@@ -43,6 +44,12 @@ pub(super) async fn answer(call: Call) -> Result<Response, ApiError> {
         }
         (Route::AdminWorker, &Method::DELETE) => remove(&shard, call.worker_id()?, None, None).await,
         (Route::AdminDrain, &Method::POST) => drain_worker(&shard, call).await,
+        (Route::AdminStop, &Method::POST) => {
+            shard.front.stop_asked.cancel();
+            let message =
+                "this replica stops as planned: it takes no new requests and hands its streams over".into();
+            Ok(Json(MessageReply { message }).into_response())
+        }
         (Route::AdminMembers, &Method::GET) => {
             Ok(Json(MembersReply { members: shard.front.control.status().members }).into_response())
         }
@@ -55,13 +62,14 @@ pub(super) async fn answer(call: Call) -> Result<Response, ApiError> {
             let keys = &shard.front.config.keys;
             Ok(Json(KeysReply { required: keys.is_closed(), keys: keys.list() }).into_response())
         }
+        (Route::AdminNames, &Method::GET) => Ok(names::show(&shard.front)),
         (Route::AdminIndex, &Method::GET) => Ok(Json(index(&shard.front)).into_response()),
         (route, _) => Err(misrouted(route)),
     }
 }
 
 /// With `?consistency=linearizable` waits until everything committed before is applied here.
-async fn settle(shard: &Shard, query: Option<&str>) -> Result<(), ApiError> {
+pub(super) async fn settle(shard: &Shard, query: Option<&str>) -> Result<(), ApiError> {
     let asked = query.unwrap_or_default().split('&').find_map(|pair| pair.strip_prefix("consistency="));
     match asked {
         None | Some("local") => Ok(()),

@@ -1,23 +1,31 @@
-//! One request's attempts at workers, one after the other, until one answers.
+//! One request's attempts at workers, or at pairs of them, one after the other, until one answers.
+
+mod pair;
+pub(super) mod plan;
 
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use http::{Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use tokio::time::{Instant, sleep, timeout_at};
 
+use self::pair::Shared;
+use self::plan::{Plan, Splits, Suspects};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
+use super::headers::{CACHED, OVERLAP_BLOCKS, PREFILL_WORKER, TRACE};
 use super::metrics::{Retry, Tracked};
 use super::placing::Placing;
 use super::queue::Held;
 use super::reserving::{Reserving, book};
 use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
+use crate::disagg::turns::without_transfer;
 use crate::ids::WorkerId;
 use crate::routing::book::Reserve;
 use crate::routing::select::{NoWorker, Selection};
 use crate::routing::view::WorkerView;
+use crate::state::worker::WorkerRole;
 
 /// A worker's answer, to its head.
 pub(super) struct Answered {
@@ -27,10 +35,39 @@ pub(super) struct Answered {
     pub(super) booking: Held,
     /// Who answers.
     pub(super) worker: Arc<WorkerView>,
+    /// Which of its ranks was meant.
+    pub(super) rank: u32,
     /// Its connections.
     pub(super) slot: Arc<Slot>,
-    /// Tokens of the prompt that it has cached, as far as is known.
+    /// What routing foretells of the answer, and why it goes there.
+    pub(super) foretold: Foretold,
+}
+
+/// What the answer's head says of the choice.
+#[derive(Debug, Default)]
+pub(super) struct Foretold {
+    /// Tokens of the prompt that the worker has cached, as far as is known.
     pub(super) cached: Option<u32>,
+    /// `Everline-Trace`, if it was asked for.
+    pub(super) trace: Option<HeaderValue>,
+    /// The prefill worker, if another one did that.
+    pub(super) prefill: Option<HeaderValue>,
+}
+
+impl Foretold {
+    /// Adds it to a head.
+    pub(super) fn tell(self, worker: &WorkerView, headers: &mut HeaderMap) {
+        if let Some(cached) = self.cached {
+            headers.insert(CACHED, cached.into());
+            headers.insert(OVERLAP_BLOCKS, (cached / worker.block_size()).into());
+        }
+        if let Some(trace) = self.trace {
+            headers.insert(TRACE, trace);
+        }
+        if let Some(prefill) = self.prefill {
+            headers.insert(PREFILL_WORKER, prefill);
+        }
+    }
 }
 
 /// What selection needs to know of a request.
@@ -40,7 +77,12 @@ pub(super) struct Asked<'a> {
     pub(super) model: Option<Cow<'a, str>>,
     /// What else routing knows.
     pub(super) placing: Placing,
+    /// The client wants events.
+    pub(super) stream: bool,
 }
+
+/// Retries after attempts that reached nobody, beside `proxy.retries` others.
+const MOST_UNREACHED: u32 = 8;
 
 /// How far one request has come.
 pub(super) struct Attempts<'a> {
@@ -53,6 +95,10 @@ pub(super) struct Attempts<'a> {
     trouble: Retry,
     /// Not to be tried again.
     tried: Vec<WorkerId>,
+    /// Of pairs that failed without saying whose fault it was: not while there are others.
+    suspects: Suspects,
+    /// How the request may be split.
+    splits: Splits,
     /// What went wrong so far, for the error text; bounded by the number of attempts.
     failures: Vec<String>,
     /// Workers that may have read the request.
@@ -60,6 +106,8 @@ pub(super) struct Attempts<'a> {
     /// A kept-alive connection has failed already.
     stale: bool,
     retries: u32,
+    /// Retries after attempts that reached nobody.
+    unreached: u32,
     /// Bookings that wait for the cluster's word.
     reserving: Reserving,
 }
@@ -88,11 +136,44 @@ impl<'a> Attempts<'a> {
             deadline,
             trouble: Retry::Connect,
             tried: Vec::new(),
+            suspects: Suspects::default(),
+            splits: Splits::default(),
             failures: Vec::new(),
             reached: Vec::new(),
             stale: false,
             retries: 0,
+            unreached: 0,
             reserving: Reserving::default(),
+        }
+    }
+
+    /// Leaves these workers out.
+    pub(super) fn not_to(mut self, workers: &[WorkerId]) -> Self {
+        self.tried.extend_from_slice(workers);
+        self
+    }
+
+    /// Chooses a worker and books the request there, for somebody else to send it; with the trace, if
+    /// it was asked for. `None` if two workers have to share it.
+    pub(super) async fn reserve(
+        mut self,
+    ) -> Result<Option<(Selection, Held, Option<HeaderValue>)>, ApiError> {
+        loop {
+            let plan = match self.choose() {
+                Ok(plan) => plan,
+                Err(NoWorker::Saturated { .. }) => {
+                    let began = Instant::now();
+                    let found = Box::pin(self.wait_in_line()).await;
+                    self.tracked.waited(began.elapsed());
+                    found?
+                }
+                Err(refusal) => return Err(self.refuse(&refusal)),
+            };
+            let Plan::One(selection) = plan else { return Ok(None) };
+            let trace = self.trace(&selection, None);
+            if let Some(booking) = self.book(&selection).await {
+                return Ok(Some((selection, booking, trace)));
+            }
         }
     }
 
@@ -100,14 +181,14 @@ impl<'a> Attempts<'a> {
         // A 502, 503 or 504 of a worker, kept in case nobody else does better.
         let mut held: Option<Answered> = None;
         loop {
-            let selection = match self.choose() {
-                Ok(selection) => selection,
+            let plan = match self.choose() {
+                Ok(plan) => plan,
                 Err(NoWorker::Saturated { .. }) => {
                     let began = Instant::now();
                     let found = Box::pin(self.wait_in_line()).await;
                     self.tracked.waited(began.elapsed());
                     match found {
-                        Ok(selection) => selection,
+                        Ok(plan) => plan,
                         Err(error) => return held.ok_or(error),
                     }
                 }
@@ -116,8 +197,29 @@ impl<'a> Attempts<'a> {
             if self.retries > 0 {
                 self.tracked.retrying(self.trouble);
             }
-            let Some(booking) = self.book(&selection).await else { continue };
-            self.asked.placing.sent_to(&self.shard.front, &selection);
+            let selection = match plan {
+                Plan::One(selection) => selection,
+                Plan::Two(pair) => {
+                    // Boxed: most workers do whole requests.
+                    match Box::pin(self.share(*pair)).await {
+                        Shared::Again => continue,
+                        Shared::Answered(answered) => return Ok(*answered),
+                        Shared::Refused(answered) if held.is_some() || self.reached_enough() => {
+                            return Ok(*answered);
+                        }
+                        Shared::Refused(answered) => held = Some(*answered),
+                        Shared::Failed => {}
+                        Shared::Over(error) => return Err(error),
+                    }
+                    if !Box::pin(self.may_go_on()).await {
+                        return held.ok_or_else(|| self.give_up());
+                    }
+                    continue;
+                }
+            };
+            let trace = self.trace(&selection, None);
+            let Some(mut booking) = self.book(&selection).await else { continue };
+            self.asked.placing.sent_to(&self.shard.front, &selection, &mut booking);
             let cached = self.asked.placing.cached_tokens(&selection);
             if let Some(cached) = cached {
                 self.tracked.placed(self.asked.placing.prompt_tokens, cached);
@@ -127,11 +229,15 @@ impl<'a> Attempts<'a> {
                 self.tracked.set_model(model);
             }
             self.tracked.sent_upstream();
-            match self.send(&worker, rank).await {
+            let splits = worker.record.spec.role != WorkerRole::Aggregated;
+            let alone = splits.then(|| without_transfer(self.outgoing.body())).flatten();
+            let alone = alone.map(|body| self.outgoing.leg(body, None));
+            match self.send(&worker, rank, alone.as_ref().unwrap_or(self.outgoing)).await {
                 Ok((response, slot)) => {
                     self.shard.awake.stir();
                     self.note_answer(&worker, response.status());
-                    let answered = Answered { response, booking, worker, slot, cached };
+                    let foretold = Foretold { cached, trace, prefill: None };
+                    let answered = Answered { response, booking, worker, rank, slot, foretold };
                     let last = held.is_some() || self.reached_enough();
                     if last || !is_gateway_trouble(answered.response.status()) {
                         return Ok(answered);
@@ -161,11 +267,19 @@ impl<'a> Attempts<'a> {
     async fn may_go_on(&mut self) -> bool {
         let front = &self.shard.front;
         let proxy = &front.config.proxy;
-        if self.retries >= proxy.retry.attempts || self.reached_enough() {
+        // An attempt that reached nobody says nothing of the request: where several engines died at once, the
+        // next one may be well.
+        let reached_nobody = matches!(self.trouble, Retry::Connect | Retry::Full | Retry::Stale);
+        let free = if reached_nobody { MOST_UNREACHED.saturating_sub(self.unreached) } else { 0 };
+        let left = proxy.retry.attempts.saturating_sub(self.retries - self.unreached);
+        if proxy.retry.attempts == 0 || left.max(free) == 0 || self.reached_enough() {
             return false;
         }
         self.retries += 1;
-        if matches!(self.trouble, Retry::Closed | Retry::Garbage | Retry::Status) {
+        if free > 0 {
+            self.unreached += 1;
+        }
+        if matches!(self.trouble, Retry::Closed | Retry::Garbage | Retry::Status | Retry::Handoff) {
             let now = std::time::Instant::now();
             if !front.retry_budget.take(&proxy.retry, front.metrics.requests_taken(), now) {
                 self.failures
@@ -177,7 +291,7 @@ impl<'a> Attempts<'a> {
         true
     }
 
-    fn choose(&self) -> Result<Selection, NoWorker> {
+    fn choose(&self) -> Result<Plan, NoWorker> {
         // Who came earlier goes first.
         if self.shard.front.queue.has_line(self.asked.model.as_deref()) {
             return Err(NoWorker::Saturated { workers: 0 });
@@ -185,16 +299,13 @@ impl<'a> Attempts<'a> {
         self.select()
     }
 
-    fn select(&self) -> Result<Selection, NoWorker> {
-        let (front, placing) = (&self.shard.front, &self.asked.placing);
-        let began = std::time::Instant::now();
-        let selection = placing.choose(front, self.asked.model.as_deref(), &self.tried);
-        self.tracked.selected(placing.policy_name(front), began.elapsed());
-        selection
+    fn trace(&self, selection: &Selection, prefill: Option<&Selection>) -> Option<HeaderValue> {
+        let model = self.asked.model.as_deref();
+        self.asked.placing.trace(&self.shard.front, model, &self.tried, selection, prefill)
     }
 
     /// Waits for room at a worker, first come, first served.
-    async fn wait_in_line(&self) -> Result<Selection, ApiError> {
+    async fn wait_in_line(&self) -> Result<Plan, ApiError> {
         let front = &self.shard.front;
         let options = &front.config.proxy.queue;
         let saturated = |text: String| ApiError::new(Code::WorkersSaturated, text).retry_after(1);
@@ -208,7 +319,7 @@ impl<'a> Attempts<'a> {
         loop {
             place.wait(until).await;
             match self.select() {
-                Ok(selection) => return Ok(selection),
+                Ok(plan) => return Ok(plan),
                 Err(NoWorker::Saturated { .. }) if Instant::now() < until => {
                     // Somebody who may go where this one has been must not wait for it.
                     if !self.tried.is_empty() {
@@ -242,14 +353,16 @@ impl<'a> Attempts<'a> {
         &self,
         worker: &WorkerView,
         rank: u32,
+        outgoing: &Outgoing<'_>,
     ) -> Result<(Response<UpstreamBody>, Arc<Slot>), Failure> {
         let pool = &self.shard.pool;
         let slot = pool.slot(worker).map_err(|why| Failure::Failed(SendError::Connect(why.to_string())))?;
         let limit = self.shard.front.config.proxy.first_byte_timeout;
         let deadline = self.deadline.min(Instant::now() + limit);
         // An engine with several ranks is told which one was meant.
-        let ranked = (worker.dp_ranks() > 1).then(|| self.outgoing.to_rank(rank));
-        let outgoing = ranked.as_ref().unwrap_or(self.outgoing);
+        let engine = worker.record.spec.engine;
+        let ranked = (worker.dp_ranks() > 1).then(|| outgoing.to_rank(rank, engine));
+        let outgoing = ranked.as_ref().unwrap_or(outgoing);
         match timeout_at(deadline, pool.send(&slot, outgoing, self.stale)).await {
             Ok(Ok(response)) => Ok((response, slot)),
             Ok(Err(why)) => Err(Failure::Failed(why)),

@@ -14,9 +14,13 @@ use super::errors::{ApiError, Code};
 use super::keys::Pass;
 use super::pump::Pumped;
 use super::relay::Relay;
+use super::streams::body::StreamBody;
 
 /// An error inside a body; hyper answers it by breaking the connection or the h2 stream.
 pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Longest body held in memory that nobody looks after: as much as waits for a client in any case.
+const SHORT: usize = 16 * 1024;
 
 /// What a response carries. Holds the connection's in-flight mark until the last byte is
 /// handed over, so that idle timeouts do not run meanwhile; and the request's place among those
@@ -33,7 +37,9 @@ enum Kind {
     Full(Option<Bytes>),
     Relay(Box<Relay>),
     Axum(axum::body::Body),
+    Legs(axum::body::Body),
     Pumped(Pumped),
+    Stream(Box<StreamBody>),
 }
 
 impl FrontBody {
@@ -52,9 +58,19 @@ impl FrontBody {
         Self { kind: Kind::Relay(Box::new(relay)), in_flight: None, pass: Pass::default() }
     }
 
+    /// A stream that a client listens to.
+    pub(super) fn stream(body: StreamBody) -> Self {
+        Self { kind: Kind::Stream(Box::new(body)), in_flight: None, pass: Pass::default() }
+    }
+
     /// The answer of an axum handler.
     pub(super) fn axum(body: axum::body::Body) -> Self {
         Self { kind: Kind::Axum(body), in_flight: None, pass: Pass::default() }
+    }
+
+    /// What comes of two engines at once, as long as that takes.
+    pub(super) fn legs(body: axum::body::Body) -> Self {
+        Self { kind: Kind::Legs(body), in_flight: None, pass: Pass::default() }
     }
 
     pub(super) fn holding(mut self, in_flight: InFlight) -> Self {
@@ -62,11 +78,14 @@ impl FrontBody {
         self
     }
 
-    /// Has a relayed body read by a task of its own, which lets go of the worker when the client
-    /// takes nothing for `stall`. The task holds the in-flight mark and the pass, too.
+    /// Has a body that takes time or memory read by a task of its own, which lets go of the worker and
+    /// of the HTTP/2 stream when the client takes nothing for `stall`. The task holds the in-flight
+    /// mark and the pass, too.
     pub(super) fn pumped(self, stall: Duration) -> Self {
         match &self.kind {
-            Kind::Relay(relay) if !relay.is_end_stream() => {
+            Kind::Relay(relay) if relay.is_end_stream() => self,
+            Kind::Full(Some(bytes)) if bytes.len() <= SHORT => self,
+            Kind::Relay(_) | Kind::Stream(_) | Kind::Legs(_) | Kind::Full(Some(_)) => {
                 let kind = Kind::Pumped(Pumped::new(self, stall));
                 Self { kind, in_flight: None, pass: Pass::default() }
             }
@@ -91,8 +110,9 @@ impl Body for FrontBody {
         match &mut self.kind {
             Kind::Full(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
             Kind::Relay(relay) => Pin::new(relay.as_mut()).poll_frame(cx),
-            Kind::Axum(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Kind::Axum(body) | Kind::Legs(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
             Kind::Pumped(body) => Pin::new(body).poll_frame(cx),
+            Kind::Stream(body) => Pin::new(body.as_mut()).poll_frame(cx),
         }
     }
 
@@ -100,8 +120,9 @@ impl Body for FrontBody {
         match &self.kind {
             Kind::Full(bytes) => bytes.is_none(),
             Kind::Relay(relay) => relay.is_end_stream(),
-            Kind::Axum(body) => body.is_end_stream(),
+            Kind::Axum(body) | Kind::Legs(body) => body.is_end_stream(),
             Kind::Pumped(body) => body.is_end_stream(),
+            Kind::Stream(body) => body.is_end_stream(),
         }
     }
 
@@ -109,8 +130,9 @@ impl Body for FrontBody {
         match &self.kind {
             Kind::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
             Kind::Relay(relay) => relay.size_hint(),
-            Kind::Axum(body) => body.size_hint(),
+            Kind::Axum(body) | Kind::Legs(body) => body.size_hint(),
             Kind::Pumped(body) => body.size_hint(),
+            Kind::Stream(body) => body.size_hint(),
         }
     }
 }

@@ -16,7 +16,8 @@ use super::front::Shard;
 use super::keys::Caller;
 use super::register::read_json;
 use super::routes::{Listener, MaxBody, Route, parameter_of, percent_decoded};
-use super::{admin, explain, health, models, nodes, openapi};
+use super::streams::operators;
+use super::{admin, explain, health, ksana, models, nodes, openapi};
 use crate::ids::WorkerId;
 
 /// A request whose route was found and whose credentials are good.
@@ -28,6 +29,8 @@ pub(super) struct Call {
     pub(super) body: Incoming,
     pub(super) caller: Caller,
     pub(super) node: NodeGrant,
+    /// It showed a capability for the stream that it asks for, and no key.
+    pub(super) by_capability: bool,
 }
 
 impl Call {
@@ -42,7 +45,7 @@ impl Call {
     }
 
     /// What the path has in place of the route's parameter, decoded.
-    fn parameter(&self) -> Option<String> {
+    pub(super) fn parameter(&self) -> Option<String> {
         percent_decoded(parameter_of(self.route.path(), self.head.uri.path())?)
     }
 
@@ -75,10 +78,16 @@ impl Call {
             | Route::AdminWorkers
             | Route::AdminWorker
             | Route::AdminDrain
+            | Route::AdminStop
             | Route::AdminMembers
             | Route::AdminIndex
+            | Route::AdminNames
             | Route::AdminKeys => admin::answer(self).await,
+            Route::AdminKsana | Route::AdminKsanaNode => ksana::admin::answer(self).await,
             Route::AdminExplain => explain::answer(self).await,
+            Route::AdminStreams | Route::AdminStream | Route::AdminStreamCancel => {
+                operators::answer(self).await
+            }
             Route::Livez => Ok(health::livez().await.into_response()),
             Route::Readyz => {
                 let query = RawQuery(self.query().map(str::to_owned));
@@ -95,7 +104,22 @@ impl Call {
             | Route::Score
             | Route::Tokenize
             | Route::Detokenize
+            | Route::Streams
+            | Route::Stream
+            | Route::StreamCancel
+            | Route::StreamToken
+            | Route::Response
+            | Route::ResponseCancel
+            | Route::Generate
             | Route::PassThrough
+            | Route::KsanaRegister
+            | Route::KsanaHeartbeat
+            | Route::KsanaCommId
+            | Route::KsanaGenerate
+            | Route::KsanaV1
+            | Route::KsanaV2
+            | Route::KsanaDocs
+            | Route::KsanaRedoc
             | Route::Unknown => Err(misrouted(self.route)),
         };
         answered.unwrap_or_else(IntoResponse::into_response)
@@ -120,7 +144,8 @@ impl Call {
     }
 
     fn describe(&self) -> Response {
-        let document = openapi::document(self.listener, self.shard.front.config.metrics_on_client);
+        let config = &self.shard.front.config;
+        let document = openapi::document(self.listener, config.metrics_on_client, config.edge.is_some());
         let json = HeaderValue::from_static("application/json");
         ([(CONTENT_TYPE, json)], document.to_string()).into_response()
     }

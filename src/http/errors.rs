@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderValue, Response, StatusCode};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::body::FrontBody;
@@ -23,6 +24,11 @@ macro_rules! codes {
             /// The `code` member of the error object.
             pub fn as_str(self) -> &'static str {
                 match self { $(Code::$name => $text),* }
+            }
+
+            /// The code that is called this.
+            pub fn by_name(name: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|code| code.as_str() == name)
             }
 
             /// The HTTP status it is sent with.
@@ -75,6 +81,8 @@ codes! {
     InvalidApiKey = "invalid_api_key", UNAUTHORIZED, "authentication_error";
     /// The key's time is over.
     ExpiredApiKey = "expired_api_key", UNAUTHORIZED, "authentication_error";
+    /// The capability for a stream is not good for it, or not any more.
+    BadCapability = "bad_capability", UNAUTHORIZED, "authentication_error";
     /// The key may not use the model.
     ModelNotAllowed = "model_not_allowed", FORBIDDEN, "permission_error";
     /// The key sends too many requests a second.
@@ -109,6 +117,22 @@ codes! {
     ReplicaDown = "replica_down", SERVICE_UNAVAILABLE, "server_error";
     /// Too many connections.
     TooManyConnections = "too_many_connections", SERVICE_UNAVAILABLE, "server_error";
+    /// `Last-Event-ID` or `after` is none of ours.
+    BadEventId = "bad_event_id", BAD_REQUEST, "invalid_request_error";
+    /// An idempotency key came with another request than the first time.
+    IdempotencyKeyReused = "idempotency_key_reused", UNPROCESSABLE_ENTITY, "invalid_request_error";
+    /// No such stream, or somebody else's.
+    StreamNotFound = "stream_not_found", NOT_FOUND, "not_found_error";
+    /// What is asked for of a stream is forgotten.
+    StreamExpired = "stream_expired", GONE, "invalid_request_error";
+    /// A stream that nobody can go on with.
+    StreamLost = "stream_lost", GONE, "server_error";
+    /// A stream that was cancelled.
+    StreamCancelled = "cancelled", GONE, "invalid_request_error";
+    /// An event id of an event that there has not been.
+    CursorAhead = "cursor_ahead", PRECONDITION_FAILED, "invalid_request_error";
+    /// Too many clients listen to one stream.
+    TooManyListeners = "too_many_listeners", TOO_MANY_REQUESTS, "rate_limit_error";
     /// A fault of this program.
     Internal = "internal_error", INTERNAL_SERVER_ERROR, "server_error";
 }
@@ -127,6 +151,8 @@ pub struct ApiError {
     pub retry_after: Option<u32>,
     /// The connection's framing is not to be trusted any more.
     pub close: bool,
+    /// Asking again will not help, whatever the status says to a client that does by itself.
+    pub is_final: bool,
     /// For [`Code::MethodNotAllowed`].
     pub allow: Option<Cow<'static, str>>,
     /// For [`Code::RateLimitExceeded`].
@@ -151,6 +177,7 @@ impl ApiError {
             param: None,
             retry_after: None,
             close: false,
+            is_final: false,
             allow: None,
             rate_limit: None,
         }
@@ -172,6 +199,42 @@ impl ApiError {
     pub fn close(mut self) -> Self {
         self.close = true;
         self
+    }
+
+    /// Adds `x-should-retry: false`, which OpenAI's clients obey.
+    pub fn no_retry(mut self) -> Self {
+        self.is_final = true;
+        self
+    }
+
+    /// For another process, which answers with it.
+    pub(super) fn to_wire(&self) -> Vec<u8> {
+        let wire = Wire {
+            code: self.code.as_str().to_owned(),
+            message: self.message.to_string(),
+            param: self.param.as_deref().map(str::to_owned),
+            retry_after: self.retry_after,
+            is_final: self.is_final,
+        };
+        // Text and numbers can always be written.
+        serde_json::to_vec(&wire).unwrap_or_default()
+    }
+
+    /// What another process would have answered with. A code of a later version is a failure like any
+    /// other.
+    pub(super) fn from_wire(bytes: &[u8]) -> Self {
+        let Ok(wire) = serde_json::from_slice::<Wire>(bytes) else {
+            return Self::new(
+                Code::Internal,
+                "a replica's refusal cannot be read; is it of another version?",
+            );
+        };
+        Self {
+            param: wire.param.map(Cow::Owned),
+            retry_after: wire.retry_after,
+            is_final: wire.is_final,
+            ..Self::new(Code::by_name(&wire.code).unwrap_or(Code::UpstreamFailed), wire.message)
+        }
     }
 
     /// The error object as JSON.
@@ -211,10 +274,13 @@ impl ApiError {
         response
     }
 
-    fn add_headers(&self, headers: &mut http::HeaderMap) {
+    pub(super) fn add_headers(&self, headers: &mut http::HeaderMap) {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, seconds.into());
+        }
+        if self.is_final {
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if self.close {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -233,6 +299,16 @@ impl ApiError {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
     }
+}
+
+/// An error between processes.
+#[derive(Serialize, Deserialize)]
+struct Wire {
+    code: String,
+    message: String,
+    param: Option<String>,
+    retry_after: Option<u32>,
+    is_final: bool,
 }
 
 /// The `type` of Anthropic's error object for a status.
@@ -279,6 +355,15 @@ impl From<ClusterError> for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_is_the_same_at_another_process() {
+        let error = ApiError::new(Code::ModelNotFound, "no such model").param("model").retry_after(3);
+        for error in [error.clone(), error.no_retry()] {
+            assert_eq!(ApiError::from_wire(&error.to_wire()), error);
+        }
+        assert_eq!(ApiError::from_wire(b"?").code, Code::Internal);
+    }
 
     #[test]
     fn anthropic_clients_get_their_own_object() {

@@ -6,14 +6,18 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 
+use super::attempts::plan::parts;
 use super::attempts::refusal;
 use super::call::Call;
 use super::errors::{ApiError, Code};
 use super::front::Front;
 use super::keys::Caller;
-use super::proxy::look_at;
+use super::placing::Placing;
+use super::proxy::{look_at, tokenised};
 use super::routes::{self, Listener, Route};
-use crate::admin_types::{CandidateReply, ExplainReply, ExplainRequest, MOST_EXPLAINED};
+use crate::admin_types::{CandidateReply, ExplainReply, ExplainRequest, MOST_EXPLAINED, PrefillReply};
+use crate::routing::rehearse::Rehearsal;
+use crate::routing::select::Explained;
 
 /// Answers an operator. Nothing of the request is kept or logged.
 pub(super) async fn answer(call: Call) -> Result<Response, ApiError> {
@@ -29,43 +33,55 @@ async fn explain(front: &Front, request: ExplainRequest) -> Result<ExplainReply,
     let mut asked = look_at(route, &headers, &body, &Caller::default()).await?;
     // Whoever asks wants to know of prefixes even where the policy does not care.
     asked.placing.wishes.trace = true;
+    tokenised(front, route, &mut asked, &body).await;
     let model = asked.model.as_deref();
-    if let Some(model) = model {
-        asked.placing.look_at_prompt(front, &request.route, model, &body).await;
-    }
     let placing = &asked.placing;
-    let rehearsal = placing.rehearse(front, model).map_err(|why| refusal(model, &why))?;
-    let mut candidates: Vec<_> = rehearsal
-        .ranks
-        .iter()
-        .map(|(explained, share)| {
-            let mut candidate = placing.candidate(front, explained);
-            candidate.share = Some(*share);
-            candidate
-        })
-        .collect();
-    candidates.sort_by(|a, b| {
-        let cost = |candidate: &CandidateReply| candidate.cost.unwrap_or(f64::INFINITY);
-        b.share
-            .partial_cmp(&a.share)
-            .unwrap_or(std::cmp::Ordering::Equal)
-            .then_with(|| a.not_chosen.is_some().cmp(&b.not_chosen.is_some()))
-            .then_with(|| cost(a).total_cmp(&cost(b)))
-    });
-    let more = candidates.len().saturating_sub(MOST_EXPLAINED);
-    candidates.truncate(MOST_EXPLAINED);
+    let parts = parts(front, placing, model, route.path(), &body);
+    let first = parts.first().copied().unwrap_or_default();
+    let rehearsal = placing.rehearse(front, model, first).map_err(|why| refusal(model, &why))?;
+    let (waits, last_resort) = (rehearsal.waits, rehearsal.last_resort);
+    let (candidates, more) = listed(front, placing, rehearsal);
+    let prefill = match parts.as_slice() {
+        [_, part] => {
+            let rehearsal = placing.rehearse(front, model, *part).map_err(|why| refusal(model, &why))?;
+            let (candidates, more) = listed(front, placing, rehearsal);
+            Some(PrefillReply { policy: placing.policy_name(front, *part).to_owned(), candidates, more })
+        }
+        _ => None,
+    };
     Ok(ExplainReply {
         replica: front.config.replica.clone(),
         model: model.map(str::to_owned),
-        policy: placing.policy_name(front).to_owned(),
+        policy: placing.policy_name(front, first).to_owned(),
         prompt_tokens: placing.prompt_tokens,
         source: placing.source().to_owned(),
         view_age_ms: front.control.view_age_ms(),
-        waits: rehearsal.waits,
-        last_resort: rehearsal.last_resort,
+        waits,
+        last_resort,
         candidates,
         more,
+        prefill,
     })
+}
+
+/// A rehearsal's candidates, the likeliest first, and how many are left out.
+fn listed(front: &Front, placing: &Placing, mut rehearsal: Rehearsal) -> (Vec<CandidateReply>, usize) {
+    rehearsal.ranks.sort_by(|(a, share_a), (b, share_b)| {
+        let cost = |explained: &Explained| explained.terms.map_or(f64::INFINITY, |terms| terms.total());
+        share_b
+            .total_cmp(share_a)
+            .then_with(|| a.filtered.is_some().cmp(&b.filtered.is_some()))
+            .then_with(|| cost(a).total_cmp(&cost(b)))
+    });
+    let candidates = rehearsal.ranks.iter().map(|(explained, share)| {
+        let mut candidate = placing.candidate(front, explained);
+        candidate.share = Some(*share);
+        candidate
+    });
+    let mut candidates: Vec<CandidateReply> = candidates.collect();
+    let more = candidates.len().saturating_sub(MOST_EXPLAINED);
+    candidates.truncate(MOST_EXPLAINED);
+    (candidates, more)
 }
 
 /// The route of a path, which must be one that goes to workers.

@@ -13,7 +13,7 @@ const MAX_ANSWER: usize = 4 << 20;
 
 /// Why a fetch brought nothing.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub(super) enum FetchError {
+pub enum FetchError {
     /// No connection could be made: nobody is there.
     #[error("{0}")]
     Connect(String),

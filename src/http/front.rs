@@ -1,25 +1,36 @@
 //! What the front's parts share: its configuration, the cluster, the policy, the counters; and
 //! what each listener has to itself.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::accept::FrontOptions;
 use super::allowed::Allowed;
+use super::announced::Announced;
 use super::auth::{NodeToken, NodeTokens, TokenDigests};
 use super::awake::{Awake, Lookouts};
 use super::body::BodyLimits;
+use super::bootstrap::Bootstraps;
+use super::cors::Origins;
 use super::headers::HeaderRules;
 use super::keys::KeyRing;
+use super::ksana::{Ksana, KsanaOptions, RegistryNames};
 use super::metrics::Metrics;
+use super::names::Names;
 use super::queue::{Queue, QueueOptions};
 use super::retry::{RetryBudget, RetryOptions};
 use super::routes::Listener;
+use super::streams::StreamOptions;
+use super::throttle::Meter;
 use super::upstream::{Pool, PoolOptions};
 use crate::cluster::api::ControlPlane;
 use crate::ingest::FeedBoard;
+use crate::naming::NameService;
+use crate::relay::hub::Relays;
+use crate::relay::remote::Remote;
 use crate::routing::book::Reserve;
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy::{self, POLICY_NAMES, Policy, PowerOfTwo};
@@ -132,10 +143,42 @@ pub struct FrontConfig {
     pub metrics_open_on_admin: bool,
     /// Whether `/metrics` is served on the client listener too: true.
     pub metrics_on_client: bool,
+    /// Pages of which origins may ask from within a browser: none.
+    pub cors: Origins,
     /// Chooses among workers: power of two choices.
     pub policy: Arc<dyn Policy>,
+    /// Output streams.
+    pub streams: StreamOptions,
+    /// The cluster, where this process is an edge: streams are served here, everything else of the
+    /// client plane is passed on to a replica, and there are no other planes.
+    pub edge: Option<Arc<Remote>>,
     /// Turns prompts into blocks; without, no policy knows of prefixes.
     pub tokenizers: Option<Arc<Tokenizers>>,
+    /// How KsanaLLM is served, where the client listener is its.
+    pub ksana: Option<KsanaOptions>,
+    /// By which names KsanaLLM's groups are found, where that is not the registry.
+    pub names: Option<Names>,
+    /// The name service, whatever it is asked for.
+    pub name_service: Option<Arc<dyn NameService>>,
+    /// Requests that two workers share.
+    pub pd: PdOptions,
+}
+
+/// How two workers share a request.
+#[derive(Clone, Copy, Debug)]
+pub struct PdOptions {
+    /// A prompt of which no more tokens than this have to be computed somewhere is done there, by one
+    /// worker: 0, which is none.
+    pub bypass_tokens: u32,
+    /// From when on what a prefill worker holds ready is not asked for any more: 25 s, of the 30 s for
+    /// which vLLM keeps it.
+    pub handoff_age: Duration,
+}
+
+impl Default for PdOptions {
+    fn default() -> Self {
+        Self { bypass_tokens: 0, handoff_age: Duration::from_secs(25) }
+    }
 }
 
 impl Default for FrontConfig {
@@ -153,8 +196,15 @@ impl Default for FrontConfig {
             keys: Arc::new(KeyRing::new(None)),
             metrics_open_on_admin: false,
             metrics_on_client: true,
+            cors: Origins::None,
             policy: Arc::new(PowerOfTwo),
+            streams: StreamOptions::default(),
+            edge: None,
             tokenizers: None,
+            ksana: None,
+            names: None,
+            name_service: None,
+            pd: PdOptions::default(),
         }
     }
 }
@@ -170,18 +220,46 @@ pub struct Front {
     pub(super) node_tokens: NodeTokens,
     /// Cancelled when this replica should get no new work: `/readyz` then answers 503.
     pub draining: CancellationToken,
+    /// Cancelled when clients that can come back should go elsewhere: after balancers had time to
+    /// notice that this replica is not ready.
+    pub leaving: CancellationToken,
+    /// Cancelled when whoever is still here is told that it is over.
+    pub ending: CancellationToken,
+    /// Cancelled by an operator who wants this replica to stop as planned.
+    pub stop_asked: CancellationToken,
     /// Since when.
     pub started: Instant,
     /// Requests that wait for a worker.
     pub(super) queue: Arc<Queue>,
     pub(super) retry_budget: RetryBudget,
+    /// What engines with the Mooncake connector are called.
+    pub(super) bootstraps: Bootstraps,
     pub(super) lookouts: Arc<Lookouts>,
+    /// Streams that were asked for without a key and that do not exist.
+    pub(super) guesses: Meter,
+    /// Places of those who have a stream looked up at another process before it is known to be theirs.
+    pub(super) looking: Semaphore,
+    /// Output streams of this process; without, answers are passed on and cannot be resumed.
+    pub streams: OnceLock<Arc<Relays>>,
+    /// What agents say that runs at their engines and nobody has booked.
+    pub(super) announced: Announced,
+    /// KsanaLLM's part, where the client listener is its.
+    pub(super) ksana: Option<Ksana>,
+    /// Who says what names stand for; for KsanaLLM without another one, the registry.
+    pub(super) name_service: Option<Arc<dyn NameService>>,
     /// What this replica's feeds of KV events do, written by whoever keeps them.
     pub feeds: FeedBoard,
     /// All policies, with their defaults, for requests that name one.
     policies: Vec<Arc<dyn Policy>>,
     replica: http::HeaderValue,
 }
+
+/// What KsanaLLM's groups are called where no names are configured.
+const OF_REGISTRY: [&str; 2] = ["prefill", "decode"];
+
+/// Most streams that are looked up at another process at once before they are known to be their
+/// asker's.
+const LOOKS: usize = 64;
 
 impl std::fmt::Debug for Front {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -195,17 +273,37 @@ impl Front {
         let replica = http::HeaderValue::from_str(&config.replica)
             .unwrap_or_else(|_| http::HeaderValue::from_static("unprintable"));
         let started = Instant::now();
+        // Never more than fit under the limit at once: what is given back is never missed.
+        let looks_at_once = LOOKS.min(config.streams.guesses.burst() as usize);
         let node_tokens = NodeTokens::new(config.nodes.tokens.clone(), config.nodes.bound_tokens.clone());
+        let ksana = config.ksana.clone().map(Ksana::new);
+        let by_registry = || {
+            let cluster = config.ksana.as_ref()?.cluster.clone();
+            let [prefill, decode] = OF_REGISTRY.map(str::to_owned);
+            let names = RegistryNames::new(Arc::clone(&control), cluster, prefill, decode);
+            Some(Arc::new(names) as Arc<dyn NameService>)
+        };
+        let name_service = config.name_service.clone().or_else(by_registry);
         Arc::new(Self {
             config,
             control,
             metrics,
+            ksana,
+            name_service,
             node_tokens,
             draining: CancellationToken::new(),
+            leaving: CancellationToken::new(),
+            ending: CancellationToken::new(),
+            stop_asked: CancellationToken::new(),
             started,
             queue: Arc::default(),
             retry_budget: RetryBudget::new(started),
+            bootstraps: Bootstraps::default(),
             lookouts: Arc::default(),
+            guesses: Meter::default(),
+            looking: Semaphore::new(looks_at_once),
+            streams: OnceLock::new(),
+            announced: Announced::default(),
             feeds: FeedBoard::default(),
             policies: POLICY_NAMES.into_iter().filter_map(policy::by_name).collect(),
             replica,

@@ -14,7 +14,9 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use super::front::Front;
 use super::keys::KeyGauges;
 use super::knowledge;
+use super::names;
 use super::status::breaker;
+use super::streams;
 use crate::admin_types::BreakerState;
 use crate::cluster::api::{ClusterStats, ClusterStatus, GroupStats, GroupStatus, LogStats, MemberStatus};
 use crate::routing::view::WorkerView;
@@ -38,6 +40,8 @@ impl Collector for Gauges {
         ConstGauge::new(front.control.sessions() as u64).encode(bound)?;
         workers(&mut encoder, &front.control.registry().workers, front.now_ms())?;
         knowledge::encode(&mut encoder, front)?;
+        names::encode(&mut encoder, front)?;
+        streams::gauges::encode(&mut encoder, front.streams.get().map(AsRef::as_ref))?;
         let status = front.control.status();
         groups(&mut encoder, &status)?;
         peers(&mut encoder, &status)?;
@@ -98,12 +102,16 @@ fn workers(encoder: &mut DescriptorEncoder<'_>, workers: &[Arc<WorkerView>], now
             w.live.booked().prefill_tokens
         }),
         ("worker_decode_blocks", "KV blocks held, as booked", &|w| w.live.booked().decode_blocks),
-        ("worker_foreign_requests", "Requests its engine has beyond what is booked", &|w| {
-            w.live.foreign.get().requests
-        }),
-        ("worker_foreign_blocks", "KV blocks its engine uses beyond what is booked", &|w| {
-            w.live.foreign.get().decode_blocks
-        }),
+        (
+            "worker_foreign_requests",
+            "Requests its engine has beyond what is booked; below zero: short of it",
+            &|w| w.live.foreign.get().requests,
+        ),
+        (
+            "worker_foreign_blocks",
+            "KV blocks its engine uses beyond what is booked; below zero: short of it",
+            &|w| w.live.foreign.get().decode_blocks,
+        ),
         ("worker_online", "1 if online by the cluster's decision", &|w| w.record.online.into()),
         ("worker_draining", "1 if kept from new requests", &|w| w.record.drain.into()),
         ("worker_reachable", "1 unless this replica failed to connect to it last", &|w| reachable(w).into()),

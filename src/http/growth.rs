@@ -24,6 +24,8 @@ pub(super) struct Growth {
     in_line: bool,
     /// A line with something in it has ended since the last event did.
     in_event: bool,
+    /// Each piece ends with NUL, and there are no lines.
+    in_frames: bool,
 }
 
 impl Growth {
@@ -37,16 +39,25 @@ impl Growth {
             prompt,
             in_line: false,
             in_event: false,
+            in_frames: false,
         }
+    }
+
+    /// The same of a stream of frames, each of which ends with NUL and has another token.
+    pub(super) fn of_frames(prompt_tokens: u32, block_size: u32) -> Self {
+        Self { in_frames: true, ..Self::new(prompt_tokens, block_size) }
     }
 
     /// Takes note of a piece of the stream; how many blocks more are needed now.
     pub(super) fn push(&mut self, data: &[u8]) -> u32 {
-        self.tokens += self.events(data);
+        self.tokens += match self.in_frames {
+            true => memchr_iter(0, data).count() as u64,
+            false => self.events(data),
+        };
         if self.tokens <= self.room {
             return 0;
         }
-        if let Some(told) = told(data) {
+        if let Some(told) = told(data).filter(|_| !self.in_frames) {
             self.tokens = self.tokens.max(self.prompt.saturating_add(told));
         }
         let blocks = (self.tokens - self.room).div_ceil(self.block);
@@ -105,6 +116,15 @@ mod tests {
                 assert_eq!(grown(&mut growth, text.as_bytes(), step), 2, "{end:?} {step}");
                 assert_eq!(growth.tokens, 43, "{end:?} {step}");
             }
+        }
+    }
+
+    #[test]
+    fn each_frame_counts_as_a_token() {
+        let text = b"{\"completion_tokens\":400}\0".repeat(33);
+        for step in 1..40 {
+            let mut growth = Growth::of_frames(10, 16);
+            assert_eq!(grown(&mut growth, &text, step), 2, "{step}");
         }
     }
 

@@ -15,8 +15,12 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 pub(super) const REPLICA: HeaderName = HeaderName::from_static("everline-replica");
 /// Which worker answered.
 pub(super) const WORKER: HeaderName = HeaderName::from_static("everline-worker");
+/// Which worker did the prefill, if another one answered.
+pub(super) const PREFILL_WORKER: HeaderName = HeaderName::from_static("everline-prefill-worker");
 /// Tokens of the prompt that the router expects the worker to have cached.
 pub(super) const CACHED: HeaderName = HeaderName::from_static("everline-cached-tokens");
+/// Blocks of the prompt that the router expects the worker to have cached.
+pub(super) const OVERLAP_BLOCKS: HeaderName = HeaderName::from_static("everline-overlap-blocks");
 /// What was known of each candidate, for a request that asked for it by the same header.
 pub(super) const TRACE: HeaderName = HeaderName::from_static("everline-trace");
 
@@ -50,10 +54,16 @@ pub struct HeaderRules {
     pub forward: Vec<HeaderName>,
     /// Stay although they would pass.
     pub drop: Vec<HeaderName>,
+    /// All pass that may pass at all, credentials too: to a replica, which is to see what its client
+    /// sent.
+    pub everything: bool,
 }
 
 impl HeaderRules {
     fn passes(&self, name: &HeaderName) -> bool {
+        if self.everything {
+            return true;
+        }
         if is_private(name.as_str()) { self.forward.contains(name) } else { !self.drop.contains(name) }
     }
 }
@@ -128,6 +138,19 @@ pub(super) fn for_worker<'a>(
     }
 }
 
+/// The client's headers that a worker gets to see.
+pub(super) fn passing(client: &HeaderMap, rules: &HeaderRules) -> HeaderMap {
+    let mut passed = HeaderMap::new();
+    let id = HeaderValue::from_static("");
+    let headers = HeadersToWorker { client, request_id: &id, rules, ours: HeaderMap::new() };
+    for_worker(&headers, |name, value| {
+        if *name != REQUEST_ID {
+            passed.append(name.clone(), value.clone());
+        }
+    });
+    passed
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,12 +201,19 @@ mod tests {
         let rules = HeaderRules {
             forward: vec![http::header::AUTHORIZATION, http::header::TE],
             drop: vec![HeaderName::from_static("x-session-id")],
+            everything: false,
         };
         let lines = passing(&client, &rules);
         assert_eq!(
             lines,
             ["accept: */*", "authorization: Bearer secret", "traceparent: new", "x-request-id: id"]
         );
+        let everything = HeaderRules { everything: true, ..HeaderRules::default() };
+        let lines = passing(&client, &everything);
+        for there in ["authorization: Bearer secret", "everline-worker: w", "x-forwarded-for: 1.2.3.4"] {
+            assert!(lines.iter().any(|line| line == there), "{there} in {lines:?}");
+        }
+        assert!(!lines.iter().any(|line| line.starts_with("x-listed") || line.starts_with("te:")));
     }
 
     #[test]

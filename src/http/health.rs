@@ -10,8 +10,9 @@ use http::header::CONTENT_TYPE;
 use serde_json::json;
 
 use super::errors::{ApiError, Code};
-use super::front::Shard;
+use super::front::{Front, Shard};
 use super::gauges::Gauges;
+use crate::relay::remote::Reach;
 
 /// The process runs and answers; nothing else is looked at.
 pub(super) async fn livez() -> &'static str {
@@ -22,32 +23,49 @@ pub(super) async fn livez() -> &'static str {
 /// Without a quorum a replica keeps routing with what it knows, so it stays ready.
 pub(super) async fn readyz(State(shard): State<Arc<Shard>>, RawQuery(query): RawQuery) -> Response {
     let front = &shard.front;
+    let verbose = query.is_some_and(|q| q.split('&').any(|p| p == "verbose" || p.starts_with("verbose=")));
+    if let Some(remote) = &front.config.edge {
+        return readyz_of_edge(front, remote.reach(), verbose);
+    }
     let status = front.control.status();
     let draining = front.draining.is_cancelled();
     let joined = !status.cluster_id.is_empty() && status.down.is_none();
     let applied = front.control.registry().index > 0;
     let ready = !draining && joined && applied;
-    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let verbose = query.is_some_and(|q| q.split('&').any(|p| p == "verbose" || p.starts_with("verbose=")));
-    if !verbose {
-        return (code, if ready { "ok\n" } else { "not ready; see /readyz?verbose\n" }).into_response();
-    }
     let check = |ok: bool, otherwise: &str| if ok { "ok".to_owned() } else { otherwise.to_owned() };
     let member = match &status.down {
         Some(why) => format!("down: {why}"),
         None => check(joined, "waiting to join a cluster"),
     };
-    let body = json!({
-        "ready": ready,
-        "replica": front.config.replica,
-        "checks": {
-            "not_draining": check(!draining, "draining"),
-            "cluster_joined": member,
-            "registry_applied": check(applied, "nothing applied yet"),
-            "quorum": check(status.quorum, "degraded: no quorum"),
-        },
+    let checks = json!({
+        "not_draining": check(!draining, "draining"),
+        "cluster_joined": member,
+        "registry_applied": check(applied, "nothing applied yet"),
+        "quorum": check(status.quorum, "degraded: no quorum"),
     });
-    (code, Json(body)).into_response()
+    readiness(front, ready, verbose, checks)
+}
+
+/// The same of an edge: some replica answers, and there was a leader once. Without a quorum it stays
+/// ready as replicas do, since streams run, and new ones begin.
+fn readyz_of_edge(front: &Front, reach: Reach, verbose: bool) -> Response {
+    let draining = front.draining.is_cancelled();
+    let check = |ok: bool, otherwise: &'static str| if ok { "ok" } else { otherwise };
+    let checks = json!({
+        "not_draining": check(!draining, "draining"),
+        "replica_reachable": check(reach.replica, "no replica answers"),
+        "leader_known": check(reach.led, "no leader was known yet"),
+        "quorum": check(reach.quorum, "degraded: no quorum"),
+    });
+    readiness(front, !draining && reach.replica && reach.led, verbose, checks)
+}
+
+fn readiness(front: &Front, ready: bool, verbose: bool, checks: serde_json::Value) -> Response {
+    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    if !verbose {
+        return (code, if ready { "ok\n" } else { "not ready; see /readyz?verbose\n" }).into_response();
+    }
+    (code, Json(json!({"ready": ready, "replica": front.config.replica, "checks": checks}))).into_response()
 }
 
 /// The counters in OpenMetrics text.

@@ -22,6 +22,7 @@ use super::auth::{Shown, client_secret, digest_of};
 use super::errors::{ApiError, Code, RateLimit};
 use super::throttle::{Excess, Meter, Rate};
 use crate::admin_types::KeyStatus;
+use crate::relay::secret::principal;
 
 /// A client's key, as configured.
 #[derive(Clone, Debug)]
@@ -44,6 +45,8 @@ pub struct ClientKey {
 #[derive(Debug, Default)]
 struct Usage {
     meter: Meter,
+    /// Streams asked for that are none of its own.
+    guesses: Meter,
     in_flight: AtomicU32,
     admitted: AtomicU64,
     limited: AtomicU64,
@@ -65,6 +68,8 @@ pub(super) struct Key {
 #[derive(Debug, Default)]
 struct Ring {
     keys: HashMap<u64, Arc<Key>>,
+    /// The same by whose streams are ([`principal`]).
+    principals: HashMap<[u8; 16], Arc<Key>>,
     /// Keys are configured, be it none in the end: without one nobody gets in.
     closed: bool,
 }
@@ -98,9 +103,14 @@ impl KeyRing {
             before.keys.values().map(|key| (key.spec.id.as_str(), &key.usage)).collect();
         let keys = keys.into_iter().map(|spec| {
             let usage = usages.get(spec.id.as_str()).map(|usage| Arc::clone(usage)).unwrap_or_default();
-            (place(&spec.digest), Arc::new(Key { spec, usage }))
+            Arc::new(Key { spec, usage })
         });
-        self.ring.store(Arc::new(Ring { keys: keys.collect(), closed: true }));
+        let mut ring = Ring { closed: true, ..Ring::default() };
+        for key in keys {
+            ring.principals.insert(principal(Some(&key.spec.id)), Arc::clone(&key));
+            ring.keys.insert(place(&key.spec.digest), key);
+        }
+        self.ring.store(Arc::new(ring));
     }
 
     /// Lets a request in, or says why not.
@@ -127,6 +137,12 @@ impl KeyRing {
             return Err(ApiError::new(Code::InvalidApiKey, "this API key is not known here"));
         };
         key.admit(self.epoch.elapsed())
+    }
+
+    /// Whether a key is in force whose streams are this principal's.
+    pub(super) fn has(&self, principal: &[u8; 16]) -> bool {
+        let ring = self.ring.load();
+        !ring.closed || ring.principals.get(principal).is_some_and(|key| !key.is_expired())
     }
 
     /// All keys, by id, for operators.
@@ -257,6 +273,12 @@ impl Caller {
     /// The key's name, for logs.
     pub(super) fn key_id(&self) -> Option<&str> {
         self.0.as_ref().map(|key| key.spec.id.as_str())
+    }
+
+    /// Where the streams are counted that it asked for and that are not its own; `None` where no key
+    /// was needed.
+    pub(super) fn guesses(&self) -> Option<&Meter> {
+        self.0.as_ref().map(|key| &key.usage.guesses)
     }
 
     /// Whether it may use, and see, a model.

@@ -6,6 +6,7 @@ mod access;
 mod choices;
 mod counts;
 mod models;
+mod pairs;
 mod recent;
 mod tracked;
 
@@ -25,6 +26,9 @@ pub use self::tracked::Tracked;
 
 use self::access::AccessLog;
 use self::counts::{Counts, Exported};
+use self::pairs::Pairs;
+pub(super) use self::pairs::{Leg, LegEnd};
+use super::attempts::plan::Why;
 use super::reserving::Reservation;
 pub use super::routes::Route;
 use crate::telemetry::process::ProcessMetrics;
@@ -103,12 +107,21 @@ pub enum Retry {
     Garbage,
     /// The worker answered 502, 503 or 504.
     Status,
+    /// Of two workers that shared the request one failed, or what the first one handed over was of no use.
+    Handoff,
 }
 
 impl Retry {
     /// All of them, in the order of their declaration.
-    pub const ALL: [Retry; 6] =
-        [Retry::Connect, Retry::Full, Retry::Stale, Retry::Closed, Retry::Garbage, Retry::Status];
+    pub const ALL: [Retry; 7] = [
+        Retry::Connect,
+        Retry::Full,
+        Retry::Stale,
+        Retry::Closed,
+        Retry::Garbage,
+        Retry::Status,
+        Retry::Handoff,
+    ];
 
     /// The name in metrics and spans.
     pub fn as_str(self) -> &'static str {
@@ -119,6 +132,7 @@ impl Retry {
             Retry::Closed => "closed",
             Retry::Garbage => "garbage",
             Retry::Status => "status",
+            Retry::Handoff => "handoff",
         }
     }
 }
@@ -140,6 +154,7 @@ pub struct Metrics {
     counts: Arc<Counts>,
     rejected: Family<RejectLabels, Counter>,
     reservations: [Counter; Reservation::ALL.len()],
+    pairs: Pairs,
     /// Open client and admin connections.
     pub connections: Gauge,
     recent: RecentErrors,
@@ -167,6 +182,7 @@ impl Metrics {
         registry.register("reservations", help, reservations.clone());
         let reservations =
             Reservation::ALL.map(|of| reservations.get_or_create(&[("outcome", of.as_str())]).clone());
+        let pairs = Pairs::new(&mut registry);
         let connections = Gauge::default();
         registry.register("connections", "Open connections", connections.clone());
         // A gauge that is always 1, as most have it: readers that know the older text format only
@@ -182,6 +198,7 @@ impl Metrics {
             counts,
             rejected,
             reservations,
+            pairs,
             connections,
             recent: RecentErrors::default(),
             taken: AtomicU64::new(0),
@@ -230,6 +247,16 @@ impl Metrics {
     /// Counts a booking through the log.
     pub(super) fn reservation(&self, became: Reservation) {
         self.reservations[became as usize].inc();
+    }
+
+    /// Counts a choice among workers that do parts of requests.
+    pub(super) fn planned(&self, why: Why) {
+        self.pairs.planned(why);
+    }
+
+    /// Counts what came of one of two workers that share a request, after so long.
+    pub(super) fn leg(&self, leg: Leg, end: LegEnd, after: std::time::Duration) {
+        self.pairs.leg(leg, end, after);
     }
 
     /// Attempts after the first, for whatever reason.

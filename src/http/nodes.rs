@@ -7,13 +7,15 @@ use axum::response::{IntoResponse, Response};
 use http::{Method, StatusCode};
 use serde_json::json;
 
+use super::announced;
+use super::body::{BodyLimits, collect};
 use super::call::{Call, misrouted};
 use super::errors::{ApiError, Code};
 use super::front::Shard;
 use super::register::register;
-use super::routes::Route;
+use super::routes::{HEARTBEAT_BYTES, Route};
 use super::status::worker_status;
-use crate::admin_types::RegisterRequest;
+use crate::admin_types::{HeartbeatRequest, RegisterRequest};
 use crate::ids::{Group, WorkerId};
 use crate::routing::view::WorkerView;
 use crate::state::command::{ControlCommand, ControlOutcome};
@@ -52,10 +54,11 @@ async fn join(shard: &Shard, call: Call) -> Result<Response, ApiError> {
     Ok((status, Json(reply)).into_response())
 }
 
-async fn heartbeat(shard: &Shard, call: Call) -> Result<Response, ApiError> {
+async fn heartbeat(shard: &Shard, mut call: Call) -> Result<Response, ApiError> {
     let id = call.worker_id()?;
     let control = &shard.front.control;
     check_grant(shard, &call, &id)?;
+    let said = heartbeat_request(&mut call).await?;
     let mut known = control.heartbeat(&id);
     if !known {
         // It may have registered at another replica a moment ago.
@@ -65,6 +68,7 @@ async fn heartbeat(shard: &Shard, call: Call) -> Result<Response, ApiError> {
     }
     let view = control.registry();
     let worker = view.worker(&id).filter(|_| known).ok_or_else(|| not_found(&id))?;
+    announced::hear(&shard.front, worker, &said)?;
     let body = json!({
         "id": id,
         "online": worker.record.online,
@@ -72,6 +76,18 @@ async fn heartbeat(shard: &Shard, call: Call) -> Result<Response, ApiError> {
         "interval_ms": shard.front.config.nodes.heartbeat_interval.as_millis() as u64,
     });
     Ok(Json(body).into_response())
+}
+
+/// What it says besides. Members of a later version are left out.
+async fn heartbeat_request(call: &mut Call) -> Result<HeartbeatRequest, ApiError> {
+    let body = collect(&mut call.body, &BodyLimits::of(HEARTBEAT_BYTES)).await?;
+    match body.trim_ascii() {
+        [] => Ok(HeartbeatRequest::default()),
+        json => serde_json::from_slice(json).map_err(|error| {
+            let text = format!("the body must be empty, or an object with `running` and `ended`: {error}");
+            ApiError::new(Code::InvalidValue, text)
+        }),
+    }
 }
 
 /// A token has no say about workers of other roles, nor about those of other tokens.

@@ -2,25 +2,32 @@
 
 use serde_json::{Map, Value, json};
 
+use super::edge;
 use super::routes::{Access, Entry, Listener, MaxBody, Plane, Route, Served, TABLE};
 
 /// The methods by which a route that takes any is described.
 const ANY: [&str; 5] = ["get", "post", "put", "patch", "delete"];
 
-/// The document of a listener.
-pub(super) fn document(listener: Listener, metrics_on_client: bool) -> Value {
+/// The document of a listener; `at_edge`, of an edge's.
+pub(super) fn document(listener: Listener, metrics_on_client: bool, at_edge: bool) -> Value {
     let mut paths = Map::new();
     for entry in TABLE.iter().filter(|entry| entry.is_on(listener, metrics_on_client)) {
+        if at_edge && !edge::has(entry.route) {
+            continue;
+        }
         paths.insert(entry.path.replace("{*", "{"), path_item(entry, listener));
     }
     let title = match listener {
+        Listener::Client if at_edge => "Everline: clients, at an edge",
         Listener::Client => "Everline: clients and nodes",
         Listener::Admin => "Everline: operators",
+        Listener::Ksana => "Prefill-Decode Router",
     };
     let schemes = match listener {
-        Listener::Client => json!({
+        Listener::Client | Listener::Ksana => json!({
             "clientKey": {"type": "http", "scheme": "bearer", "description": "An API key. Not asked for if none is configured."},
             "clientKeyHeader": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key, where Anthropic's clients put it."},
+            "capability": {"type": "apiKey", "in": "query", "name": "cap", "description": "To read one stream, from POST /v1/streams/{id}/token."},
             "nodeToken": {"type": "http", "scheme": "bearer", "description": "A node token. Not asked for if none is configured."},
         }),
         Listener::Admin => json!({
@@ -95,7 +102,7 @@ fn registration_schema() -> Value {
                 "models" => json!({"type": "array", "items": {"type": ["string", "object"]}}),
                 "labels" => json!({"type": "object", "additionalProperties": {"type": "string"}}),
                 "heartbeat" | "probe" => json!({"type": "boolean"}),
-                "dp_ranks" | "block_size" | "capacity_blocks" | "weight" => {
+                "dp_ranks" | "block_size" | "capacity_blocks" | "weight" | "bootstrap_port" => {
                     json!({"type": "integer", "minimum": 1})
                 }
                 _ => json!({"type": "string"}),
@@ -146,6 +153,9 @@ fn describe(entry: &Entry, method: &str, summary: &str, listener: Listener) -> V
     if let Some(body) = request_body(entry, method) {
         operation["requestBody"] = body;
     }
+    if let Some(parameters) = stream_parameters(entry.route, method) {
+        operation["parameters"] = parameters;
+    }
     let reads_cluster = entry.plane == Plane::Admin && method == "get" && entry.route != Route::AdminKeys;
     if reads_cluster {
         operation["parameters"] = json!([{
@@ -158,11 +168,33 @@ fn describe(entry: &Entry, method: &str, summary: &str, listener: Listener) -> V
     operation
 }
 
+/// Parameters of the routes about streams.
+fn stream_parameters(route: Route, method: &str) -> Option<Value> {
+    let query = |name: &str, about: &str, schema: Value| json!({"name": name, "in": "query", "description": about, "schema": schema});
+    let number = || json!({"type": "integer", "minimum": 0});
+    match (route, method) {
+        (Route::Stream, "get") => Some(json!([
+            {"name": "Last-Event-ID", "in": "header", "description": "The last event that was read.", "schema": {"type": "string"}},
+            query("after", "The same by its number; the header wins.", number()),
+        ])),
+        (Route::Streams, "get") => Some(json!([
+            query("limit", "Streams in a page: 1 to 100, 20 if left out.", number()),
+            query("after", "The last id of the page before.", json!({"type": "string"})),
+        ])),
+        (Route::Response, "get") => Some(json!([
+            query("stream", "`true` for the events instead of the object.", json!({"type": "boolean"})),
+            query("starting_after", "The `sequence_number` of the last event that was read.", number()),
+        ])),
+        _ => None,
+    }
+}
+
 fn tag(plane: Plane) -> &'static str {
     match plane {
         Plane::Client => "clients",
         Plane::Node => "nodes",
         Plane::Admin => "operators",
+        Plane::Ksana => "ksanallm",
         Plane::Health | Plane::Metrics => "health",
     }
 }
@@ -170,6 +202,7 @@ fn tag(plane: Plane) -> &'static str {
 fn security(access: Access, listener: Listener) -> Value {
     match access {
         Access::Key => json!([{"clientKey": []}, {"clientKeyHeader": []}]),
+        Access::KeyOrCapability => json!([{"clientKey": []}, {"clientKeyHeader": []}, {"capability": []}]),
         Access::NodeToken => json!([{"nodeToken": []}]),
         Access::AdminToken => json!([{"adminToken": []}]),
         Access::Scrape if listener == Listener::Admin => json!([{"adminToken": []}]),
@@ -186,6 +219,14 @@ fn request_body(entry: &Entry, method: &str) -> Option<Value> {
             let any = json!({"description": "Whatever the worker takes.", "content": {"*/*": {}}});
             return Some(any);
         }
+        (Route::Generate, _) => (
+            "As the worker's route takes it; where several models are served, `model` decides which workers can get it.",
+            json!({
+                "type": "object",
+                "properties": {"model": {"type": "string"}, "stream": {"type": "boolean"}},
+                "additionalProperties": true,
+            }),
+        ),
         (_, Served::ByModel) => (
             "As the worker's route takes it; `model` decides which workers can get it.",
             json!({
@@ -198,6 +239,36 @@ fn request_body(entry: &Entry, method: &str) -> Option<Value> {
         (Route::Nodes | Route::AdminWorkers, _) => {
             ("The worker.", json!({"$ref": "#/components/schemas/Registration"}))
         }
+        (Route::Heartbeat, _) => {
+            let number = |most: u64| json!({"type": "integer", "minimum": 0, "maximum": most});
+            let rank = json!({
+                "type": "object",
+                "required": ["rank", "requests", "prefill_tokens", "decode_blocks"],
+                "properties": {
+                    "rank": number(1023),
+                    "requests": number(65_536),
+                    "prefill_tokens": number(u32::MAX.into()),
+                    "decode_blocks": number(u32::MAX.into()),
+                },
+            });
+            let end = json!({
+                "type": "object",
+                "required": ["id", "attempt", "how", "keep_ms"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "attempt": number(u32::MAX.into()),
+                    "how": {"enum": ["completed", "cancelled", "failed"]},
+                    "keep_ms": number(u32::MAX.into()),
+                },
+            });
+            let said = json!({
+                "running": {"type": "array", "maxItems": 1024, "items": rank},
+                "ended": {"type": "array", "maxItems": 256, "items": end},
+            });
+            let content = json!({"application/json": {"schema": {"type": "object", "properties": said}}});
+            let about = "Of an agent: what runs, rank by rank, that no replica has booked; streams whose end nobody has read.";
+            return Some(json!({"required": false, "description": about, "content": content}));
+        }
         (Route::AdminDrain, _) => (
             "Whether new requests stay away.",
             json!({
@@ -207,6 +278,14 @@ fn request_body(entry: &Entry, method: &str) -> Option<Value> {
                 "properties": {"drain": {"type": "boolean"}},
             }),
         ),
+        (Route::StreamToken, _) => {
+            let properties = json!({"expires_in": {"type": "integer", "minimum": 1, "maximum": 600}});
+            let schema = json!({"type": "object", "additionalProperties": false, "properties": properties});
+            let content = json!({"application/json": {"schema": schema}});
+            return Some(
+                json!({"required": false, "description": "For how many seconds.", "content": content}),
+            );
+        }
         (Route::AdminExplain, _) => (
             "The request that is not sent.",
             json!({
@@ -265,13 +344,21 @@ fn responses(entry: &Entry, method: &str) -> Value {
             add("200", "Ready; with `?verbose` each check as JSON.", "text/plain");
             add("503", "Not ready.", "text/plain");
         }
+        (_, Route::Stream, "get") => {
+            add(
+                "200",
+                "The events, or with `Accept: application/json` how the stream stands.",
+                "text/event-stream",
+            );
+            add("204", "It has ended, and was read to its end.", "");
+        }
         (_, Route::Livez, _) => add("200", "Alive.", "text/plain"),
         (_, Route::Metrics, _) => add("200", "The metrics.", "application/openmetrics-text"),
         _ => add("200", "Done.", "application/json"),
     }
     let refused: &[&str] = match entry.access {
         Access::Open => &[],
-        Access::Key => &["401", "403", "429"],
+        Access::Key | Access::KeyOrCapability => &["401", "403", "429"],
         Access::NodeToken | Access::AdminToken | Access::Scrape => &["401", "403"],
     };
     let own: &[&str] = match entry.served {
@@ -299,21 +386,26 @@ mod tests {
         for (listener, metrics) in
             [(Listener::Client, true), (Listener::Client, false), (Listener::Admin, false)]
         {
-            let document = document(listener, metrics);
-            let mut described = BTreeSet::new();
-            for (path, item) in document["paths"].as_object().unwrap() {
-                for method in item.as_object().unwrap().keys().filter(|key| *key != "parameters") {
-                    described.insert(format!("{method} {path}"));
+            for at_edge in [false, true] {
+                let document = document(listener, metrics, at_edge);
+                let mut described = BTreeSet::new();
+                for (path, item) in document["paths"].as_object().unwrap() {
+                    for method in item.as_object().unwrap().keys().filter(|key| *key != "parameters") {
+                        described.insert(format!("{method} {path}"));
+                    }
                 }
+                let mut served = BTreeSet::new();
+                let here = |entry: &&Entry| !at_edge || edge::has(entry.route);
+                for entry in TABLE.iter().filter(|entry| entry.is_on(listener, metrics)).filter(here) {
+                    let path = entry.path.replace("{*", "{");
+                    let named = entry.operations.iter().map(|o| o.method.as_str().to_ascii_lowercase());
+                    let any = ANY.iter().filter(|_| entry.operations.is_empty()).map(|m| (*m).to_owned());
+                    served.extend(named.chain(any).map(|method| format!("{method} {path}")));
+                }
+                assert_eq!(described, served);
+                let for_nodes = described.iter().any(|line| line.contains("/v1/nodes"));
+                assert_eq!(for_nodes, listener == Listener::Client && !at_edge);
             }
-            let mut served = BTreeSet::new();
-            for entry in TABLE.iter().filter(|entry| entry.is_on(listener, metrics)) {
-                let path = entry.path.replace("{*", "{");
-                let named = entry.operations.iter().map(|o| o.method.as_str().to_ascii_lowercase());
-                let any = ANY.iter().filter(|_| entry.operations.is_empty()).map(|m| (*m).to_owned());
-                served.extend(named.chain(any).map(|method| format!("{method} {path}")));
-            }
-            assert_eq!(described, served);
         }
     }
 
@@ -330,7 +422,7 @@ mod tests {
             }
         }
         for listener in [Listener::Client, Listener::Admin] {
-            let document = document(listener, true);
+            let document = document(listener, true, false);
             let mut found = Vec::new();
             references(&document, &mut found);
             assert!(!found.is_empty());

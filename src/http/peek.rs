@@ -11,10 +11,11 @@ use serde_json::value::RawValue;
 
 use super::depth::{MAX_DEPTH, is_shallow};
 use super::errors::{ApiError, Code};
+use crate::tokens::Lifted;
 
 /// A request as routing sees it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Peek<'a> {
+pub struct Peek<'a> {
     /// Model or adapter asked for.
     pub model: Cow<'a, str>,
     /// Whether the client wants events.
@@ -29,12 +30,36 @@ pub(super) struct Peek<'a> {
 }
 
 /// Reads a body. Never quotes any part of it in an error.
-pub(super) fn peek(body: &[u8]) -> Result<Peek<'_>, ApiError> {
+pub fn peek(body: &[u8]) -> Result<Peek<'_>, ApiError> {
     if !is_shallow(body) {
         let text = format!("the body is nested deeper than {MAX_DEPTH} levels, or is no JSON");
         return Err(ApiError::new(Code::InvalidJson, text));
     }
-    let raw: Raw<'_> = serde_json::from_slice(body).map_err(|error| invalid(&error))?;
+    look(read(body, None).map_err(|error| invalid(&error))?)
+}
+
+/// Reads a body whose prompt's ids were lifted out of it. `None` if they were not its prompt, or
+/// anything is wrong with it: then the body is to be read as it came, for what is wrong to be told
+/// as usual.
+pub fn peek_around(lifted: &Lifted) -> Option<Peek<'_>> {
+    if !is_shallow(&lifted.rest) {
+        return None;
+    }
+    let mut raw = read(&lifted.rest, Some(lifted.key)).ok().filter(|raw| raw.around)?;
+    if is_prompt(lifted.key) {
+        raw.size.ids += lifted.ids.len() as u64;
+    }
+    look(raw).ok()
+}
+
+fn read<'a>(body: &'a [u8], around: Option<&'static str>) -> serde_json::Result<Raw<'a>> {
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let raw = reader.deserialize_map(RawVisitor { around })?;
+    reader.end()?;
+    Ok(raw)
+}
+
+fn look(raw: Raw<'_>) -> Result<Peek<'_>, ApiError> {
     let model = match raw.model {
         Model::Named(name) if !name.is_empty() => name,
         Model::Absent => return Err(missing("you must provide a `model`: the name of a served model")),
@@ -79,18 +104,17 @@ struct Raw<'a> {
     max_tokens: Option<u32>,
     size: PromptSize,
     everline: Option<&'a RawValue>,
+    /// The member whose value was lifted is here.
+    around: bool,
 }
 
 #[derive(Deserialize)]
 struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
-impl<'de> Deserialize<'de> for Raw<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(RawVisitor)
-    }
+/// `around`: the member whose value was lifted.
+struct RawVisitor {
+    around: Option<&'static str>,
 }
-
-struct RawVisitor;
 
 impl<'de> Visitor<'de> for RawVisitor {
     type Value = Raw<'de>;
@@ -106,8 +130,11 @@ impl<'de> Visitor<'de> for RawVisitor {
             max_tokens: None,
             size: PromptSize::default(),
             everline: None,
+            around: false,
         };
         while let Some(Key(key)) = map.next_key()? {
+            // Written with escapes it is another one.
+            raw.around |= matches!(key, Cow::Borrowed(key) if Some(key) == self.around);
             match key.as_ref() {
                 "model" => {
                     // Two models would let an engine serve another than the one routed by.
@@ -141,7 +168,7 @@ impl<'de> Visitor<'de> for RawVisitor {
 }
 
 /// Members that hold text or ids for the model to read: of completions, chat, responses
-/// (`instructions`), messages (`system`), embeddings, rerank, score and detokenize.
+/// (`instructions`), messages (`system`), embeddings, rerank, score, detokenize and SGLang's own.
 fn is_prompt(key: &str) -> bool {
     matches!(
         key,
@@ -159,6 +186,8 @@ fn is_prompt(key: &str) -> bool {
             | "data_1"
             | "data_2"
             | "tokens"
+            | "text"
+            | "input_ids"
     )
 }
 
@@ -341,6 +370,36 @@ mod tests {
         let odd = br#"{"model":"m\u00e9","stream":"yes","max_tokens":-1,"prompt":null,"x":{"stream":true}}"#;
         let peek = peek(odd).unwrap();
         assert_eq!((peek.model.as_ref(), peek.stream, peek.max_tokens), ("mé", false, None));
+    }
+
+    #[test]
+    fn around_lifted_ids_a_body_says_the_same() {
+        use crate::tokens::{Form, lift};
+        let pad = " ".repeat(300);
+        let lifted = |body: &str| lift(Form::Completions, body.as_bytes()).expect(body);
+        for body in [
+            r#"{"model":"m","prompt":[1,2,3],"max_tokens":4,"stream":true,"everline":{"worker":"w"}}"#,
+            r#"{"prompt":[5],"system":"12345678","model":"mé","stop":["x"]}"#,
+            r#"{"prompt":[5],"model":"m\u00e9","pro\u006dpt":[6,7]}"#,
+        ] {
+            let body = format!("{body}{pad}");
+            let lifted = lifted(&body);
+            assert_eq!(peek_around(&lifted), Some(peek(body.as_bytes()).unwrap()), "{body}");
+        }
+        for other in [
+            r#"{"model":"m","x":{"prompt":[1]}}"#,
+            r#"{"model":"m","x":{"prompt":[1]},"pro\u006dpt":[]}"#,
+            r#"{"model":"m","x":[{"prompt":[1]}],"y":"p"}"#,
+            r#"{"model":"m","prompt":[1]"#,
+            r#"{"model":"m","prompt":[1]} x"#,
+            r#"{"model":"m","model":"m","prompt":[1]}"#,
+            r#"{"prompt":[1]}"#,
+            r#"{"model":7,"prompt":[1]}"#,
+            r#"["model","prompt":[1]]"#,
+        ] {
+            let body = format!("{other}{pad}");
+            assert_eq!(peek_around(&lifted(&body)), None, "{other}");
+        }
     }
 
     #[test]

@@ -4,24 +4,27 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use http::HeaderValue;
 use parking_lot::Mutex;
 use serde_json::json;
 
 use super::front::Front;
+use super::queue::Held;
 use super::wishes::Wishes;
 use crate::admin_types::{CandidateReply, CostReply, TierBlocks};
 use crate::ids::{WorkerId, WorkerIx};
-use crate::kv::hash::{LocalHash, SequenceHash, sequence_hashes};
+use crate::kv::hash::{LocalHash, Seed, SequenceHash, sequence_hashes};
 use crate::kv::types::Overlap;
 use crate::routing::book::Share;
-use crate::routing::policy::{Pin, Policy, RouteRequest};
+use crate::routing::part::{Connectors, Part};
+use crate::routing::policy::{LeastLoaded, Pin, Policy, RouteRequest};
 use crate::routing::rehearse::{Rehearsal, rehearse};
-use crate::routing::select::{Explained, Limits, NoWorker, Selection, explain, select};
+use crate::routing::select::{Explained, Limits, NoWorker, Selection, explain, prefill_connectors, select};
 use crate::routing::view::{NOT_SCORED, RegistryView};
 use crate::state::cache::MOST_ROUTED;
 use crate::state::command::CacheCommand;
 use crate::state::ranks::RankKey;
-use crate::tokens::{Ask, Form, Prompt, PromptKey};
+use crate::tokens::{Ask, Form, Lifted, Prompt, PromptKey};
 
 /// Block sizes of one model's workers that are told apart; workers with further ones are taken
 /// to hold nothing.
@@ -42,19 +45,34 @@ pub(super) struct Placing {
     pub(super) max_tokens: Option<u32>,
     /// What the client wants.
     pub(super) wishes: Wishes,
+    /// The body without the ids of its prompt, if they were lifted out of it.
+    pub(super) lifted: Option<Lifted>,
     prompt: Option<Prompt>,
     /// The prompt's blocks, by block size; made when first needed.
-    keys: Mutex<Vec<Arc<Blocks>>>,
+    keys: Mutex<Vec<Arc<PromptBlocks>>>,
 }
 
 /// A prompt in blocks of one size.
 #[derive(Debug)]
-struct Blocks {
+pub(super) struct PromptBlocks {
     key: PromptKey,
     chain: OnceLock<Arc<[SequenceHash]>>,
 }
 
-impl Blocks {
+impl PromptBlocks {
+    /// Hashes of the first ones, as many as routing looks at.
+    pub(super) fn hashes(&self) -> &[LocalHash] {
+        &self.key.hashes
+    }
+
+    pub(super) fn seed(&self) -> Seed {
+        self.key.seed
+    }
+
+    pub(super) fn block_size(&self) -> usize {
+        self.key.block_size
+    }
+
     fn chain(&self) -> &Arc<[SequenceHash]> {
         self.chain.get_or_init(|| sequence_hashes(&self.key.hashes).into())
     }
@@ -79,6 +97,7 @@ impl Placing {
             lora: base.as_deref().map(|_| model),
             form,
             body,
+            lifted: self.lifted.as_ref(),
             now: SystemTime::now(),
         };
         let prompt = tokenizers.prompt(ask).await;
@@ -86,12 +105,20 @@ impl Placing {
         self.prompt = Some(prompt);
     }
 
+    /// Who decodes only has nothing of the prompt to compute: load decides.
+    fn policy_of<'a>(&self, front: &'a Front, part: Part) -> &'a dyn Policy {
+        match part {
+            Part::Decode(_) => &LeastLoaded,
+            _ => self.policy(front),
+        }
+    }
+
     fn policy<'a>(&self, front: &'a Front) -> &'a dyn Policy {
         let asked = self.wishes.overrides.policy().and_then(|name| front.policy(name));
         asked.unwrap_or(front.config.policy.as_ref())
     }
 
-    fn blocks(&self, size: u32) -> Option<Arc<Blocks>> {
+    fn blocks(&self, size: u32) -> Option<Arc<PromptBlocks>> {
         let prompt = self.prompt.as_ref()?;
         let mut keys = self.keys.lock();
         if let Some(found) = keys.iter().find(|blocks| blocks.key.block_size == size as usize) {
@@ -102,9 +129,14 @@ impl Placing {
         }
         let mut key = prompt.key(size as usize);
         key.hashes.truncate(MOST_ROUTED);
-        let blocks = Arc::new(Blocks { key, chain: OnceLock::new() });
+        let blocks = Arc::new(PromptBlocks { key, chain: OnceLock::new() });
         keys.push(Arc::clone(&blocks));
         Some(blocks)
+    }
+
+    /// The prompt, and its blocks for an engine with blocks of this size.
+    pub(super) fn known_prompt(&self, block_size: u32) -> Option<(&Prompt, Arc<PromptBlocks>)> {
+        self.prompt.as_ref().zip(self.blocks(block_size))
     }
 
     /// Asks `with` about the request as routing sees it now.
@@ -113,6 +145,7 @@ impl Placing {
         front: &Front,
         view: &RegistryView,
         model: Option<&str>,
+        part: Part,
         with: impl FnOnce(&RouteRequest<'_>) -> R,
     ) -> R {
         let (mut held, mut sent) = (Vec::new(), Vec::new());
@@ -138,6 +171,7 @@ impl Placing {
             overrides: self.wishes.overrides,
             pinned,
             labels: &labels,
+            part,
             view_age_ms: front.control.view_age_ms(),
         })
     }
@@ -147,25 +181,31 @@ impl Placing {
         &self,
         front: &Front,
         model: Option<&str>,
+        part: Part,
         tried: &[WorkerId],
     ) -> Result<Selection, NoWorker> {
         let view = front.control.registry();
-        self.as_routing_sees_it(front, &view, model, |request| {
-            select(&view, self.policy(front), request, &limits(front), tried, &mut rand::rng())
+        self.as_routing_sees_it(front, &view, model, part, |request| {
+            select(&view, self.policy_of(front, part), request, &limits(front), tried, &mut rand::rng())
         })
     }
 
-    /// What there is to choose from, without choosing.
-    pub(super) fn explain(&self, front: &Front, model: Option<&str>) -> Result<Vec<Explained>, NoWorker> {
-        let view = front.control.registry();
-        self.as_routing_sees_it(front, &view, model, |request| {
-            explain(&view, self.policy(front), request, &limits(front), &[])
+    /// How prefill workers hand over that might be asked.
+    pub(super) fn prefill_connectors(
+        &self,
+        front: &Front,
+        view: &RegistryView,
+        model: Option<&str>,
+        tried: &[WorkerId],
+    ) -> Connectors {
+        self.as_routing_sees_it(front, view, model, Part::Whole, |request| {
+            prefill_connectors(view, request, tried)
         })
     }
 
-    /// The name of the policy that chooses.
-    pub(super) fn policy_name(&self, front: &Front) -> &'static str {
-        self.policy(front).name()
+    /// The name of the policy that chooses for this part.
+    pub(super) fn policy_name(&self, front: &Front, part: Part) -> &'static str {
+        self.policy_of(front, part).name()
     }
 
     /// What the prompt's blocks are made of; nothing is known without a prompt.
@@ -182,7 +222,8 @@ impl Placing {
     /// Tells everybody that the request's session is there from now on, unless they know. A
     /// request whose worker was named says nothing about the session.
     fn bind(&self, front: &Front, selection: &Selection) {
-        let binds = self.policy(front).binds_sessions() && self.wishes.worker.is_none();
+        let computes = !matches!(selection.part, Part::Decode(_));
+        let binds = computes && self.policy(front).binds_sessions() && self.wishes.worker.is_none();
         let Some(session) = self.wishes.session.filter(|_| binds) else { return };
         let (now, worker) = (front.control.session(session), selection.worker.record.ix);
         if now != Some((worker, false)) {
@@ -193,17 +234,39 @@ impl Placing {
 
     /// Tells everybody that the prompt goes there: it is as good as cached from now on. Where that
     /// is known already, nothing is said: a prompt is some kilobytes of log on every replica.
-    pub(super) fn sent_to(&self, front: &Front, selection: &Selection) {
+    pub(super) fn sent_to(&self, front: &Front, selection: &Selection, booking: &mut Held) {
         self.bind(front, selection);
         let worker = &selection.worker;
-        let Some(blocks) = self.blocks(worker.block_size()).filter(|b| !b.key.hashes.is_empty()) else {
-            return;
-        };
+        let size = worker.block_size();
+        let Some(blocks) = self.blocks(size) else { return };
         let (seed, hashes) = (blocks.key.seed, &blocks.key.hashes);
+        self.is_sent(front, selection, seed, hashes, selection.overlap.blocks);
+        let ix = worker.live.ranks().get(selection.rank as usize).copied().filter(|ix| *ix != NOT_SCORED);
+        // What is reckoned is in the index as soon as it is told.
+        let reckoned = worker.reckoned_capacity(selection.rank).is_some();
+        if let (Some(ix), false) = (ix, reckoned || selection.overlap.blocks as usize >= hashes.len()) {
+            booking.awaits(front.control.blocks().recent.until_first_token(ix, seed, hashes));
+        }
+        // The other prompts of the request, as far as all together are no more than one may be.
+        let mut room = MOST_ROUTED.saturating_sub(hashes.len());
+        for other in self.prompt.iter().flat_map(|prompt| prompt.others()) {
+            let mut key = other.key(size as usize);
+            key.hashes.truncate(room);
+            room -= key.hashes.len();
+            let (mut held, mut sent) = (Vec::new(), Vec::new());
+            front.control.blocks().overlaps(&key.hashes, &mut held, &mut sent);
+            let held = held.iter().find(|held| Some(held.rank) == ix).map_or(0, |held| held.blocks);
+            self.is_sent(front, selection, key.seed, &key.hashes, held);
+        }
+    }
+
+    /// Tells everybody that these blocks go there, of which it has the first `held`, unless all know.
+    fn is_sent(&self, front: &Front, selection: &Selection, seed: Seed, hashes: &[LocalHash], held: u32) {
+        let worker = &selection.worker;
         let ix = worker.live.ranks().get(selection.rank as usize).copied();
         let capacity = worker.reckoned_capacity(selection.rank);
         let known = front.control.blocks();
-        if !known.is_news(ix, hashes, selection.overlap.blocks, capacity.is_some()) {
+        if hashes.is_empty() || !known.is_news(ix, hashes, held, capacity.is_some()) {
             return;
         }
         if let Some(ix) = ix.filter(|ix| *ix != NOT_SCORED) {
@@ -230,17 +293,23 @@ impl Placing {
     /// Tokens of the prompt that the chosen worker has cached, as far as its engine would use
     /// them: the last token is computed in any case. `None` if the prompt is not known.
     pub(super) fn cached_tokens(&self, selection: &Selection) -> Option<u32> {
-        self.prompt.as_ref()?;
+        // Of several prompts the one that was looked up: of the others nothing is known.
+        let tokens = u32::try_from(self.prompt.as_ref()?.own_tokens()).unwrap_or(u32::MAX);
         let block = selection.worker.block_size();
-        let usable = self.prompt_tokens.saturating_sub(1) / block;
+        let usable = tokens.saturating_sub(1) / block;
         Some(selection.overlap.blocks.min(usable) * block)
     }
 
     /// What would be chosen how often, without choosing.
-    pub(super) fn rehearse(&self, front: &Front, model: Option<&str>) -> Result<Rehearsal, NoWorker> {
+    pub(super) fn rehearse(
+        &self,
+        front: &Front,
+        model: Option<&str>,
+        part: Part,
+    ) -> Result<Rehearsal, NoWorker> {
         let view = front.control.registry();
-        self.as_routing_sees_it(front, &view, model, |request| {
-            rehearse(&view, self.policy(front), request, &limits(front), &mut rand::rng())
+        self.as_routing_sees_it(front, &view, model, part, |request| {
+            rehearse(&view, self.policy_of(front, part), request, &limits(front), &mut rand::rng())
         })
     }
 
@@ -265,37 +334,95 @@ impl Placing {
             coming: explained.coming,
             block_size: view.worker(&explained.worker).map_or(0, |worker| worker.block_size()),
             load: explained.load,
+            correction: explained.correction,
             cost: explained.terms.map(|terms| rounded(terms.total())),
             terms,
-            not_chosen: explained.filtered.map(|why| why.to_string()),
+            not_chosen: explained.filtered.map(|why| why.to_string()).or_else(|| explained.behind.clone()),
         }
     }
 
-    /// `Everline-Trace`: a line of JSON with what was known of the candidates, best first; no
-    /// longer than [`MOST_TRACE_BYTES`].
-    pub(super) fn trace(&self, front: &Front, model: Option<&str>) -> Option<String> {
-        let mut explained = self.explain(front, model).ok()?;
-        let cost = |c: &Explained| c.terms.map_or(f64::INFINITY, |terms| terms.total());
-        explained.sort_by(|a, b| {
-            a.filtered.is_some().cmp(&b.filtered.is_some()).then_with(|| cost(a).total_cmp(&cost(b)))
-        });
-        let all = explained.len();
-        let mut listed: Vec<_> =
-            explained.iter().take(MOST_TRACED).map(|explained| self.candidate(front, explained)).collect();
+    /// `Everline-Trace`, if it is asked for: a line of JSON with what was known of the candidates
+    /// before the request was booked, the chosen one first and the others after it, best first; the same
+    /// of those for the prefill, if somebody else does that; no longer than [`MOST_TRACE_BYTES`].
+    pub(super) fn trace(
+        &self,
+        front: &Front,
+        model: Option<&str>,
+        tried: &[WorkerId],
+        selection: &Selection,
+        prefill: Option<&Selection>,
+    ) -> Option<HeaderValue> {
+        if !self.wishes.trace {
+            return None;
+        }
+        let mut all = self.traced(front, model, tried, selection)?;
+        let mut of_prefill = match prefill {
+            Some(prefill) => Some(self.traced(front, model, tried, prefill)?),
+            None => None,
+        };
         loop {
-            let trace = json!({
-                "policy": self.policy_name(front),
-                "prompt_tokens": self.prompt_tokens,
-                "source": self.source(),
-                "candidates": listed,
-                "more": all - listed.len(),
-            })
-            .to_string();
+            let mut trace = all.json(self, front);
+            trace["prompt_tokens"] = self.prompt_tokens.into();
+            trace["source"] = self.source().into();
+            if let Some(prefill) = &of_prefill {
+                trace["prefill"] = prefill.json(self, front);
+            }
+            let trace = trace.to_string();
             // Ids may be long; the last candidates are the least interesting.
-            if trace.len() <= MOST_TRACE_BYTES || listed.pop().is_none() {
-                return Some(trace);
+            let longest = match &mut of_prefill {
+                Some(prefill) if prefill.listed.len() > all.listed.len() => &mut prefill.listed,
+                _ => &mut all.listed,
+            };
+            if trace.len() <= MOST_TRACE_BYTES || longest.pop().is_none() {
+                return HeaderValue::try_from(trace).ok();
             }
         }
+    }
+
+    fn traced(
+        &self,
+        front: &Front,
+        model: Option<&str>,
+        tried: &[WorkerId],
+        selection: &Selection,
+    ) -> Option<Traced> {
+        let view = front.control.registry();
+        let part = selection.part;
+        let chosen = (selection.worker.id(), selection.rank);
+        let mut explained = self
+            .as_routing_sees_it(front, &view, model, part, |request| {
+                explain(&view, self.policy_of(front, part), request, &limits(front), tried, Some(chosen))
+            })
+            .ok()?;
+        let cost = |c: &Explained| c.terms.map_or(f64::INFINITY, |terms| terms.total());
+        let other = |c: &Explained| (&c.worker, c.rank) != chosen;
+        explained.sort_by(|a, b| {
+            let by_kind = (other(a), a.filtered.is_some()).cmp(&(other(b), b.filtered.is_some()));
+            by_kind.then_with(|| cost(a).total_cmp(&cost(b)))
+        });
+        let listed = explained.iter().take(MOST_TRACED).map(|explained| self.candidate(front, explained));
+        let (worker, rank) = (chosen.0.clone(), chosen.1);
+        Some(Traced { part, worker, rank, all: explained.len(), listed: listed.collect() })
+    }
+}
+
+/// What is told of one choice.
+struct Traced {
+    part: Part,
+    worker: WorkerId,
+    rank: u32,
+    all: usize,
+    listed: Vec<CandidateReply>,
+}
+
+impl Traced {
+    fn json(&self, placing: &Placing, front: &Front) -> serde_json::Value {
+        json!({
+            "policy": placing.policy_name(front, self.part),
+            "chosen": {"worker": self.worker, "rank": self.rank},
+            "candidates": self.listed,
+            "more": self.all - self.listed.len(),
+        })
     }
 }
 
@@ -345,7 +472,7 @@ fn block_sizes(view: &RegistryView, model: Option<&str>) -> Vec<u32> {
 }
 
 /// The base model, if `model` is an adapter.
-fn base_of(view: &RegistryView, model: &str) -> Option<String> {
+pub(super) fn base_of(view: &RegistryView, model: &str) -> Option<String> {
     let first = *view.by_model.get(model)?.first()?;
     let served = view.workers[first].record.spec.models.iter().find(|served| served.name == model)?;
     served.lora_of.clone()

@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use futures_util::stream;
 use tokio_util::sync::CancellationToken;
 
-use super::fetch;
+use super::fetch::{self, FetchError};
 use super::front::{Front, Shard};
 use super::upstream::Endpoint;
 use crate::routing::view::WorkerView;
@@ -49,22 +49,23 @@ pub async fn ask_worker(
     let endpoint = Endpoint::parse(&spec.url, spec.http2).map_err(|why| why.to_string())?;
     match fetch::get(&shard.pool, &endpoint, path, limit).await {
         Ok(body) => Ok(Some(body)),
-        Err(fetch::FetchError::Refused(status)) if status.is_client_error() => Ok(None),
+        Err(FetchError::Refused(status)) if status.is_client_error() => Ok(None),
         Err(error) => Err(error.to_string()),
     }
 }
 
-/// Posts JSON to a worker, for what it knows; an answer other than 200 is an error.
+/// Posts JSON to a worker, for what it knows; an answer other than 2xx is an error.
 pub async fn post_to_worker(
     shard: &Shard,
     worker: &WorkerView,
     path: &str,
     json: Bytes,
     limit: Duration,
-) -> Result<Bytes, String> {
+) -> Result<Bytes, FetchError> {
     let spec = &worker.record.spec;
-    let endpoint = Endpoint::parse(&spec.url, spec.http2).map_err(|why| why.to_string())?;
-    fetch::post(&shard.pool, &endpoint, path, json, limit).await.map_err(|error| error.to_string())
+    let endpoint =
+        Endpoint::parse(&spec.url, spec.http2).map_err(|why| FetchError::Connect(why.to_string()))?;
+    fetch::post(&shard.pool, &endpoint, path, json, limit).await
 }
 
 async fn probe_round(shard: &Shard) {
@@ -82,11 +83,11 @@ async fn probe(shard: &Shard, worker: Arc<WorkerView>, limit: Duration) {
     let spec = &worker.record.spec;
     let answer = match Endpoint::parse(&spec.url, spec.http2) {
         Ok(endpoint) => fetch::get(&shard.pool, &endpoint, "/health", limit).await,
-        Err(why) => Err(fetch::FetchError::Connect(why.to_string())),
+        Err(why) => Err(FetchError::Connect(why.to_string())),
     };
     match &answer {
         Ok(_) => worker.live.unreachable.store(false, Ordering::Relaxed),
-        Err(fetch::FetchError::Connect(_)) => worker.live.unreachable.store(true, Ordering::Relaxed),
+        Err(FetchError::Connect(_)) => worker.live.unreachable.store(true, Ordering::Relaxed),
         Err(error) => tracing::debug!(worker = %worker.id(), %error, "probe failed"),
     }
     if worker.record.liveness == Liveness::Probe {

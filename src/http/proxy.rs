@@ -11,19 +11,24 @@ use tokio::time::Instant;
 
 use super::attempts::{Answered, Asked, Attempts};
 use super::body::{FrontBody, collect, discard};
+use super::edge::pass_on;
 use super::errors::{ApiError, Code};
-use super::front::Shard;
+use super::front::{Front, Shard};
 use super::growth::Growth;
 use super::headers::{self, REPLICA, REQUEST_ID, WORKER};
 use super::keys::Caller;
 use super::metrics::{Outcome, Tracked};
 use super::passthrough::{self, Content};
-use super::peek::peek;
+use super::peek::{Peek, peek, peek_around};
 use super::placing::Placing;
 use super::relay::{Ending, Relay, RelayLimits};
 use super::routes::Route;
+use super::sequel::{Question, Sequel};
+use super::streams::background;
+use super::streams::create::{Asking, stream_out};
 use super::upstream::{HeadersToWorker, Outgoing};
 use super::wishes::Wishes;
+use crate::tokens::{Form, lift};
 
 /// Bodies above this are read by the JSON parser away from the thread's other connections.
 const LARGE_BODY: usize = 1 << 20;
@@ -47,9 +52,9 @@ pub(super) async fn forward(shard: &Shard, route: Route, request: Request<Incomi
 }
 
 /// A request that ends with an error of ours.
-struct Failed {
-    error: ApiError,
-    tracked: Tracked,
+pub(super) struct Failed {
+    pub(super) error: ApiError,
+    pub(super) tracked: Tracked,
 }
 
 impl Failed {
@@ -95,16 +100,40 @@ async fn try_forward(
     };
     tracked.body_read();
     let caller = Caller::of(&head.extensions);
-    let mut asked = match look_at(tracked.route(), &head.headers, &body, &caller).await {
+    let asked = match look_at(tracked.route(), &head.headers, &body, &caller).await {
         Ok(asked) => asked,
         Err(error) => return Err(Failed { error, tracked }),
     };
-    if let Some(model) = &asked.model {
-        let path = tracked.route().path();
-        // Boxed: most of it is for prompts that are tokenised elsewhere.
-        Box::pin(asked.placing.look_at_prompt(&shard.front, path, model, &body)).await;
+    let background = match background::wanted(tracked.route(), &body) {
+        Ok(background) => background,
+        Err(error) => return Err(Failed { error, tracked }),
+    };
+    if let Some(relays) = shard.front.streams.get()
+        && (asked.stream || background.is_some())
+        && Route::of_stream(tracked.route().path()).is_some()
+    {
+        // Counted where it is generated.
+        let (route, trace) = tracked.pass_to_stream();
+        let (caller, head, body, listens) = (&caller, &head, &body, asked.stream);
+        let asking = Asking { route, head, body, asked, request_id, caller, background, trace };
+        let streamed = async {
+            match listens {
+                true => stream_out(shard, relays, asking).await,
+                false => background::begin(shard, relays, asking).await,
+            }
+        };
+        return match Box::pin(streamed).await {
+            Ok(response) => Ok(response),
+            Err(error) => Err(Failed { error, tracked: shard.front.metrics.track(route) }),
+        };
     }
-    let trace = asked.placing.wishes.trace.then(|| asked.placing.trace(&shard.front, asked.model.as_deref()));
+    if let Some(remote) = &shard.front.config.edge {
+        // Boxed: most processes are no edges.
+        let passed = pass_on(shard, remote, &head, &body, tracked, request_id, deadline);
+        return Box::pin(passed).await;
+    }
+    let mut asked = asked;
+    tokenised(&shard.front, tracked.route(), &mut asked, &body).await;
     let target = head.uri.path_and_query().map_or(tracked.route().path(), PathAndQuery::as_str);
     let mut ours = tracked.span_headers();
     if let Some(authorization) = shard.pool.authorization() {
@@ -113,13 +142,7 @@ async fn try_forward(
     let headers = HeadersToWorker { client: &head.headers, request_id, rules: &options.headers, ours };
     let outgoing = Outgoing::new(&head.method, target, headers, body.clone());
     match Attempts::new(shard, &outgoing, &asked, &mut tracked, deadline).run().await {
-        Ok(answered) => {
-            let mut response = relayed(shard, answered, asked.placing.prompt_tokens, tracked, deadline);
-            if let Some(trace) = trace.flatten().and_then(|trace| HeaderValue::try_from(trace).ok()) {
-                response.headers_mut().insert(headers::TRACE, trace);
-            }
-            Ok(response)
-        }
+        Ok(answered) => Ok(relayed(shard, answered, &asked, &body, tracked, deadline)),
         Err(error) => Err(Failed { error, tracked }),
     }
 }
@@ -137,16 +160,45 @@ pub(super) async fn look_at<'a>(
     Ok(asked)
 }
 
+/// The same of a request that another process admitted, with the key of this name.
+pub(super) async fn look_for<'a>(
+    route: Route,
+    headers: &HeaderMap,
+    body: &'a Bytes,
+    key: Option<&str>,
+) -> Result<Asked<'a>, ApiError> {
+    let mut asked = look_into(route, headers, body).await?;
+    asked.placing.wishes.read(headers, key)?;
+    Ok(asked)
+}
+
+/// Finds out what engines will make of the prompt.
+pub(super) async fn tokenised(front: &Front, route: Route, asked: &mut Asked<'_>, body: &Bytes) {
+    if route == Route::Generate && asked.model.is_none() {
+        // Its clients name no model. Where only one is served, they mean that one.
+        asked.model = front.control.registry().only_model().map(|name| Cow::Owned(name.to_owned()));
+    }
+    if let Some(model) = &asked.model {
+        // Boxed: most of it is for prompts that are tokenised elsewhere.
+        Box::pin(asked.placing.look_at_prompt(front, route.path(), model, body)).await;
+    }
+}
+
 /// What routing needs to know. Where a route does without a model, a body that names none, or is
 /// none of our business, may go to any worker.
 async fn look_into<'a>(route: Route, headers: &HeaderMap, body: &'a Bytes) -> Result<Asked<'a>, ApiError> {
     if route.needs_model() {
-        return read(body).await;
+        return read(route, body).await;
     }
-    let any = Asked { model: None, placing: Placing::default() };
-    match passthrough::content(headers) {
+    let any = Asked { model: None, placing: Placing::default(), stream: false };
+    let content = match route {
+        // Nothing else is ever sent there, whatever it is called.
+        Route::Generate => Content::Json,
+        _ => passthrough::content(headers),
+    };
+    match content {
         _ if body.is_empty() => Ok(any),
-        Content::Json => match read(body).await {
+        Content::Json => match read(route, body).await {
             // What is meant for us is for us to understand.
             Err(error) if error.code == Code::InvalidValue => Err(error),
             read => Ok(read.unwrap_or(any)),
@@ -160,7 +212,10 @@ async fn look_into<'a>(route: Route, headers: &HeaderMap, body: &'a Bytes) -> Re
 }
 
 /// Reads a JSON body; a large one on a thread where that holds nobody up.
-async fn read(body: &Bytes) -> Result<Asked<'_>, ApiError> {
+async fn read(route: Route, body: &Bytes) -> Result<Asked<'_>, ApiError> {
+    if let Some(asked) = ask_around(route, body) {
+        return asked;
+    }
     if body.len() <= LARGE_BODY {
         return ask(body);
     }
@@ -175,23 +230,39 @@ async fn read(body: &Bytes) -> Result<Asked<'_>, ApiError> {
     })
 }
 
+/// A body with a long prompt of token ids, which are read once; `None` if it has none.
+fn ask_around(route: Route, body: &[u8]) -> Option<Result<Asked<'static>, ApiError>> {
+    let lifted = lift(Form::of_path(route.path())?, body)?;
+    let Asked { model, mut placing, stream } = match asked(peek_around(&lifted)?) {
+        Ok(asked) => asked,
+        Err(error) => return Some(Err(error)),
+    };
+    let model = model.map(|model| Cow::Owned(model.into_owned()));
+    placing.lifted = Some(lifted);
+    Some(Ok(Asked { model, placing, stream }))
+}
+
 fn ask(body: &[u8]) -> Result<Asked<'_>, ApiError> {
-    let peek = peek(body)?;
+    asked(peek(body)?)
+}
+
+fn asked(peek: Peek<'_>) -> Result<Asked<'_>, ApiError> {
     let mut placing = Placing::new(peek.prompt_tokens, peek.max_tokens);
     if let Some(text) = peek.everline {
         placing.wishes = Wishes::of_body(text)?;
     }
-    Ok(Asked { model: Some(peek.model), placing })
+    Ok(Asked { model: Some(peek.model), placing, stream: peek.stream })
 }
 
 fn relayed(
     shard: &Shard,
     answered: Answered,
-    prompt_tokens: u32,
+    asked: &Asked<'_>,
+    body_of_request: &Bytes,
     mut tracked: Tracked,
     deadline: Instant,
 ) -> Response<FrontBody> {
-    let Answered { response, booking, worker, slot, cached } = answered;
+    let Answered { response, booking, worker, rank, slot, foretold } = answered;
     let (mut head, body) = response.into_parts();
     tracked.set_status(head.status);
     tracked.set_worker(worker.id().clone());
@@ -207,13 +278,18 @@ fn relayed(
         head.headers.remove(CONTENT_LENGTH);
     }
     head.headers.insert(WORKER, slot.id().clone());
-    if let Some(cached) = cached {
-        head.headers.insert(headers::CACHED, cached.into());
-    }
+    foretold.tell(&worker, &mut head.headers);
     let ending = events.then_some(ending);
-    let growth = events.then(|| Growth::new(prompt_tokens, worker.block_size()));
-    let limits = RelayLimits { idle: shard.front.config.proxy.idle_timeout, deadline, ending, growth };
-    let relay = Relay::new(body, booking, tracked, limits);
+    let growth = events.then(|| Growth::new(asked.placing.prompt_tokens, worker.block_size()));
+    let readable = head.status.is_success() && !head.headers.contains_key(CONTENT_ENCODING);
+    let sequel = asked.model.as_deref().filter(|_| readable).and_then(|model| {
+        let (path, placing, worker) = (tracked.route().path(), &asked.placing, worker.as_ref());
+        let question = Question { path, model, body: body_of_request, placing, worker, rank };
+        Sequel::of(&shard.front, question, events)
+    });
+    let idle = shard.front.config.proxy.idle_timeout;
+    let limits = RelayLimits { idle, deadline, ending, growth, sequel };
+    let relay = Relay::new(body, Some(booking), tracked, limits);
     let mut response = Response::new(FrontBody::relay(relay));
     *response.status_mut() = head.status;
     *response.headers_mut() = head.headers;

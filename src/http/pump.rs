@@ -1,6 +1,7 @@
 //! A body read by a task of its own, so that somebody looks after it while its client does not
 //! read: over HTTP/2 hyper does not touch a body while its stream has no window, and none of
-//! the body's own time limits would pass.
+//! the body's own time limits would pass. A client that takes nothing for too long loses its
+//! stream, with all that was read for it.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -11,6 +12,7 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::abandon::H2Stream;
 use super::body::BodyError;
 
 /// Frames read ahead of the client; a full queue makes the worker wait.
@@ -25,7 +27,7 @@ enum Piece {
 
 /// The client's end of a body that a task reads. The task ends with the body, when this is
 /// dropped, or when the client has taken nothing for the stall time; the body that it reads is
-/// dropped with it.
+/// dropped with it. Made within an HTTP/2 stream's task, it has that stream reset then.
 #[derive(Debug)]
 pub(super) struct Pumped {
     pieces: mpsc::Receiver<Piece>,
@@ -42,19 +44,39 @@ impl Pumped {
     {
         let (sender, pieces) = mpsc::channel(AHEAD);
         let size = body.size_hint();
-        tokio::spawn(pump(body, sender, stall));
+        let stream = H2Stream::this();
+        tokio::spawn(async move {
+            if pump(body, sender, stall).await == Left::Unread
+                && let Some(stream) = stream
+            {
+                stream.give_up();
+            }
+        });
         Self { pieces, ended: false, size }
     }
 }
 
-async fn pump<B>(mut body: B, sender: mpsc::Sender<Piece>, stall: Duration)
+/// How a client and its body parted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Left {
+    /// All was taken, or the client has gone.
+    Done,
+    /// The client has taken nothing for too long.
+    Unread,
+}
+
+async fn pump<B>(mut body: B, sender: mpsc::Sender<Piece>, stall: Duration) -> Left
 where
     B: Body<Data = Bytes, Error = BodyError> + Unpin,
 {
     loop {
         // Room first: what was read could not be taken back, and while there is none the worker
         // should notice.
-        let Ok(Ok(room)) = timeout(stall, sender.reserve()).await else { return };
+        let room = match timeout(stall, sender.reserve()).await {
+            Ok(Ok(room)) => room,
+            Ok(Err(_)) => return Left::Done,
+            Err(_) => return Left::Unread,
+        };
         let next = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx));
         let piece = tokio::select! {
             next = next => match next {
@@ -62,14 +84,24 @@ where
                 Some(Err(error)) => Piece::Failed(error),
                 None => Piece::End,
             },
-            () = sender.closed() => return,
+            () = sender.closed() => return Left::Done,
         };
         let is_last = !matches!(piece, Piece::Frame(_));
         room.send(piece);
         if is_last {
-            return;
+            break;
         }
     }
+    // The worker is let go of; what is left is for the client to take.
+    drop(body);
+    for free in 1..=AHEAD {
+        match timeout(stall, sender.reserve_many(free)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) => return Left::Done,
+            Err(_) => return Left::Unread,
+        }
+    }
+    Left::Done
 }
 
 impl Body for Pumped {
@@ -107,7 +139,9 @@ impl Body for Pumped {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::abandon::Streams;
     use http_body_util::BodyExt;
+    use hyper::rt::Executor as _;
     use std::collections::VecDeque;
     use tokio::sync::oneshot;
 
@@ -161,6 +195,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_stream_is_given_up_when_its_client_does_not_take_all_of_a_body_however_short() {
+        for frames in [1, 100] {
+            let (alive, gone) = oneshot::channel::<()>();
+            let short = Duration::from_millis(50);
+            Streams.execute(async move {
+                let _held = (alive, Pumped::new(given(frames, true).0, short));
+                std::future::pending::<()>().await;
+            });
+            assert!(timeout(STALL, gone).await.expect("it is given up").is_err(), "{frames}");
+        }
+        let (alive, gone) = oneshot::channel::<()>();
+        Streams.execute(async move {
+            let whole = Pumped::new(given(100, true).0, Duration::from_millis(50)).collect().await;
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let _ = alive.send(()).map(|()| assert_eq!(whole.unwrap().to_bytes().len(), 190));
+        });
+        assert!(gone.await.is_ok(), "one that was read to its end is left alone");
+    }
+
+    #[tokio::test]
     async fn the_body_is_dropped_when_the_client_leaves_or_does_not_read() {
         let (body, gone) = given(1, false);
         let mut pumped = Pumped::new(body, STALL);
@@ -174,7 +228,7 @@ mod tests {
         let started = tokio::time::Instant::now();
         assert!(gone.await.is_err());
         assert!(started.elapsed() >= short);
-        // What was read ahead is still there; then it breaks off, visibly.
+        // Outside of a stream what was read ahead is still there; then it breaks off, visibly.
         for _ in 0..AHEAD {
             assert!(pumped.frame().await.unwrap().is_ok());
         }

@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
 use crate::routing::book::Booking;
+use crate::routing::recent::Awaited;
 use crate::state::worker::ServedModel;
 
 /// Bounds on waiting.
@@ -145,6 +146,20 @@ pub(super) struct Held {
 impl Held {
     pub(super) fn new(booking: Booking, queue: &Arc<Queue>) -> Self {
         Self { booking: Some(booking), queue: Arc::clone(queue) }
+    }
+
+    /// A piece of the answer arrived.
+    pub(super) fn heard(&mut self) {
+        if let Some(booking) = &mut self.booking {
+            booking.heard();
+        }
+    }
+
+    /// Keeps what is expected of the request's prompt until the first output, or its end.
+    pub(super) fn awaits(&mut self, awaited: Option<Awaited>) {
+        if let Some(booking) = &mut self.booking {
+            booking.awaits(awaited);
+        }
     }
 
     /// The first output arrived.

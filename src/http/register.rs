@@ -15,7 +15,7 @@ use super::fetch;
 use super::front::{Front, Shard};
 use super::upstream::Endpoint;
 use crate::admin_types::{RegisterRequest, RegisteredReply};
-use crate::engines::probe::{EngineFacts, parse_metrics, parse_models};
+use crate::engines::probe::{EngineFacts, FACTS, parse_models};
 use crate::ids::Group;
 use crate::routing::view::WorkerView;
 use crate::state::command::{ControlCommand, ControlOutcome};
@@ -47,7 +47,7 @@ pub(super) async fn register(
 ) -> Result<RegisteredReply, ApiError> {
     let heartbeats = request.wants_heartbeats(source);
     let probe = request.wants_probe();
-    let engine_given = request.engine.is_some();
+    let given = Given { engine: request.engine.is_some(), ranks: request.dp_ranks.is_some() };
     let mut spec = request.to_spec(source).map_err(|why| ApiError::new(Code::InvalidValue, why))?;
     spec.owner = owner;
     if source == WorkerSource::Node {
@@ -58,7 +58,7 @@ pub(super) async fn register(
     let endpoint = check_address(shard, &spec.url, spec.http2).await?;
     if probe {
         let facts = ask(shard, &spec, &endpoint).await?;
-        fill_in(&mut spec, facts, engine_given);
+        fill_in(&mut spec, facts, given);
         // What the engine says is checked like what the caller says.
         spec.validate().map_err(|why| ApiError::new(Code::ProbeFailed, why))?;
     }
@@ -80,7 +80,8 @@ pub(super) async fn register(
     let interval_ms = heartbeats.then(|| shard.front.config.nodes.heartbeat_interval.as_millis() as u64);
     let verb = if replaced { "registered again" } else { "registered" };
     let message = format!("worker {id} is {verb}");
-    Ok(RegisteredReply { id, replaced, generation, message, interval_ms })
+    let cluster = (source == WorkerSource::Node).then(|| shard.front.control.status().cluster_id);
+    Ok(RegisteredReply { id, replaced, generation, message, interval_ms, cluster })
 }
 
 /// A live worker's identity stays where it is; an operator may move it.
@@ -115,8 +116,8 @@ async fn check_address(shard: &Shard, url: &str, http2: bool) -> Result<Endpoint
     }
 }
 
-/// Asks the worker: health must answer; models must be listed unless they were given; metrics
-/// are taken where there are any.
+/// Asks the worker: health must answer; models must be listed unless they were given; what else it
+/// says of itself is taken where it says anything.
 async fn ask(shard: &Shard, spec: &WorkerSpec, endpoint: &Endpoint) -> Result<EngineFacts, ApiError> {
     let limit = shard.front.config.nodes.probe_timeout;
     let get = |path: &'static str| fetch::get(&shard.pool, endpoint, path, limit);
@@ -127,12 +128,11 @@ async fn ask(shard: &Shard, spec: &WorkerSpec, endpoint: &Endpoint) -> Result<En
         );
         ApiError::new(Code::ProbeFailed, text).param("url")
     };
-    let (health, models, metrics) = tokio::join!(get("/health"), get("/v1/models"), get("/metrics"));
+    let facts = futures_util::future::join_all(FACTS.map(&get));
+    let (health, models, facts) = tokio::join!(get("/health"), get("/v1/models"), facts);
     health.map_err(|error| failed("/health", error.to_string()))?;
-    let mut facts = match metrics {
-        Ok(text) => parse_metrics(&String::from_utf8_lossy(&text)),
-        Err(_) => EngineFacts::default(),
-    };
+    let mut facts = facts.into_iter().map(Result::ok);
+    let mut facts = EngineFacts::read(&FACTS.map(|_| facts.next().flatten()));
     if spec.models.is_empty() {
         let body = models.map_err(|error| failed("/v1/models", error.to_string()))?;
         facts.models = parse_models(&body).map_err(|why| failed("/v1/models", why))?;
@@ -140,13 +140,35 @@ async fn ask(shard: &Shard, spec: &WorkerSpec, endpoint: &Endpoint) -> Result<En
     Ok(facts)
 }
 
-fn fill_in(spec: &mut WorkerSpec, facts: EngineFacts, engine_given: bool) {
+/// What whoever registers a worker said, where the record has a default for it.
+#[derive(Clone, Copy)]
+struct Given {
+    engine: bool,
+    ranks: bool,
+}
+
+/// What was said counts; where the engine says otherwise, that is worth a word: its events are of no
+/// use then, or of a part of it.
+fn fill_in(spec: &mut WorkerSpec, facts: EngineFacts, given: Given) {
+    if let (Some(given), Some(told)) = (spec.block_size, facts.block_size)
+        && given != told
+    {
+        tracing::warn!(worker = %spec.id, given, told, "registered with another block_size than the engine says");
+    }
+    match facts.dp_ranks {
+        Some(told) if !given.ranks => spec.dp_ranks = told,
+        Some(told) if spec.dp_ranks != told => {
+            let given = spec.dp_ranks;
+            tracing::warn!(worker = %spec.id, given, told, "registered with another number of dp_ranks than the engine says");
+        }
+        _ => {}
+    }
     if spec.models.is_empty() {
         spec.models = facts.models;
     }
     spec.block_size = spec.block_size.or(facts.block_size);
     spec.capacity_blocks = spec.capacity_blocks.or(facts.capacity_blocks);
-    if let (Some(engine), false) = (facts.engine, engine_given) {
+    if let (Some(engine), false) = (facts.engine, given.engine) {
         spec.engine = engine;
     }
 }
@@ -170,6 +192,21 @@ pub async fn keep_configured_workers(
         () = all => {}
         () = shutdown.cancelled() => {}
     }
+}
+
+/// Registers an engine that says of itself that it is there, unless it is known as it says. It is asked
+/// for its health like one that was added by hand: its pings come too seldom to be held to them.
+pub async fn register_found(shard: &Shard, request: RegisterRequest) -> Result<bool, ApiError> {
+    let spec = request.to_spec(WorkerSource::Node).map_err(|why| ApiError::new(Code::InvalidValue, why))?;
+    let view = shard.front.control.registry();
+    let is_known = view.worker(&spec.id).is_some_and(|known| {
+        let known = &known.record.spec;
+        (&known.url, known.role, &known.transfer) == (&spec.url, spec.role, &spec.transfer)
+    });
+    if !is_known {
+        register(shard, request, WorkerSource::Node, None).await?;
+    }
+    Ok(!is_known)
 }
 
 /// Configured workers registered at once.

@@ -15,6 +15,7 @@ use super::growth::Growth;
 use super::metrics::{Outcome, Tracked};
 use super::queue::Held;
 use super::routes::{Dialect, Route};
+use super::sequel::Sequel;
 use super::upstream::UpstreamBody;
 
 /// How a relayed body is watched over.
@@ -28,6 +29,8 @@ pub(super) struct RelayLimits {
     pub(super) ending: Option<Ending>,
     /// How the output fills blocks, if it is an event stream of a known prompt's answer.
     pub(super) growth: Option<Growth>,
+    /// Learns what the answer adds to the engine's cache, if nobody else tells.
+    pub(super) sequel: Option<Sequel>,
 }
 
 /// How event streams of a route end, well or badly.
@@ -45,22 +48,36 @@ impl Ending {
     /// The ending of a route's streams.
     pub(super) fn of(route: Route) -> Self {
         match route {
-            Route::ChatCompletions | Route::Completions => Ending::Done,
+            Route::ChatCompletions | Route::Completions | Route::Generate => Ending::Done,
             Route::Messages => Ending::AnthropicError,
             _ => Ending::ErrorEvent,
         }
     }
 
-    /// What tells a client that its stream has failed.
-    fn failure(self, error: &ApiError) -> Bytes {
-        let text = match self {
-            Ending::Done => format!("data: {}\n\ndata: [DONE]\n\n", error.json()),
-            Ending::ErrorEvent => format!("event: error\ndata: {}\n\n", error.json()),
-            Ending::AnthropicError => {
-                format!("event: error\ndata: {}\n\n", error.json_in(Dialect::Anthropic))
+    /// The events that tell a client that its stream has failed, each without the empty line at its
+    /// end.
+    pub(super) fn failure_lines(self, error: &ApiError) -> Vec<Bytes> {
+        match self {
+            Ending::Done | Ending::ErrorEvent => self.failure_lines_of(&error.json()),
+            Ending::AnthropicError => self.failure_lines_of(&error.json_in(Dialect::Anthropic)),
+        }
+    }
+
+    /// The same of an error as JSON in one line.
+    pub(super) fn failure_lines_of(self, json: &str) -> Vec<Bytes> {
+        match self {
+            Ending::Done => vec![format!("data: {json}\n").into(), Bytes::from_static(b"data: [DONE]\n")],
+            Ending::ErrorEvent | Ending::AnthropicError => {
+                vec![format!("event: error\ndata: {json}\n").into()]
             }
-        };
-        Bytes::from(text)
+        }
+    }
+
+    /// The same, whole.
+    fn failure(self, error: &ApiError) -> Bytes {
+        let mut text = self.failure_lines(error).join(&b"\n"[..]);
+        text.extend_from_slice(b"\n");
+        text.into()
     }
 }
 
@@ -69,7 +86,8 @@ impl Ending {
 #[derive(Debug)]
 pub(super) struct Relay {
     upstream: Option<UpstreamBody>,
-    booking: Held,
+    /// At the worker; nothing for what comes from a replica, which has booked it.
+    booking: Option<Held>,
     tracked: Tracked,
     limits: RelayLimits,
     last_frame: Instant,
@@ -81,7 +99,12 @@ pub(super) struct Relay {
 }
 
 impl Relay {
-    pub(super) fn new(upstream: UpstreamBody, booking: Held, tracked: Tracked, limits: RelayLimits) -> Self {
+    pub(super) fn new(
+        upstream: UpstreamBody,
+        booking: Option<Held>,
+        tracked: Tracked,
+        limits: RelayLimits,
+    ) -> Self {
         let mut relay = Self {
             upstream: Some(upstream),
             booking,
@@ -103,6 +126,9 @@ impl Relay {
     /// The body ended well.
     fn end(&mut self) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         self.upstream = None;
+        if let Some(sequel) = self.limits.sequel.take() {
+            sequel.finish();
+        }
         self.tracked.finish_with_status();
         Poll::Ready(None)
     }
@@ -116,8 +142,11 @@ impl Relay {
         outcome: Outcome,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         self.upstream = None;
-        let worker = self.booking.worker().map(ToString::to_string).unwrap_or_default();
-        self.tracked.note_error(format!("worker {worker}: {}", error.message));
+        // Nobody knows what the worker still has.
+        self.limits.sequel = None;
+        let worker = self.booking.as_ref().and_then(Held::worker).map(ToString::to_string);
+        let who = worker.map_or_else(|| "a replica".to_owned(), |worker| format!("worker {worker}"));
+        self.tracked.note_error(format!("{who}: {}", error.message));
         self.tracked.finish(outcome);
         let Some(ending) = self.limits.ending else {
             // Not at once: with the error goes what was not flushed yet, and hyper flushes when
@@ -166,6 +195,15 @@ impl Relay {
     }
 }
 
+impl Drop for Relay {
+    fn drop(&mut self) {
+        // The client has gone, or hyper knew the length and saw no need to poll again.
+        if let Some(sequel) = self.limits.sequel.take() {
+            sequel.finish();
+        }
+    }
+}
+
 impl Body for Relay {
     type Data = Bytes;
     type Error = BodyError;
@@ -187,9 +225,14 @@ impl Body for Relay {
                     return this.time_out(cx, out_of_time());
                 }
                 if let Some(data) = frame.data_ref() {
+                    if let Some(booking) = &mut this.booking {
+                        booking.heard();
+                    }
                     if !this.seen_data && !data.is_empty() {
                         this.seen_data = true;
-                        this.booking.prefill_done();
+                        if let Some(booking) = &mut this.booking {
+                            booking.prefill_done();
+                        }
                         this.tracked.first_byte(this.last_frame.into_std());
                     } else if this.limits.ending.is_some() && !data.is_empty() {
                         this.tracked.chunk(this.last_frame.into_std());
@@ -197,10 +240,13 @@ impl Body for Relay {
                     if this.limits.ending.is_some() {
                         this.tail.push(data);
                     }
+                    if let Some(sequel) = &mut this.limits.sequel {
+                        sequel.push(data);
+                    }
                     if let Some(growth) = &mut this.limits.growth {
                         let blocks = growth.push(data);
-                        if blocks > 0 {
-                            this.booking.grow(blocks);
+                        if let (Some(booking), true) = (&mut this.booking, blocks > 0) {
+                            booking.grow(blocks);
                         }
                     }
                 }

@@ -9,6 +9,7 @@
 use http::Method;
 
 use super::errors::{ApiError, Code};
+use super::streams::response;
 
 /// Which listener a request came in by.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,6 +18,8 @@ pub enum Listener {
     Client,
     /// For operators.
     Admin,
+    /// For clients and nodes of KsanaLLM: what the client listener is where that is configured.
+    Ksana,
 }
 
 /// What a route is for; decides which listener has it.
@@ -30,6 +33,8 @@ pub enum Plane {
     Admin,
     /// Balancers and orchestrators, on both.
     Health,
+    /// KsanaLLM's engines and their clients, where the client listener is theirs.
+    Ksana,
     /// Scrapers: on the admin listener, and on the client listener if that is configured.
     Metrics,
 }
@@ -41,6 +46,8 @@ pub enum Access {
     Open,
     /// A client's API key, if any are configured.
     Key,
+    /// The same; or, to read, a capability for the stream in the path.
+    KeyOrCapability,
     /// A node token, if any are configured.
     NodeToken,
     /// An admin token, if any are configured.
@@ -101,7 +108,11 @@ pub struct Entry {
 }
 
 const NODE_BODY: MaxBody = MaxBody::Bytes(64 * 1024);
+/// Largest body of a heartbeat: it may tell of 1,024 ranks.
+pub(super) const HEARTBEAT_BYTES: usize = 128 * 1024;
 const ADMIN_BODY: MaxBody = MaxBody::Bytes(1 << 20);
+/// It lists the node's devices.
+const KSANA_BODY: MaxBody = MaxBody::Bytes(256 * 1024);
 
 macro_rules! routes {
     ($(
@@ -137,7 +148,8 @@ macro_rules! routes {
             },
         )*];
 
-        /// The route whose path is exactly this.
+        /// The route whose path is exactly this, where it is not KsanaLLM's, whose rows are the later ones.
+        #[allow(unreachable_patterns)]
         fn exact(path: &str) -> Option<Route> {
             match path {
                 $($path => Some(Route::$name),)*
@@ -162,6 +174,8 @@ routes! {
         [POST "Orders documents by relevance to a query."];
     Score = "/v1/score": Client, Key, ByModel, MaxBody::Configured,
         [POST "Scores pairs of texts."];
+    Generate = "/generate": Client, Key, ByAnyWorker, MaxBody::Configured,
+        [POST "Continues a text or token ids, streaming or not, by SGLang's own route."];
     Tokenize = "/tokenize": Client, Key, ByModel, MaxBody::Configured,
         [POST "Turns a prompt or a conversation into token ids."];
     Detokenize = "/detokenize": Client, Key, ByModel, MaxBody::Configured,
@@ -170,11 +184,25 @@ routes! {
         [GET "Lists the models that workers serve and the key may use."];
     Model = "/v1/models/{*model}": Client, Key, Here, MaxBody::None,
         [GET "Shows one model."];
+    Streams = "/v1/streams": Client, Key, Here, MaxBody::None,
+        [GET "Lists the caller's output streams."];
+    Stream = "/v1/streams/{id}": Client, KeyOrCapability, Here, MaxBody::None,
+        [GET "Reads a stream on from any event; as JSON, says how it stands.",
+         DELETE "Ends a stream and forgets it."];
+    StreamCancel = "/v1/streams/{id}/cancel": Client, Key, Here, MaxBody::None,
+        [POST "Ends a stream, if it has not ended."];
+    StreamToken = "/v1/streams/{id}/token": Client, Key, Here, MaxBody::Bytes(1024),
+        [POST "Makes a capability to read a stream without a key, for a while."];
+    Response = "/v1/responses/{response_id}": Client, Key, Here, MaxBody::None,
+        [GET "Shows a response that was asked for in the background, or streams it.",
+         DELETE "Ends such a response and forgets it."];
+    ResponseCancel = "/v1/responses/{response_id}/cancel": Client, Key, Here, MaxBody::None,
+        [POST "Ends such a response, if it has not ended."];
     Nodes = "/v1/nodes": Node, NodeToken, Here, NODE_BODY,
         [GET "Lists the workers.", POST "Registers a worker."];
     Node = "/v1/nodes/{id}": Node, NodeToken, Here, MaxBody::None,
         [GET "Shows a worker.", DELETE "Takes back a registration made by this plane."];
-    Heartbeat = "/v1/nodes/{id}/heartbeat": Node, NodeToken, Here, MaxBody::None,
+    Heartbeat = "/v1/nodes/{id}/heartbeat": Node, NodeToken, Here, MaxBody::Bytes(HEARTBEAT_BYTES),
         [POST "Says that a worker is alive."];
     AdminStatus = "/v1/admin/status": Admin, AdminToken, Here, MaxBody::None,
         [GET "Shows the cluster, its workers and the newest errors."];
@@ -184,12 +212,20 @@ routes! {
         [GET "Shows a worker.", DELETE "Removes a worker, whoever registered it."];
     AdminDrain = "/v1/admin/workers/{id}/drain": Admin, AdminToken, Here, ADMIN_BODY,
         [POST "Keeps new requests away from a worker, or ends that."];
+    AdminStop = "/v1/admin/drain": Admin, AdminToken, Here, MaxBody::None,
+        [POST "Stops this replica as planned: its streams and its clients go to others."];
     AdminMembers = "/v1/admin/members": Admin, AdminToken, Here, ADMIN_BODY,
         [GET "Lists the replicas.", POST "Adds, removes or promotes a replica, or hands leadership over."];
     AdminKeys = "/v1/admin/keys": Admin, AdminToken, Here, MaxBody::None,
         [GET "Lists the API keys in force at this replica, without secrets."];
     AdminExplain = "/v1/admin/explain": Admin, AdminToken, Here, MaxBody::Configured,
         [POST "Says where a request would go and why, and sends it nowhere."];
+    AdminStreams = "/v1/admin/streams": Admin, AdminToken, Here, MaxBody::None,
+        [GET "Lists output streams."];
+    AdminStream = "/v1/admin/streams/{id}": Admin, AdminToken, Here, MaxBody::None,
+        [GET "Shows an output stream, and what of it is at this replica."];
+    AdminStreamCancel = "/v1/admin/streams/{id}/cancel": Admin, AdminToken, Here, MaxBody::None,
+        [POST "Ends an output stream."];
     AdminIndex = "/v1/admin/index": Admin, AdminToken, Here, MaxBody::None,
         [GET "Shows what is in the prefix index and who listens to which engine."];
     Livez = "/livez": Health, Open, Here, MaxBody::None,
@@ -200,6 +236,28 @@ routes! {
         [GET "This listener's routes, as OpenAPI 3.1."];
     Metrics = "/metrics": Metrics, Scrape, Here, MaxBody::None,
         [GET "Counters and gauges, as OpenMetrics text."];
+    KsanaRegister = "/RegisterNode": Ksana, NodeToken, Here, KSANA_BODY,
+        [POST "Registers a node of KsanaLLM."];
+    KsanaHeartbeat = "/Heartbeat": Ksana, NodeToken, Here, NODE_BODY,
+        [POST "Says that a node is alive, and tells it of its group's pairs."];
+    KsanaCommId = "/RegisterCommId": Ksana, NodeToken, Here, NODE_BODY,
+        [POST "Says what id the nodes of a pair form their communicator with."];
+    KsanaGenerate = "/generate": Ksana, Key, Here, MaxBody::Configured,
+        [POST "Generates by a pair of a prefill and a decode group."];
+    KsanaV1 = "/v1/{*ksana_path}": Ksana, Key, Here, MaxBody::Configured,
+        [POST "The same by any of the engine's routes below it."];
+    KsanaV2 = "/v2/{*ksana_path}": Ksana, Key, Here, MaxBody::Configured,
+        [POST "The same by any of the engine's routes below it."];
+    KsanaDocs = "/docs": Ksana, Open, Here, MaxBody::None,
+        [GET "A page about the routes of this listener."];
+    KsanaRedoc = "/redoc": Ksana, Open, Here, MaxBody::None,
+        [GET "The same page."];
+    AdminKsana = "/v1/admin/ksana": Admin, AdminToken, Here, MaxBody::None,
+        [GET "Shows KsanaLLM's nodes, groups and pairs."];
+    AdminKsanaNode = "/v1/admin/ksana/nodes/{id}": Admin, AdminToken, Here, MaxBody::None,
+        [DELETE "Takes a node out. One that still sends heartbeats comes back."];
+    AdminNames = "/v1/admin/names": Admin, AdminToken, Here, MaxBody::None,
+        [GET "Shows what the names that are followed stand for."];
     PassThrough = "/v1/{*path}": Client, Key, ByAnyWorker, MaxBody::Configured,
         [];
 }
@@ -224,6 +282,32 @@ impl Route {
         self.entry().map_or("unknown", |entry| entry.path)
     }
 
+    /// The route at this path whose answers may be streams that are kept.
+    pub(super) fn of_stream(path: &str) -> Option<Route> {
+        const STREAMS: [Route; 4] =
+            [Route::ChatCompletions, Route::Completions, Route::Messages, Route::Responses];
+        STREAMS.into_iter().find(|route| route.path() == path)
+    }
+
+    /// Whether it is about streams that were begun before.
+    pub(super) fn is_about_streams(self) -> bool {
+        matches!(
+            self,
+            Route::Streams
+                | Route::Stream
+                | Route::StreamCancel
+                | Route::StreamToken
+                | Route::Response
+                | Route::ResponseCancel
+        )
+    }
+
+    /// Whether what a path has in place of the parameter is this route's business. A response whose
+    /// id an engine made is that engine's.
+    fn takes(self, parameter: &str) -> bool {
+        !matches!(self, Route::Response | Route::ResponseCancel) || response::stream_of(parameter).is_some()
+    }
+
     /// Whether requests to it go to a worker.
     pub fn is_proxied(self) -> bool {
         self.entry().is_some_and(|entry| entry.served != Served::Here)
@@ -246,6 +330,7 @@ impl Entry {
         match self.plane {
             Plane::Client | Plane::Node => listener == Listener::Client,
             Plane::Admin => listener == Listener::Admin,
+            Plane::Ksana => listener == Listener::Ksana,
             Plane::Health => true,
             Plane::Metrics => listener == Listener::Admin || metrics_on_client,
         }
@@ -290,8 +375,17 @@ pub(super) fn find(
     method: &Method,
     path: &str,
 ) -> Result<Route, Miss> {
-    let route = exact(path).or_else(|| by_template(path));
-    let entry = route.and_then(Route::entry).filter(|entry| entry.is_on(listener, metrics_on_client));
+    let is_here = |entry: &&Entry| entry.is_on(listener, metrics_on_client);
+    let entry = match listener {
+        // What is one of our paths elsewhere may be an engine's here.
+        Listener::Ksana => {
+            TABLE.iter().find(|entry| entry.path == path && is_here(entry)).or_else(|| ksana_template(path))
+        }
+        _ => exact(path)
+            .and_then(Route::entry)
+            .filter(is_here)
+            .or_else(|| by_template(path).and_then(Route::entry).filter(is_here)),
+    };
     match entry {
         None => Err(Miss { route: Route::Unknown, error: unknown(listener, path) }),
         Some(entry) if entry.serves(method) => Ok(entry.route),
@@ -305,9 +399,22 @@ pub(super) fn find(
     }
 }
 
+/// The engine's routes on a listener of KsanaLLM, which may have nothing behind their slash.
+fn ksana_template(path: &str) -> Option<&'static Entry> {
+    let below = |prefix: &str| path.strip_prefix(prefix).filter(|rest| rest.is_empty() || is_canonical(rest));
+    let route = match (below("/v1/"), below("/v2/")) {
+        (Some(_), _) => Route::KsanaV1,
+        (_, Some(_)) => Route::KsanaV2,
+        _ => return None,
+    };
+    route.entry()
+}
+
 fn by_template(path: &str) -> Option<Route> {
-    let mut templates = TABLE.iter().filter(|entry| entry.path.contains('{'));
-    let found = templates.find(|entry| parameter_of(entry.path, path).is_some())?.route;
+    let ours = |entry: &&Entry| entry.path.contains('{') && entry.plane != Plane::Ksana;
+    let mut templates = TABLE.iter().filter(ours);
+    let fits = |entry: &&Entry| parameter_of(entry.path, path).is_some_and(|is| entry.route.takes(is));
+    let found = templates.find(fits)?.route;
     // What is ours alone is not handed to workers in another spelling or with something behind.
     if found == Route::PassThrough && !may_pass(path) {
         return None;
@@ -325,7 +432,7 @@ pub(super) fn parameter_of<'a>(template: &str, path: &'a str) -> Option<&'a str>
 }
 
 /// First segments below `/v1` that belong to this program, on whatever listener.
-const OURS: &[&str] = &["models", "nodes", "admin"];
+const OURS: &[&str] = &["models", "nodes", "admin", "streams"];
 
 /// Routes of engines that change an engine behind the back of all replicas. They are for whoever
 /// runs the engine, and are asked of it directly.
@@ -390,6 +497,7 @@ fn unknown(listener: Listener, path: &str) -> ApiError {
             "there is no such route on this listener, or its path is written in a way that could be \
              misunderstood; GET /openapi.json lists the routes"
         }
+        Listener::Ksana => "Not Found",
         Listener::Admin => {
             "there is no such route on the admin listener; GET /openapi.json lists its routes, clients and \
              nodes use the client listener"
@@ -399,128 +507,4 @@ fn unknown(listener: Listener, path: &str) -> ApiError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn client(method: Method, path: &str) -> Route {
-        find(Listener::Client, true, &method, path).unwrap_or_else(|miss| panic!("{path}: {}", miss.error))
-    }
-
-    #[test]
-    fn the_table_is_in_the_order_of_the_enum_and_names_each_path_once() {
-        for (at, entry) in TABLE.iter().enumerate() {
-            assert_eq!(entry.route as usize, at);
-            assert_eq!(entry.route.path(), entry.path);
-            assert_eq!(TABLE.iter().filter(|other| other.path == entry.path).count(), 1, "{}", entry.path);
-            let any = entry.operations.is_empty();
-            assert_eq!(any, entry.served == Served::ByAnyWorker, "{}", entry.path);
-        }
-        assert!(Route::ALL.iter().enumerate().all(|(at, route)| *route as usize == at));
-        assert_eq!(Route::Unknown as usize, TABLE.len());
-        assert_eq!(Route::Unknown.path(), "unknown");
-    }
-
-    #[test]
-    fn paths_find_their_templates() {
-        for (path, route) in [
-            ("/v1/nodes/w", Route::Node),
-            ("/v1/nodes/10.0.0.1%3A80", Route::Node),
-            ("/v1/nodes/w/heartbeat", Route::Heartbeat),
-            ("/v1/models/meta/llama", Route::Model),
-            ("/v1/audio/speech", Route::PassThrough),
-            ("/v1/messages/count_tokens", Route::PassThrough),
-            ("/v1/files/a%20b/", Route::PassThrough),
-            ("/v1/nodesx", Route::PassThrough),
-        ] {
-            let method = if route == Route::Heartbeat { Method::POST } else { Method::GET };
-            assert_eq!(client(method, path), route, "{path}");
-        }
-        assert_eq!(client(Method::HEAD, "/readyz"), Route::Readyz);
-        assert_eq!(client(Method::PATCH, "/v1/anything"), Route::PassThrough);
-    }
-
-    #[test]
-    fn other_spellings_of_our_paths_match_nothing() {
-        for path in [
-            "/v1/admin/status",
-            "/v1/admin",
-            "/v1/Admin/status",
-            "/v1/ADMIN",
-            "/v1/%61dmin/status",
-            "/v1/admi%6E/status",
-            "/v1/x/../admin/status",
-            "/v1/x/%2e%2e/admin/status",
-            "/v1/x/.%2e/admin/status",
-            "/v1/./nodes",
-            "/v1//nodes",
-            "//v1/nodes",
-            "/v1/nodes/",
-            "/v1/nodes//heartbeat",
-            "/v1/nodes/w/heartbeat/",
-            "/v1/nodes/w/x",
-            "/v1/x%2f..%2fnodes",
-            "/v1/..%5cmetrics",
-            "/v1/..\\metrics",
-            "/v1/%252e%252e/metrics",
-            "/v1/x%00",
-            "/v1/x%0d%0a",
-            "/v1/%zz",
-            "/v1/%+1",
-            "/v1/%2",
-            "/v1/",
-            "/v1",
-            "/V1/nodes",
-            "/v1/load_lora_adapter",
-            "/v1/Load_Lora_Adapter/",
-            "/v1/unload_lora_adapter",
-            "/v1/models/",
-            "/metrics/",
-            "*",
-            "",
-        ] {
-            let found = find(Listener::Client, true, &Method::GET, path);
-            assert!(found.is_err(), "{path} is {:?}", found.ok());
-        }
-    }
-
-    #[test]
-    fn a_wrong_method_is_told_the_right_ones() {
-        let miss = find(Listener::Client, true, &Method::PUT, "/v1/nodes/w").unwrap_err();
-        assert_eq!((miss.route, miss.error.code), (Route::Node, Code::MethodNotAllowed));
-        assert_eq!(miss.error.allow.as_deref(), Some("GET, DELETE, HEAD"));
-        let miss = find(Listener::Client, true, &Method::GET, "/v1/chat/completions").unwrap_err();
-        assert_eq!(miss.error.allow.as_deref(), Some("POST"));
-    }
-
-    #[test]
-    fn each_listener_has_its_planes_only() {
-        for entry in TABLE {
-            let path = entry.path.replace("{*", "").replace(['{', '}'], "");
-            for listener in [Listener::Client, Listener::Admin] {
-                let miss = matches!(
-                    find(listener, false, &Method::OPTIONS, &path),
-                    Err(Miss { route: Route::Unknown, .. })
-                );
-                assert_eq!(!miss, entry.is_on(listener, false), "{path} {listener:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn the_reference_names_every_route() {
-        let reference = include_str!("../../docs/reference/http-api.md");
-        for entry in TABLE {
-            let path = entry.path.replace("{*", "{");
-            assert!(reference.contains(&path), "docs/reference/http-api.md lacks {path}");
-        }
-    }
-
-    #[test]
-    fn escapes_are_decoded_once() {
-        assert_eq!(percent_decoded("a%20b%C3%A9").as_deref(), Some("a bé"));
-        assert_eq!(percent_decoded("%2561").as_deref(), Some("%61"));
-        for broken in ["%", "%4", "%zz", "%é", "%ff"] {
-            assert_eq!(percent_decoded(broken), None, "{broken}");
-        }
-    }
-}
+mod tests;

@@ -7,21 +7,25 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use http::header::CONNECTION;
-use http::{HeaderMap, HeaderValue, Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
 
-use super::auth::NodeGrant;
+use super::auth::{NodeGrant, Shown, client_secret};
 use super::body::{BodyLimits, FrontBody, discard};
 use super::call::Call;
 use super::checks::check_head;
 use super::conn::ConnState;
+use super::cors::{Cors, preflight};
+use super::edge;
 use super::errors::ApiError;
 use super::front::{Front, Shard};
 use super::headers::{self, REPLICA, REQUEST_ID};
 use super::keys::Pass;
+use super::ksana;
 use super::metrics::Outcome;
 use super::proxy;
 use super::routes::{self, Access, Listener, Miss, Route};
+use super::streams;
 
 /// Most bytes read of the body of a request that is refused for its route or credentials: enough
 /// that a client hears why instead of a reset, too little to be worth an attack.
@@ -38,9 +42,10 @@ pub(super) struct FrontService {
 
 /// What the credentials of a request allow.
 #[derive(Default)]
-struct Grant {
-    pass: Pass,
-    node: NodeGrant,
+pub(super) struct Grant {
+    pub(super) pass: Pass,
+    pub(super) node: NodeGrant,
+    pub(super) by_capability: bool,
 }
 
 impl FrontService {
@@ -61,16 +66,30 @@ impl FrontService {
             return error.response();
         }
         let path = request.uri().path();
+        if let Some(answer) =
+            preflight(&front.config.cors, self.listener, request.method(), path, request.headers())
+        {
+            return answer;
+        }
+        if self.listener == Listener::Client && front.ksana.is_some() {
+            return Box::pin(ksana::answer(&self.shard, self.peer.ip(), request)).await;
+        }
         let found = routes::find(self.listener, front.config.metrics_on_client, request.method(), path);
         let route = match found {
-            Ok(route) => route,
+            Ok(route) => match &front.config.edge {
+                Some(remote) if !edge::has(route) => {
+                    let error = edge::not_here(remote, self.listener);
+                    return Box::pin(self.refuse(Route::Unknown, error, request)).await;
+                }
+                _ => route,
+            },
             Err(Miss { route, error }) => return Box::pin(self.refuse(route, error, request)).await,
         };
-        let grant = match check(front, self.listener, route, request.headers(), self.peer.ip()) {
+        let grant = match check(front, self.listener, route, &request, self.peer.ip()) {
             Ok(grant) => grant,
             Err(error) => return Box::pin(self.refuse(route, error, request)).await,
         };
-        if route.is_proxied() {
+        if route.is_proxied() || (front.config.edge.is_some() && edge::passes(route)) {
             request.extensions_mut().insert(grant.pass.caller());
             let response = proxy::forward(&self.shard, route, request).await;
             return response.map(|body| body.holding_pass(grant.pass));
@@ -79,14 +98,24 @@ impl FrontService {
         let is_head = request.method() == Method::HEAD;
         let (head, body) = request.into_parts();
         let (shard, caller) = (Arc::clone(&self.shard), grant.pass.caller());
-        let call = Call { shard, listener: self.listener, route, head, body, caller, node: grant.node };
+        let Grant { pass, node, by_capability } = grant;
+        let request_id = headers::request_id(&head.headers);
+        let call = Call { shard, listener: self.listener, route, head, body, caller, node, by_capability };
         // Boxed like the refusals: the proxy path's future is made for each request and had better
         // be small.
-        let response = Box::pin(call.answer()).await;
+        let response = match route.is_about_streams() {
+            true => {
+                let mut response = Box::pin(streams::calls::answer(call)).await;
+                response.headers_mut().insert(REQUEST_ID, request_id);
+                response.headers_mut().insert(REPLICA, front.replica_header());
+                response
+            }
+            false => Box::pin(call.answer()).await.map(FrontBody::axum),
+        };
         tracked.set_status(response.status());
         tracked.finish(Outcome::of(response.status()));
-        let body = |body| if is_head { FrontBody::full("") } else { FrontBody::axum(body) };
-        response.map(|answer| body(answer).holding_pass(grant.pass))
+        let body = |body| if is_head { FrontBody::full("") } else { body };
+        response.map(|answer| body(answer).holding_pass(pass))
     }
 
     /// Answers a request that gets no further.
@@ -111,18 +140,26 @@ impl FrontService {
 }
 
 /// Asks for what the matched route needs.
-fn check(
+pub(super) fn check(
     front: &Front,
     listener: Listener,
     route: Route,
-    headers: &HeaderMap,
+    request: &Request<Incoming>,
     peer: IpAddr,
 ) -> Result<Grant, ApiError> {
+    let headers = request.headers();
     let mut grant = Grant::default();
     // A route without a row is never found; should it be, it is locked.
     match route.entry().map_or(Access::AdminToken, |entry| entry.access) {
         Access::Open => {}
         Access::Key => grant.pass = front.config.keys.admit(headers)?,
+        Access::KeyOrCapability => match shown_capability(front, request) {
+            None => grant.pass = front.config.keys.admit(headers)?,
+            Some(shown) => {
+                shown?;
+                grant.by_capability = true;
+            }
+        },
         Access::NodeToken => grant.node = front.node_tokens.check(headers, peer)?,
         Access::AdminToken => front.config.admin_tokens.check_admin(headers)?,
         Access::Scrape if listener == Listener::Admin && !front.config.metrics_open_on_admin => {
@@ -131,6 +168,16 @@ fn check(
         Access::Scrape => {}
     }
     Ok(grant)
+}
+
+/// Whether the capability that a request shows is good; `None` where it shows none, does more than
+/// read, or shows a key besides.
+fn shown_capability(front: &Front, request: &Request<Incoming>) -> Option<Result<(), ApiError>> {
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    if !reads || client_secret(request.headers()) != Shown::Nothing {
+        return None;
+    }
+    streams::calls::capability(front, request.uri().path(), request.uri().query())
 }
 
 impl hyper::service::Service<Request<Incoming>> for FrontService {
@@ -144,8 +191,15 @@ impl hyper::service::Service<Request<Incoming>> for FrontService {
         let is_http1 = request.version() <= http::Version::HTTP_11;
         let (service, shard) = (self.clone(), Arc::clone(&self.shard));
         let stall = self.shard.front.config.accept.timeouts.write_stall;
+        let cors = Cors::of(&self.shard.front.config.cors, self.listener, request.headers());
+        let comes_back = streams::event_source::asks(&request);
         Box::pin(async move {
-            let mut response = service.answer(request).await.map(|body| body.holding(in_flight));
+            let mut response = service.answer(request).await;
+            if comes_back {
+                response = streams::event_source::come_back(response);
+            }
+            let mut response = response.map(|body| body.holding(in_flight));
+            cors.add_to(response.headers_mut());
             if !is_http1 {
                 response.headers_mut().remove(CONNECTION);
                 // A stalled HTTP/1 client stalls its socket, which `conn` watches; a stream

@@ -4,9 +4,12 @@ use std::sync::atomic::Ordering;
 
 use super::front::Front;
 use super::index::{caches, index};
+use super::names;
+use super::streams::gauges;
 use crate::admin_types::{BreakerState, RecentError, StatusReply, WorkerStatus};
 use crate::routing::breaker;
 use crate::routing::view::{WorkerLive, WorkerView};
+use crate::state::worker::WorkerRole;
 
 /// A worker's breaker at a moment of [`Front::now_ms`]. One failed connection keeps requests
 /// away as well, until a probe succeeds.
@@ -28,6 +31,7 @@ pub(super) fn worker_status(worker: &WorkerView, now_ms: u64) -> WorkerStatus {
         url: record.spec.url.clone(),
         engine: record.spec.engine,
         role: record.spec.role,
+        connector: (record.spec.role != WorkerRole::Aggregated).then(|| record.spec.connector()),
         models: record.spec.models.iter().map(|m| m.name.clone()).collect(),
         online: record.online,
         drain: record.drain,
@@ -68,6 +72,8 @@ pub(super) fn status(front: &Front) -> StatusReply {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         uptime_s: front.started.elapsed().as_secs(),
         requests_total: front.metrics.requests_taken(),
+        name_troubles: names::troubles(front),
+        streams: front.streams.get().map(|relays| gauges::numbers(relays)),
         recent_errors: errors
             .into_iter()
             .take(RECENT_ERRORS)

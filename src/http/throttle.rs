@@ -39,6 +39,11 @@ impl Rate {
         self.burst
     }
 
+    /// Puts a request's worth back that was taken, and need not have been.
+    pub(super) fn give_back(&self, meter: &Meter) {
+        meter.0.fetch_sub(self.interval, Ordering::Relaxed);
+    }
+
     /// Takes a request's worth out of the bucket, or says how long to wait.
     pub(super) fn take(&self, meter: &Meter, now: u64) -> Result<(), Excess> {
         let room = self.interval.saturating_mul(u64::from(self.burst));
@@ -113,6 +118,18 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_given_back_can_be_taken_again_and_nothing_more() {
+        let rate = Rate::new(0.001, 3);
+        let meter = Meter::default();
+        for _ in 0..100 {
+            assert!(rate.take(&meter, 5).is_ok());
+            rate.give_back(&meter);
+        }
+        let taken = (0..10).filter(|_| rate.take(&meter, 6).is_ok()).count();
+        assert_eq!(taken, 3);
     }
 
     #[test]

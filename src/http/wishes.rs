@@ -50,6 +50,11 @@ pub(super) struct Wishes {
 }
 
 impl Wishes {
+    /// No wish but where it goes.
+    pub(super) fn pinned(worker: WorkerId, rank: Option<u32>) -> Self {
+        Self { worker: Some((worker, rank)), ..Self::default() }
+    }
+
     /// Reads the body's member `everline`.
     pub(super) fn of_body(text: &str) -> Result<Self, ApiError> {
         let mut wishes = Self::default();
@@ -71,9 +76,12 @@ impl Wishes {
                 "trace" => {
                     wishes.trace = value.as_bool().ok_or_else(|| place.wrong("must be true or false"))?;
                 }
+                "labels" => wishes.set_labels(value, &place)?,
+                "reserve" => wishes.reserve = Some(reserve(text()?, &place)?),
                 // Not named: it is part of somebody's body.
                 _ => {
-                    let known = "overlap_weight, temperature, policy, worker, session_id and trace";
+                    let known =
+                        "overlap_weight, temperature, policy, worker, labels, session_id, reserve and trace";
                     return Err(Place::Member("").wrong(&format!("has an unknown member; known are {known}")));
                 }
             }
@@ -108,25 +116,36 @@ impl Wishes {
             self.worker = Some(pin(text, &place)?);
         }
         if let Some((text, place)) = text_of(headers, &LABELS)? {
+            // All of them together, not these beside those of the body.
+            self.labels.clear();
             for label in text.split(',').map(str::trim).filter(|label| !label.is_empty()) {
                 let (key, value) =
                     label.split_once('=').ok_or_else(|| place.wrong("must be key=value,key=value"))?;
-                if self.labels.len() == MOST_LABELS {
-                    return Err(place.wrong(&format!("may hold {MOST_LABELS} labels at most")));
-                }
-                self.labels.push((key.trim().to_owned(), value.trim().to_owned()));
+                self.add_label(key.trim(), value.trim(), &place)?;
             }
         }
         if let Some((text, place)) = text_of(headers, &RESERVE)? {
-            self.reserve = match text {
-                "local" => Some(Reserve::Local),
-                "linearizable" => Some(Reserve::Linearizable),
-                _ => return Err(place.wrong("must be `local` or `linearizable`")),
-            };
+            self.reserve = Some(reserve(text, &place)?);
         }
         if let Some((text, _)) = text_of(headers, &headers::TRACE)? {
             self.trace = text != "0";
         }
+        Ok(())
+    }
+
+    fn set_labels(&mut self, labels: &Value, place: &Place<'_>) -> Result<(), ApiError> {
+        let wrong = || place.wrong("must be an object of texts, {\"zone\": \"a\"}");
+        for (key, value) in labels.as_object().ok_or_else(wrong)? {
+            self.add_label(key, value.as_str().ok_or_else(wrong)?, place)?;
+        }
+        Ok(())
+    }
+
+    fn add_label(&mut self, key: &str, value: &str, place: &Place<'_>) -> Result<(), ApiError> {
+        if self.labels.len() == MOST_LABELS {
+            return Err(place.wrong(&format!("may hold {MOST_LABELS} labels at most")));
+        }
+        self.labels.push((key.to_owned(), value.to_owned()));
         Ok(())
     }
 
@@ -168,6 +187,14 @@ impl Place<'_> {
         };
         ApiError::new(Code::InvalidValue, format!("the {kind} {name} cannot be used: {why}"))
             .param(name.into_owned())
+    }
+}
+
+fn reserve(text: &str, place: &Place<'_>) -> Result<Reserve, ApiError> {
+    match text {
+        "local" => Ok(Reserve::Local),
+        "linearizable" => Ok(Reserve::Linearizable),
+        _ => Err(place.wrong("must be `local` or `linearizable`")),
     }
 }
 
@@ -267,26 +294,33 @@ mod tests {
     #[test]
     fn the_body_may_say_it_too_and_a_header_counts_more() {
         let text = r#"{"overlap_weight": 2.5, "temperature": 0, "policy": "random", "worker": "w1/3",
-            "session_id": "s", "trace": true}"#;
+            "session_id": "s", "trace": true, "labels": {"zone": "a", "gpu": "h100"}, "reserve": "linearizable"}"#;
         let of_body = Wishes::of_body(text).unwrap();
         let mut wishes = of_body.clone();
         wishes.read(&HeaderMap::new(), Some("tenant")).unwrap();
         assert_eq!(wishes.overrides.overlap_weight(), Some(2.5));
         assert_eq!((wishes.overrides.temperature(), wishes.overrides.policy()), (Some(0.0), Some("random")));
         assert_eq!(wishes.worker, Some((WorkerId::parse("w1").unwrap(), Some(3))));
-        assert!(wishes.trace);
+        assert!(wishes.trace && wishes.reserve == Some(Reserve::Linearizable));
+        assert_eq!(wishes.labels, [("gpu".into(), "h100".into()), ("zone".into(), "a".into())]);
         assert_eq!(wishes.session, read(&[("x-session-id", "s")]).unwrap().session);
 
         let mut headers = HeaderMap::new();
-        for (name, value) in [("everline-policy", "kv_cost"), ("everline-trace", "0"), ("x-session-id", "t")]
-        {
+        for (name, value) in [
+            ("everline-policy", "kv_cost"),
+            ("everline-trace", "0"),
+            ("x-session-id", "t"),
+            ("everline-labels", "zone=b"),
+            ("everline-reserve", "local"),
+        ] {
             headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
         let mut wishes = of_body;
         wishes.read(&headers, Some("tenant")).unwrap();
         assert_eq!(wishes.overrides.policy(), Some("kv_cost"));
         assert_eq!(wishes.overrides.overlap_weight(), Some(2.5), "of the body");
-        assert!(!wishes.trace);
+        assert!(!wishes.trace && wishes.reserve == Some(Reserve::Local));
+        assert_eq!(wishes.labels, [("zone".into(), "b".into())]);
         assert_eq!(wishes.session, read(&[("x-session-id", "t")]).unwrap().session);
         assert_eq!(Wishes::of_body("null").unwrap(), Wishes::default());
     }
@@ -303,6 +337,9 @@ mod tests {
             (r#"{"worker": "a b"}"#, "everline.worker"),
             (r#"{"session_id": 7}"#, "everline.session_id"),
             (r#"{"trace": "yes"}"#, "everline.trace"),
+            (r#"{"labels": ["secret"]}"#, "everline.labels"),
+            (r#"{"labels": {"zone": 7}}"#, "everline.labels"),
+            (r#"{"reserve": "secret"}"#, "everline.reserve"),
         ] {
             let error = Wishes::of_body(text).expect_err(text);
             assert_eq!((error.code, error.param.as_deref()), (Code::InvalidValue, Some(param)), "{text}");

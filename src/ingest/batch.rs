@@ -35,7 +35,11 @@ pub(super) struct Gathering {
 
 impl Gathering {
     pub(super) fn new(cursor: Cursor, capacity: Option<u64>) -> Self {
-        let batch = FeedBatch { after: cursor, cursor, ops: Vec::new(), messages: 0 };
+        let mut batch = FeedBatch { after: cursor, cursor, ops: Vec::new(), messages: 0 };
+        if let (Cursor::UNKNOWN, Some(capacity)) = (cursor.owing, capacity) {
+            // Whoever cleared the rank did not know how much it holds.
+            batch.cursor.owing = capacity.max(1);
+        }
         Self { batch, blocks: 0, capacity }
     }
 
@@ -103,6 +107,19 @@ mod tests {
         assert!(!gathering.is_empty());
         let second = gathering.take();
         assert_eq!((second.after, second.ops.len()), (first.cursor, 0));
+    }
+
+    #[test]
+    fn a_rank_that_was_cleared_without_its_capacity_is_whole_again_when_that_is_known_and_stored() {
+        let lost = Cursor { last: Some((3, 3)), owing: Cursor::UNKNOWN };
+        assert!(Gathering::new(lost, None).is_empty());
+        let mut gathering = Gathering::new(lost, Some(2));
+        assert_eq!(gathering.batch.after, lost);
+        for seq in 4..6 {
+            assert!(gathering.batch.cursor.recovering());
+            gathering.add(seq, 1, Decoded { stored: 1, ..Decoded::default() });
+        }
+        assert!(!gathering.batch.cursor.recovering());
     }
 
     #[test]

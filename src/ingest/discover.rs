@@ -37,6 +37,19 @@ pub struct Sources {
     pub block_size: Option<u32>,
 }
 
+impl Sources {
+    /// The source of a worker's rank, which is counted from 0, of `ranks` that it is registered with.
+    /// An engine that is a part of a larger one numbers its ranks from elsewhere on: where there are as many
+    /// in a row as the worker has, the lowest is the worker's first.
+    pub fn of_rank(&self, rank: u32, ranks: u32) -> Option<&RankSource> {
+        let (first, last) = self.ranks.first().zip(self.ranks.last())?;
+        let in_a_row =
+            self.ranks.len() == ranks as usize && u64::from(last.rank - first.rank) + 1 == u64::from(ranks);
+        let wanted = if in_a_row { first.rank.checked_add(rank)? } else { rank };
+        self.ranks.iter().find(|source| source.rank == wanted)
+    }
+}
+
 #[derive(Deserialize)]
 struct VllmSource {
     #[serde(default = "yes")]
@@ -176,6 +189,25 @@ mod tests {
         assert_eq!(second.replay, Some(endpoint("tcp://10.9.9.9:5658")));
         assert_eq!(second.load, Some((endpoint("tcp://10.9.9.9:5758"), "load".into())));
         assert_eq!(sglang(b"{}", "h").unwrap(), Sources::default());
+    }
+
+    #[test]
+    fn a_part_of_a_larger_engine_numbers_its_ranks_from_elsewhere_on() {
+        let told = |ranks: &[u32]| {
+            let entries: Vec<String> = ranks
+                .iter()
+                .map(|rank| format!(r#""{rank}":{{"endpoint":"tcp://*:{}"}}"#, 5557 + rank))
+                .collect();
+            vllm(format!("{{{}}}", entries.join(",")).as_bytes(), "h").unwrap()
+        };
+        let number = |sources: &Sources, rank, ranks| Some(sources.of_rank(rank, ranks)?.rank);
+        assert_eq!(number(&told(&[3]), 0, 1), Some(3));
+        assert_eq!([0, 1, 2].map(|rank| number(&told(&[4, 5]), rank, 2)), [Some(4), Some(5), None]);
+        // All of them, or none: by their numbers.
+        assert_eq!([0, 1].map(|rank| number(&told(&[0, 1, 2, 3]), rank, 2)), [Some(0), Some(1)]);
+        assert_eq!([0, 1].map(|rank| number(&told(&[1, 3]), rank, 2)), [None, Some(1)]);
+        assert_eq!(number(&told(&[1]), 0, 2), None);
+        assert_eq!(number(&Sources::default(), 0, 1), None);
     }
 
     #[test]

@@ -19,9 +19,12 @@ use crate::kv::event::{Decoder, Format, Skipped, skim};
 use crate::kv::feed::{Action, Cursor, Feed, FeedStats, Message};
 use crate::zmtp::{Endpoint, Limits, Resolve};
 
-/// After this long without a message the engine is asked once whether there was none: the loss of
-/// a burst's last message shows in nothing else.
+/// After this long without a message the engine is asked whether there was none, and again after twice
+/// as long each time: the loss of a burst's last message shows in nothing else.
 pub const QUIET: Duration = Duration::from_secs(2);
+
+/// Longest pause between two such questions.
+pub const LONGEST_QUIET: Duration = Duration::from_secs(30);
 
 /// Pause before a replay is asked for again after one that failed; doubled each time.
 const REPLAY_PAUSE: Duration = Duration::from_millis(100);
@@ -58,7 +61,7 @@ pub struct FeedConfig {
     pub limits: Limits,
     /// After this long without a message the engine is asked whether there was none; [`QUIET`].
     pub quiet: Duration,
-    /// A replay that says nothing for so long has ended; [`SILENCE`].
+    /// A replay that says nothing at first for so long has ended; [`SILENCE`].
     pub silence: Duration,
 }
 
@@ -172,6 +175,8 @@ struct Runner<S> {
     linked: bool,
     /// When the engine is asked whether it was silent.
     quiet_at: Option<Instant>,
+    /// How often it was since its last message.
+    quiets: u32,
     rank: Option<u32>,
     capacity: Option<u64>,
     resolve: Arc<dyn Resolve>,
@@ -199,6 +204,7 @@ async fn run<S: FeedSink>(config: FeedConfig, cursor: Cursor, sink: S, counters:
         replay_failures: 0,
         linked: false,
         quiet_at: None,
+        quiets: 0,
         rank,
         capacity,
         resolve,
@@ -237,8 +243,14 @@ impl<S: FeedSink> Runner<S> {
         }
         self.linked = true;
         self.replay_failures = 0;
-        self.quiet_at = Some(Instant::now() + self.quiet);
+        self.heard();
         self.machine.connected(&mut self.actions);
+    }
+
+    /// The engine said something, or could.
+    fn heard(&mut self) {
+        self.quiets = 0;
+        self.quiet_at = Some(Instant::now() + self.quiet);
     }
 
     /// Nobody is connected, but can be asked; not at once, because it may just be starting.
@@ -282,7 +294,7 @@ impl<S: FeedSink> Runner<S> {
             event = live.next(), if has_room => match event {
                 LiveEvent::Message(parts) => {
                     self.counters.lock().messages += 1;
-                    self.quiet_at = Some(Instant::now() + self.quiet);
+                    self.heard();
                     if let Some(message) = self.accepted(message(&parts)) {
                         self.machine.live(message, &mut self.actions);
                     }
@@ -299,7 +311,9 @@ impl<S: FeedSink> Runner<S> {
             },
             () = sleep_until(quiet_at.unwrap_or_else(Instant::now)), if quiet_at.is_some() => {
                 // Without a connection nothing else would say that there is an engine again.
-                self.quiet_at = (!self.linked).then(|| Instant::now() + self.quiet);
+                self.quiets = if self.linked { self.quiets + 1 } else { 0 };
+                let pause = self.quiet.saturating_mul(1 << self.quiets.min(8));
+                self.quiet_at = Some(Instant::now() + pause.min(LONGEST_QUIET.max(self.quiet)));
                 self.machine.quiet(&mut self.actions);
             }
             // Nothing more is there at once: what was gathered goes out.
@@ -328,6 +342,7 @@ impl<S: FeedSink> Runner<S> {
     fn answered(&mut self, answer: Answer) {
         match answer {
             Answer::Message(message, _permit) => {
+                self.replay_failures = 0;
                 if let Some(message) = self.accepted(Ok(message)) {
                     self.machine.replayed(message, &mut self.actions);
                 }

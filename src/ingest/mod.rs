@@ -4,7 +4,7 @@
 //! a [`hub`]), asks for what it missed ([`replay`]), and hands batches of operations to a
 //! [`FeedSink`], which answers when they are safe. What comes next and what is missing is decided by
 //! [`crate::kv::feed`]; this is the I/O around it. [`discover`] reads where engines say that their
-//! feeds are, [`load`] listens to loads.
+//! feeds are, [`load`] listens to loads, [`forward`] offers a feed again at another address.
 //!
 //! **Invariant:** a feed's position moves only when the sink has said so; a feed that is dropped at any
 //! moment can be continued elsewhere from the sink's cursor, and nothing is lost or repeated.
@@ -12,6 +12,7 @@
 pub mod batch;
 pub mod discover;
 pub mod feed;
+pub mod forward;
 pub mod hub;
 mod live;
 pub mod load;

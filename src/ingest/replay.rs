@@ -12,9 +12,14 @@ use super::live::message;
 use crate::kv::feed::Message;
 use crate::zmtp::{Endpoint, Limits, Link, Parts, Resolve, SocketType};
 
-/// Longest pause before an answer. Engines look at their replay socket ten times a second; an end
-/// marker that was dropped for want of room is noticed by this.
+/// Longest pause before the first answer. Engines look at their replay socket ten times a second, if
+/// they find the time.
 pub const SILENCE: Duration = Duration::from_secs(3);
+
+/// Longest pause between two answers: engines send them one after the other. What was dropped for
+/// want of room, the end marker with it, is noticed by this, and asked for again: an engine with a
+/// long past drops some of it each time.
+pub const BETWEEN: Duration = Duration::from_millis(500);
 
 /// Answers read ahead of the sink.
 const AHEAD: usize = 1024;
@@ -31,7 +36,7 @@ pub(super) struct Question {
     pub(super) from: u64,
     /// How long to wait before asking.
     pub(super) pause: Duration,
-    /// How long to wait for an answer.
+    /// How long to wait for the first answer.
     pub(super) silence: Duration,
 }
 
@@ -80,15 +85,17 @@ async fn ask(question: &Question, sender: &mpsc::Sender<Answer>) -> Result<(), S
     let mut link =
         Link::connect(endpoint, SocketType::Dealer, *limits, resolve.as_ref()).await.map_err(said)?;
     link.send(&[Bytes::new(), Bytes::copy_from_slice(&from.to_be_bytes())]).await.map_err(said)?;
+    let mut limit = *silence;
     let budget = Arc::new(Semaphore::new(AHEAD_KIB as usize));
     loop {
-        let nothing = |_| format!("no answer within {} ms", silence.as_millis());
-        let parts = timeout(*silence, link.recv()).await.map_err(nothing)?.map_err(said)?;
+        let nothing = |_| format!("no answer within {} ms", limit.as_millis());
+        let parts = timeout(limit, link.recv()).await.map_err(nothing)?.map_err(said)?;
         if is_end(&parts) {
             // The feed may have gone.
             let _ = sender.send(Answer::End).await;
             return Ok(());
         }
+        limit = BETWEEN.min(*silence);
         let answer = match message(&parts) {
             Ok(message) => {
                 let kib = u32::try_from(message.size >> 10).unwrap_or(AHEAD_KIB).clamp(1, AHEAD_KIB);
@@ -102,7 +109,7 @@ async fn ask(question: &Question, sender: &mpsc::Sender<Answer>) -> Result<(), S
 }
 
 /// Whether this is the end marker: number −1 and no payload, with or without a topic before it.
-fn is_end(parts: &Parts) -> bool {
+pub(super) fn is_end(parts: &Parts) -> bool {
     matches!(parts.as_slice(), [.., seq, payload] if payload.is_empty() && seq.as_ref() == [0xff; 8])
 }
 

@@ -43,50 +43,12 @@ impl PrefixMap {
     }
 }
 
-/// Blocks that ranks will hold when requests that were sent there have been computed, counted,
-/// because several requests may bring the same.
-#[derive(Clone, Debug, Default)]
-pub struct Predicted {
-    coming: HashMap<SequenceHash, Vec<(RankIx, u32)>>,
-}
-
-impl Predicted {
-    /// A request with these blocks was sent to a rank.
-    pub fn add(&mut self, rank: RankIx, hashes: &[SequenceHash]) {
-        for hash in hashes {
-            let ranks = self.coming.entry(*hash).or_default();
-            match ranks.iter_mut().find(|(other, _)| *other == rank) {
-                Some((_, count)) => *count += 1,
-                None => ranks.push((rank, 1)),
-            }
-        }
-    }
-
-    /// Its blocks are known by events now.
-    pub fn remove(&mut self, rank: RankIx, hashes: &[SequenceHash]) {
-        for hash in hashes {
-            let Some(ranks) = self.coming.get_mut(hash) else { continue };
-            if let Some((_, count)) = ranks.iter_mut().find(|(other, _)| *other == rank) {
-                *count -= 1;
-            }
-            ranks.retain(|(_, count)| *count > 0);
-            if ranks.is_empty() {
-                self.coming.remove(hash);
-            }
-        }
-    }
-}
-
-/// How many leading blocks each rank holds, or will hold soon; sorted by rank.
-pub fn overlaps(map: &PrefixMap, predicted: &Predicted, hashes: &[SequenceHash]) -> Vec<Overlap> {
+/// How many leading blocks each rank holds; sorted by rank.
+pub fn overlaps(map: &PrefixMap, hashes: &[SequenceHash]) -> Vec<Overlap> {
     let mut found = Vec::new();
     let mut left = [u64::MAX; WORDS];
     for (blocks, hash) in hashes.iter().map(Some).chain([None]).enumerate() {
-        let mut here = hash.and_then(|hash| map.holders.get(hash)).copied().unwrap_or_default();
-        for (rank, _) in hash.and_then(|hash| predicted.coming.get(hash)).into_iter().flatten() {
-            let (word, mask) = bit(*rank);
-            here[word] |= mask;
-        }
+        let here = hash.and_then(|hash| map.holders.get(hash)).copied().unwrap_or_default();
         for word in 0..WORDS {
             let mut ended = left[word] & !here[word];
             left[word] &= here[word];
@@ -112,30 +74,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn overlaps_are_the_leading_blocks_that_are_held_or_coming(
+        fn overlaps_are_the_leading_blocks_that_are_held(
             held in prop::collection::vec((0_u32..256, 0_u64..8), 0..200),
             gone in prop::collection::vec((0_u32..256, 0_u64..8), 0..50),
-            coming in prop::collection::vec((0_u32..256, 0_u64..8), 0..20),
             length in 0_u64..8,
         ) {
-            let (mut map, mut predicted) = (PrefixMap::default(), Predicted::default());
+            let mut map = PrefixMap::default();
             held.iter().for_each(|(rank, hash)| map.store(RankIx(*rank), SequenceHash(*hash)));
             gone.iter().for_each(|(rank, hash)| map.remove(RankIx(*rank), SequenceHash(*hash)));
-            coming.iter().for_each(|(rank, hash)| predicted.add(RankIx(*rank), &[SequenceHash(*hash)]));
             let hashes: Vec<SequenceHash> = (0..length).map(SequenceHash).collect();
             let mut expected = Vec::new();
             for rank in 0..256 {
-                let has = |hash: u64| {
-                    held.contains(&(rank, hash)) && !gone.contains(&(rank, hash)) || coming.contains(&(rank, hash))
-                };
+                let has = |hash: u64| held.contains(&(rank, hash)) && !gone.contains(&(rank, hash));
                 let blocks = (0..length).take_while(|hash| has(*hash)).count() as u32;
                 if blocks > 0 {
                     expected.push(Overlap { rank: RankIx(rank), blocks, gpu: blocks, host: 0 });
                 }
             }
-            prop_assert_eq!(overlaps(&map, &predicted, &hashes), expected);
-            coming.iter().for_each(|(rank, hash)| predicted.remove(RankIx(*rank), &[SequenceHash(*hash)]));
-            prop_assert!(predicted.coming.is_empty());
+            prop_assert_eq!(overlaps(&map, &hashes), expected);
         }
     }
 }

@@ -33,6 +33,8 @@ pub struct Options {
     pub url: String,
     /// The model asked for.
     pub model: String,
+    /// The policy asked for, if it is not the cluster's.
+    pub policy: Option<String>,
     /// An API key, if the cluster wants one.
     pub key: Option<String>,
     /// Certificates that are trusted for https.
@@ -80,6 +82,8 @@ const MAX_REASON: usize = 200;
 const CONNECT: Duration = Duration::from_secs(5);
 /// A request that is sent this much after its time is late.
 const LATE: Duration = Duration::from_millis(20);
+/// The header of requests that names a policy.
+const POLICY: &str = "everline-policy";
 /// The header of answers that names the worker.
 const WORKER: &str = "everline-worker";
 
@@ -232,6 +236,9 @@ impl Sender {
             .header(header::CONTENT_TYPE, "application/json");
         if let Some(authorization) = &self.authorization {
             asked = asked.header(header::AUTHORIZATION, authorization);
+        }
+        if let Some(policy) = &self.options.policy {
+            asked = asked.header(POLICY, policy);
         }
         let asked = asked.body(Full::new(body.into())).map_err(|e| e.to_string())?;
         let sent = self.now();

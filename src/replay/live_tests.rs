@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
+
 use super::generate::{Kind, generate};
 use super::live::{Options, Outcome, replay};
 use super::trace::{Request, requests};
@@ -13,6 +15,7 @@ fn options(url: String) -> Options {
     Options {
         url,
         model: "sim-model".to_owned(),
+        policy: None,
         key: None,
         tls: crate::tls::client_config(None).unwrap(),
         speed: 1e6,
@@ -90,4 +93,37 @@ async fn a_request_takes_no_longer_than_its_limit() {
     let outcome = sent(&trace(2), options).await;
     assert!(outcome.failures.keys().all(|why| why.contains("not done within")), "{:?}", outcome.failures);
     assert_eq!(outcome.run.summary(None).errors, 2);
+}
+
+#[tokio::test]
+async fn the_policy_that_is_asked_for_goes_with_every_request() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let server = tokio::spawn(async move {
+        let mut heads = Vec::new();
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = String::new();
+            let mut reader = tokio::io::BufReader::new(&mut stream);
+            while !head.ends_with("\r\n\r\n") {
+                reader.read_line(&mut head).await.unwrap();
+            }
+            stream
+                .write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+                .await
+                .unwrap();
+            heads.push(head);
+        }
+        heads
+    });
+    for policy in [None, Some("cache_aware".to_owned())] {
+        let options =
+            Options { policy, concurrency: 1, timeout: Duration::from_secs(5), ..options(url.clone()) };
+        let outcome = sent(&trace(1), options).await;
+        let summary = outcome.run.summary(None);
+        assert_eq!((summary.errors, summary.error_rate), (1, 1.0));
+    }
+    let heads = server.await.unwrap();
+    assert!(!heads[0].contains("everline-policy"), "{}", heads[0]);
+    assert!(heads[1].contains("everline-policy: cache_aware\r\n"), "{}", heads[1]);
 }

@@ -19,6 +19,14 @@ fn draw(id: u64, nth: u64, below: u64) -> u64 {
     xxh3_64_with_seed(&nth.to_le_bytes(), id) % below
 }
 
+/// The same trace with other prompts: what one run leaves in caches, another one does not find.
+pub fn of_run(run: u64, requests: &[Request]) -> Vec<Request> {
+    let mut requests = requests.to_vec();
+    let ids = requests.iter_mut().flat_map(|request| &mut request.ids).filter(|_| run > 0);
+    ids.for_each(|id| *id = xxh3_64_with_seed(&id.to_le_bytes(), run));
+    requests
+}
+
 /// How much of each block a prompt has: all of it, but of the last.
 fn parts(request: &Request, block_size: u32, tokens: u32) -> impl Iterator<Item = (u64, u64)> {
     let mut left = request.input;
@@ -62,6 +70,19 @@ mod tests {
 
     fn request(ids: &[u64], input: u32) -> Request {
         Request { at: 0.0, input, output: 1, ids: ids.to_vec(), hashes: Vec::new() }
+    }
+
+    #[test]
+    fn another_run_has_prompts_of_its_own_that_share_as_much_with_each_other() {
+        let request =
+            |ids: &[u64]| Request { at: 0.0, input: 32, output: 1, ids: ids.to_vec(), hashes: Vec::new() };
+        let trace = [request(&[1, 2]), request(&[1, 3])];
+        assert_eq!(of_run(0, &trace), trace);
+        let texts = |run| of_run(run, &trace).iter().map(|r| text(r, 16, 16)).collect::<Vec<_>>();
+        let (first, second) = (texts(0), texts(1));
+        let half = |text: &str| text.split(' ').take(16).collect::<Vec<_>>().join(" ");
+        assert!(half(&first[0]) != half(&second[0]) && half(&second[0]) == half(&second[1]));
+        assert_ne!(second[0], second[1]);
     }
 
     #[test]

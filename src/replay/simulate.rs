@@ -19,18 +19,20 @@ use rand::rngs::StdRng;
 
 use super::cache::{BlockCache, Change};
 use super::engine::{Engine, EngineModel, Outcome};
-use super::index::{MAX_RANKS, Predicted, PrefixMap, overlaps};
+use super::index::{MAX_RANKS, PrefixMap, overlaps};
 use super::stats::{Recorder, Run};
 use super::trace::Request;
 use crate::ids::{WorkerId, WorkerIx};
-use crate::kv::hash::SequenceHash;
+use crate::kv::hash::{LocalHash, Seed};
 use crate::kv::types::RankIx;
 use crate::routing::book::{Booking, Bookings, Share};
 use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy::{Policy, RouteRequest, from_spec};
+use crate::routing::recent::{Key, Recent, TURN};
 use crate::routing::select::{Limits, Overload, select};
 use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
 use crate::state::load::LoadDelta;
+use crate::state::ranks::RankKey;
 use crate::state::worker::{Liveness, WorkerRecord, WorkerRole, WorkerSource, WorkerSpec};
 
 /// What is simulated.
@@ -88,10 +90,11 @@ pub enum Router<'a> {
 enum Event {
     Arrival(usize),
     StepEnds(usize),
-    Booked { at: usize, deltas: Arc<Vec<(WorkerIx, LoadDelta)>> },
+    Booked { at: usize, deltas: Arc<Vec<(RankKey, LoadDelta)>> },
     Blocks { rank: RankIx, changes: Vec<Change> },
-    Predict { by: usize, rank: RankIx, request: usize },
-    Forget { rank: RankIx, request: usize },
+    Sent { by: usize, rank: RankIx, request: usize },
+    Turn { at: usize },
+    StillWait { by: usize, keys: Arc<Vec<Key>> },
 }
 
 /// One replica.
@@ -99,7 +102,7 @@ struct Replica {
     view: RegistryView,
     bookings: Bookings,
     policy: Arc<dyn Policy>,
-    predicted: Predicted,
+    recent: Recent,
     /// By request.
     booked: HashMap<usize, Booking>,
 }
@@ -161,6 +164,11 @@ pub fn simulate(requests: &[Request], options: &Options, router: Router<'_>) -> 
     for (at, request) in requests.iter().enumerate() {
         simulation.schedule((request.at / options.speed * NANOS) as u64, Event::Arrival(at));
     }
+    // Replicas do not begin their turns together.
+    for at in 0..simulation.replicas.len() {
+        let first = TURN.as_nanos() as u64 * (at as u64 + 1) / simulation.replicas.len() as u64;
+        simulation.schedule(first, Event::Turn { at });
+    }
     while let Some(Reverse((time, _, id))) = simulation.queue.pop() {
         simulation.now = time;
         if let Some(event) = simulation.events.remove(&id) {
@@ -170,13 +178,19 @@ pub fn simulate(requests: &[Request], options: &Options, router: Router<'_>) -> 
     Ok(simulation.recorder.finish(requests))
 }
 
+/// A request's blocks as the product's own index takes them: a sequence hash names all that comes
+/// before it, too.
+fn locals(request: &Request) -> Vec<LocalHash> {
+    request.hashes.iter().map(|hash| LocalHash(hash.0)).collect()
+}
+
 fn replica(options: &Options, policy: Arc<dyn Policy>) -> Replica {
     let workers = (0..options.workers).map(|n| worker(n, options)).collect();
     Replica {
         view: RegistryView::new(1, workers),
         bookings: Bookings::new(|| {}),
         policy,
-        predicted: Predicted::default(),
+        recent: Recent::default(),
         booked: HashMap::new(),
     }
 }
@@ -188,6 +202,7 @@ fn worker(n: u32, options: &Options) -> Arc<WorkerView> {
         engine: Default::default(),
         models: Vec::new(),
         role: WorkerRole::Aggregated,
+        transfer: Default::default(),
         dp_ranks: 1,
         block_size: Some(options.engine.block_size),
         capacity_blocks: Some(options.blocks),
@@ -232,7 +247,7 @@ impl Simulation<'_> {
             Event::StepEnds(engine) => self.step_ends(engine),
             Event::Booked { at, deltas } => {
                 let workers = &self.replicas[at].view.workers;
-                deltas.iter().for_each(|(ix, delta)| workers[ix.0 as usize].live.peers.add(delta));
+                deltas.iter().for_each(|(key, delta)| workers[key.worker.0 as usize].live.peers.add(delta));
             }
             Event::Blocks { rank, changes } => {
                 for change in changes {
@@ -242,25 +257,30 @@ impl Simulation<'_> {
                     }
                 }
             }
-            Event::Predict { by, rank, request } => {
-                self.predict(|other| other != by, |p, hashes| p.add(rank, hashes), request);
+            Event::Sent { by, rank, request } => {
+                let locals = locals(&self.requests[request]);
+                for replica in self.others(by) {
+                    replica.recent.note_told(rank, Seed::default(), locals.clone());
+                }
             }
-            Event::Forget { rank, request } => {
-                self.predict(|_| true, |p, hashes| p.remove(rank, hashes), request);
+            Event::Turn { at } => {
+                let keys = self.replicas[at].recent.turn();
+                if !keys.is_empty() && self.replicas.len() > 1 {
+                    self.later(Event::StillWait { by: at, keys: Arc::new(keys) });
+                }
+                // The last event of all is no turn.
+                if self.events.values().any(|event| !matches!(event, Event::Turn { .. })) {
+                    self.schedule(self.now + TURN.as_nanos() as u64, Event::Turn { at });
+                }
+            }
+            Event::StillWait { by, keys } => {
+                self.others(by).for_each(|replica| replica.recent.still_wait(&keys));
             }
         }
     }
 
-    fn predict(
-        &mut self,
-        whose: impl Fn(usize) -> bool,
-        change: impl Fn(&mut Predicted, &[SequenceHash]),
-        request: usize,
-    ) {
-        let hashes = &self.requests[request].hashes;
-        for (_, replica) in self.replicas.iter_mut().enumerate().filter(|(at, _)| whose(*at)) {
-            change(&mut replica.predicted, hashes);
-        }
+    fn others(&self, than: usize) -> impl Iterator<Item = &Replica> {
+        self.replicas.iter().enumerate().filter(move |(at, _)| *at != than).map(|(_, replica)| replica)
     }
 
     fn arrives(&mut self, request: usize) {
@@ -284,18 +304,18 @@ impl Simulation<'_> {
     fn route(&mut self, router: usize, at: usize) -> usize {
         let request = &self.requests[at];
         let replica = &mut self.replicas[router];
-        let (overlaps, predicted) = if replica.policy.wants_overlap() {
-            let held = overlaps(&self.index, &Predicted::default(), &request.hashes);
-            (held, overlaps(&self.index, &replica.predicted, &request.hashes))
-        } else {
-            Default::default()
-        };
+        let locals = locals(request);
+        let (mut held, mut sent, mut buffer) = (Vec::new(), Vec::new(), Vec::new());
+        if replica.policy.wants_overlap() {
+            held = overlaps(&self.index, &request.hashes);
+            replica.recent.raise(&locals, &mut sent, &mut buffer);
+        }
         let peers_late = if self.options.routers > 1 { self.options.lag * 1000.0 } else { 0.0 };
         let asked = RouteRequest {
             prompt_tokens: request.input,
             hashes: &request.hashes,
-            overlaps: &overlaps,
-            predicted: &predicted,
+            overlaps: &held,
+            predicted: &sent,
             session: request.ids.get(1).or(request.ids.first()).copied(),
             view_age_ms: peers_late as u64,
             ..RouteRequest::default()
@@ -312,13 +332,20 @@ impl Simulation<'_> {
         let engine = chosen.worker.record.ix.0 as usize;
         let (prefill, blocks) = chosen.to_book(request.input);
         let share = Share { rank: chosen.rank, prefill_tokens: prefill, decode_blocks: blocks, chain: None };
-        let booking = replica.bookings.book_share(chosen.worker, share);
+        let mut booking = replica.bookings.book_share(chosen.worker, share);
+        let (rank, seed, known) = (RankIx(engine as u32), Seed::default(), chosen.overlap.blocks);
+        let looks = replica.policy.wants_overlap();
+        let is_news = looks && replica.recent.is_news(rank, &locals, known, false, &mut buffer);
+        if is_news {
+            replica.recent.note(rank, seed, &locals);
+        }
+        if looks && (known as usize) < locals.len() {
+            booking.awaits(replica.recent.until_first_token(rank, seed, &locals));
+        }
         replica.booked.insert(at, booking);
-        let rank = RankIx(engine as u32);
-        replica.predicted.add(rank, &request.hashes);
         self.tell(router);
-        if self.replicas.len() > 1 {
-            self.later(Event::Predict { by: router, rank, request: at });
+        if is_news && self.replicas.len() > 1 {
+            self.later(Event::Sent { by: router, rank, request: at });
         }
         engine
     }
@@ -340,7 +367,6 @@ impl Simulation<'_> {
         let time = self.engines[engine].begin(self.requests, &mut self.caches[cache], &mut refused);
         for request in refused {
             self.recorder.failed(request, engine);
-            self.later(Event::Forget { rank: RankIx(engine as u32), request });
             self.freed(request);
         }
         self.stepping[engine] = time.is_some();
@@ -365,7 +391,6 @@ impl Simulation<'_> {
                     if let Some(booking) = self.booking(request) {
                         booking.prefill_done();
                         self.tell(by);
-                        self.later(Event::Forget { rank: RankIx(engine as u32), request });
                     }
                 }
                 Outcome::Grown { request } => {

@@ -1,9 +1,12 @@
 //! What a stream of server-sent events of the OpenAI dialect says about its timing and its end.
 
+use bytes::Bytes;
 use serde::Deserialize;
 
-/// Longest event line that is read.
-const MAX_LINE: usize = 1 << 20;
+use crate::splice::sse::Parser;
+
+/// Longest event that is read.
+const MAX_EVENT: usize = 1 << 20;
 
 /// The counts at a stream's end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
@@ -50,9 +53,9 @@ struct Delta {
 }
 
 /// Reads a stream piece by piece.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Reader {
-    line: Vec<u8>,
+    parser: Parser,
     /// When the first and the last chunk with output came, in seconds.
     pub(super) first: Option<f64>,
     pub(super) last: f64,
@@ -62,25 +65,24 @@ pub(super) struct Reader {
     done: bool,
 }
 
+impl Default for Reader {
+    fn default() -> Self {
+        let parser = Parser::new(MAX_EVENT);
+        Self { parser, first: None, last: 0.0, chunks: 0, usage: None, finished: false, done: false }
+    }
+}
+
 impl Reader {
     /// Takes what came at `now`; an error ends the stream.
-    pub(super) fn take(&mut self, mut bytes: &[u8], now: f64) -> Result<(), String> {
-        while let Some(end) = memchr::memchr(b'\n', bytes) {
-            self.line.extend_from_slice(&bytes[..end]);
-            bytes = &bytes[end + 1..];
-            let line = std::mem::take(&mut self.line);
-            self.event(&line, now)?;
-        }
-        self.line.extend_from_slice(bytes);
-        if self.line.len() > MAX_LINE {
-            return Err(format!("an event is longer than {MAX_LINE} bytes"));
+    pub(super) fn take(&mut self, bytes: &[u8], now: f64) -> Result<(), String> {
+        self.parser.push(Bytes::copy_from_slice(bytes)).map_err(|error| error.to_string())?;
+        while let Some(event) = self.parser.next_event() {
+            self.event(&event.data, now)?;
         }
         Ok(())
     }
 
-    fn event(&mut self, line: &[u8], now: f64) -> Result<(), String> {
-        let Some(data) = line.strip_prefix(b"data:") else { return Ok(()) };
-        let data = data.trim_ascii();
+    fn event(&mut self, data: &[u8], now: f64) -> Result<(), String> {
         if data == b"[DONE]" {
             self.done = true;
             return Ok(());
@@ -148,12 +150,12 @@ mod tests {
         let mut reader = Reader::default();
         reader.take(STREAM.split_once("b\\\"").map_or(&STREAM[..120], |s| s.0).as_bytes(), 0.0).unwrap();
         assert_eq!(reader.end(), Err("the stream broke off".to_owned()));
-        let error = b"data: {\"error\":{\"message\":\"worker lost\"}}\n";
+        let error = b"data: {\"error\":{\"message\":\"worker lost\"}}\n\n";
         assert_eq!(Reader::default().take(error, 0.0), Err("worker lost".to_owned()));
-        assert!(Reader::default().take(b"data: {\n", 0.0).is_err());
-        assert!(Reader::default().take(&vec![b'x'; MAX_LINE + 1], 0.0).is_err());
+        assert!(Reader::default().take(b"data: {\n\n", 0.0).is_err());
+        assert!(Reader::default().take(&vec![b'x'; MAX_EVENT + 1], 0.0).is_err());
         let mut text = Reader::default();
-        text.take(b"data: {\"choices\":[{\"text\":\"x\"}]}\ndata: [DONE]\n", 1.0).unwrap();
+        text.take(b"data: {\"choices\":[{\"text\":\"x\"}]}\n\ndata: [DONE]\n\n", 1.0).unwrap();
         assert_eq!((text.end(), text.tokens(), text.first), (Ok(()), 1, Some(1.0)));
     }
 }

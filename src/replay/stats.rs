@@ -46,6 +46,8 @@ pub struct Summary {
     pub requests: usize,
     /// Of those, failed.
     pub errors: usize,
+    /// That as a share of all.
+    pub error_rate: f64,
     /// Seconds to the first token: the mean.
     pub mean_ttft_s: f64,
     /// The median.
@@ -113,9 +115,11 @@ impl Run {
         let mut itls: Vec<f64> = self.requests.iter().filter_map(|r| r.itl).collect();
         itls.sort_by(f64::total_cmp);
         let spread: Vec<f64> = self.spread.iter().map(|s| s.most_to_mean).collect();
+        let errors = self.requests.len() - ttfts.len();
         Summary {
             requests: self.requests.len(),
-            errors: self.requests.len() - ttfts.len(),
+            errors,
+            error_rate: errors as f64 / self.requests.len().max(1) as f64,
             mean_ttft_s: mean(&ttfts),
             p50_ttft_s: quantile(&ttfts, 0.5),
             p90_ttft_s: quantile(&ttfts, 0.9),

@@ -41,18 +41,16 @@ impl Blocks {
     }
 
     /// Whether it is news to any replica that a prompt of these blocks goes to a rank of which
-    /// `held` of them are known; to [`None`], of which nobody knows anything, everything is. The
-    /// events of a rank tell by themselves, so that only what they have not told yet counts; of one
-    /// that is reckoned, it has to be known to a turn what it used last.
+    /// `held` of them are known; to [`None`], of which nobody knows anything, everything is.
+    /// See [`Recent::is_news`].
     pub fn is_news(&self, rank: Option<RankIx>, locals: &[LocalHash], held: u32, reckoned: bool) -> bool {
-        let Some(rank) = rank else { return true };
-        let held = held as usize >= locals.len();
-        let just_sent = || BUFFER.with_borrow_mut(|buffer| self.recent.knows(rank, locals, buffer));
-        match (reckoned, rank) {
-            (true, _) => !held || !just_sent(),
+        match rank {
+            None => true,
             // Nobody asks what it holds until all of that is known.
-            (false, NOT_SCORED) => false,
-            (false, _) => !held && !just_sent(),
+            Some(NOT_SCORED) if !reckoned => false,
+            Some(rank) => {
+                BUFFER.with_borrow_mut(|buffer| self.recent.is_news(rank, locals, held, reckoned, buffer))
+            }
         }
     }
 }

@@ -11,17 +11,19 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::live::LiveBlocks;
+use super::recent::Awaited;
 use super::view::{WorkerLive, WorkerView};
 use crate::ids::WorkerIx;
 use crate::kv::hash::SequenceHash;
 use crate::state::command::CacheCommand;
 use crate::state::load::{LoadDelta, LoadSum};
+use crate::state::ranks::RankKey;
 
-/// Deltas waiting for the next batch, summed by worker: the queue is bounded by the number of
-/// workers, however many requests come and go while there is no leader.
+/// Deltas waiting for the next batch, summed by rank: the queue is bounded by the number of
+/// ranks, however many requests come and go while there is no leader.
 #[derive(Debug, Default)]
 struct Pending {
-    deltas: HashMap<WorkerIx, LoadDelta>,
+    deltas: HashMap<RankKey, LoadDelta>,
     /// How often everything was said anew.
     restated: u64,
 }
@@ -89,6 +91,17 @@ impl Bookings {
         booking
     }
 
+    /// Books what somebody else says that runs on one of a worker's ranks, until the returned guard is
+    /// dropped.
+    pub fn book_told(&self, worker: Arc<WorkerView>, rank: u32, load: LoadDelta) -> Booking {
+        let bookings = self.clone();
+        let held = LoadDelta::default();
+        let mut booking =
+            Booking { bookings, worker, rank, held, counted: None, shared: None, awaited: None };
+        booking.turn_into(load);
+        booking
+    }
+
     /// Books a request here, for the cluster to confirm. `seen` is what was booked on the worker
     /// when it was chosen.
     pub fn try_book(&self, worker: Arc<WorkerView>, share: Share, seen: LoadSum) -> Tentative {
@@ -107,13 +120,13 @@ impl Bookings {
         // Under the lock, so that `restate` sees own loads and deltas of the same moment.
         worker.live.own.add(&own);
         if worker.dp_ranks() > 1 {
-            worker.live.book_rank(rank, &own);
+            worker.live.book_rank(key_of(worker, rank).rank, &own);
         }
         if told.is_zero() {
             return;
         }
         let was_empty = pending.deltas.is_empty();
-        pending.deltas.entry(worker.record.ix).or_default().merge(&told);
+        pending.deltas.entry(key_of(worker, rank)).or_default().merge(&told);
         drop(pending);
         if was_empty {
             (self.wake)();
@@ -131,31 +144,40 @@ impl Bookings {
         self.in_doubt.swap(false, Ordering::AcqRel)
     }
 
-    /// Takes what has gathered, without deltas that cancelled out. Order is by worker, so
+    /// Takes what has gathered, without deltas that cancelled out. Order is by rank, so
     /// that equal states encode equally.
-    pub fn drain(&self) -> Vec<(WorkerIx, LoadDelta)> {
+    pub fn drain(&self) -> Vec<(RankKey, LoadDelta)> {
         let mut deltas: Vec<_> = std::mem::take(&mut self.pending.lock().deltas)
             .into_iter()
             .filter(|(_, d)| !d.is_zero())
             .collect();
-        deltas.sort_unstable_by_key(|(worker, _)| *worker);
+        deltas.sort_unstable_by_key(|(rank, _)| *rank);
         deltas
     }
 
     /// Drops what has gathered and says instead all that is held: for when the cluster has
     /// released this replica's bookings while they were still held.
-    pub fn restate(&self, lives: &HashMap<WorkerIx, Arc<WorkerLive>>) -> Vec<(WorkerIx, LoadDelta)> {
+    pub fn restate(&self, lives: &HashMap<WorkerIx, Arc<WorkerLive>>) -> Vec<(RankKey, LoadDelta)> {
         let mut pending = self.pending.lock();
         pending.deltas.clear();
         pending.restated += 1;
         let mut held: Vec<_> = lives
             .iter()
-            .map(|(worker, live)| (*worker, live.own.get().undo().negated()))
+            .flat_map(|(worker, live)| {
+                let by_rank = live.own_by_rank().into_iter();
+                by_rank.map(|(rank, own)| (RankKey { worker: *worker, rank }, own.undo().negated()))
+            })
             .filter(|(_, d)| !d.is_zero())
             .collect();
-        held.sort_unstable_by_key(|(worker, _)| *worker);
+        held.sort_unstable_by_key(|(rank, _)| *rank);
         held
     }
+}
+
+/// A rank's name in the log. A worker has no others than it says.
+fn key_of(worker: &WorkerView, rank: u32) -> RankKey {
+    let rank = if rank < worker.dp_ranks() { rank } else { 0 };
+    RankKey { worker: worker.record.ix, rank }
 }
 
 /// A request's share of a worker's load; freed when dropped.
@@ -166,8 +188,12 @@ pub struct Booking {
     rank: u32,
     /// Without the blocks of `shared`.
     held: LoadDelta,
+    /// When it was counted last among those that certainly run.
+    counted: Option<u32>,
     /// Blocks that others may hold too.
     shared: Option<(Arc<LiveBlocks>, Arc<[SequenceHash]>)>,
+    /// Until the first token.
+    awaited: Option<Awaited>,
 }
 
 impl Booking {
@@ -185,7 +211,17 @@ impl Booking {
             decode_blocks: (i64::from(share.decode_blocks) - known).max(0),
         };
         let delta = LoadDelta { decode_blocks: held.decode_blocks + fresh, ..held };
-        (Self { bookings: bookings.clone(), worker, rank: share.rank, held, shared }, delta)
+        let mut booking = Self {
+            bookings: bookings.clone(),
+            worker,
+            rank: share.rank,
+            held,
+            counted: None,
+            shared,
+            awaited: None,
+        };
+        booking.heard();
+        (booking, delta)
     }
 
     fn change(&mut self, delta: LoadDelta) {
@@ -207,10 +243,31 @@ impl Booking {
         &self.worker
     }
 
+    /// Something was heard of the request: it certainly runs.
+    pub fn heard(&mut self) {
+        let (worker, rank) = (&self.worker, self.rank);
+        if worker.live.lately.heard(&mut self.counted) && worker.dp_ranks() > 1 {
+            worker.live.count_on_rank(key_of(worker, rank).rank);
+        }
+    }
+
+    /// Keeps what is expected of the request's prompt until the first output token, or its end.
+    pub fn awaits(&mut self, awaited: Option<Awaited>) {
+        self.awaited = awaited;
+    }
+
     /// The first output token arrived: the prefill is done. Idempotent.
     pub fn prefill_done(&mut self) {
+        self.awaited = None;
         let outstanding = self.held.prefill_tokens;
         self.change(LoadDelta { prefill_tokens: -outstanding, ..LoadDelta::default() });
+    }
+
+    /// It is this much now, all together.
+    pub fn turn_into(&mut self, load: LoadDelta) {
+        let mut delta = self.held.negated();
+        delta.merge(&load);
+        self.change(delta);
     }
 
     /// Output has grown by this many KV blocks.
@@ -247,10 +304,11 @@ impl Tentative {
     /// Output that grows meanwhile is no reason to choose again as long as it is less than what
     /// the request itself brings.
     pub fn command(&self) -> Option<CacheCommand> {
-        let worker = self.booking.as_ref()?.worker.record.ix;
+        let booking = self.booking.as_ref()?;
+        let rank = key_of(&booking.worker, booking.rank);
         let blocks = self.seen.decode_blocks + self.delta.decode_blocks;
         let at_most = LoadSum { decode_blocks: blocks, ..self.seen };
-        Some(CacheCommand::Reserve { worker, delta: self.delta, at_most })
+        Some(CacheCommand::Reserve { rank, delta: self.delta, at_most })
     }
 
     /// It was taken: an ordinary booking from now on.

@@ -39,6 +39,19 @@ fn a_prefix_that_running_requests_share_is_booked_once_whoever_ends_first() {
 }
 
 #[test]
+fn what_somebody_else_says_that_runs_is_booked_as_it_says_and_freed_with_the_guard() {
+    let (bookings, worker) = (Bookings::new(|| {}), worker());
+    let load = |requests: i32| LoadDelta { requests, prefill_tokens: 7, decode_blocks: 30 };
+    let mut booking = bookings.book_told(worker.clone(), 0, load(3));
+    assert_eq!(told(&bookings, LoadSum::default()), LoadSum::default().plus(&load(3)));
+    booking.turn_into(load(2));
+    assert_eq!(worker.live.own.get(), LoadSum::default().plus(&load(2)));
+    assert_eq!(bookings.drain().len(), 1, "the difference");
+    drop(booking);
+    assert!(worker.live.own.get().is_zero());
+}
+
+#[test]
 fn a_tentative_booking_counts_here_and_is_told_only_by_its_command() {
     let (bookings, worker) = (Bookings::new(|| {}), worker());
     let tentative = bookings.try_book(worker.clone(), share(&[1, 2], 3), LoadSum::default());
@@ -97,4 +110,24 @@ fn what_is_said_anew_while_a_word_is_awaited_is_said_once_more_afterwards() {
     assert!(bookings.take_doubt());
     drop(bookings.try_book(worker.clone(), share(&[1], 1), LoadSum::default()));
     assert!(bookings.take_doubt() && worker.live.own.get().is_zero());
+}
+
+#[test]
+fn what_is_told_is_told_of_the_rank_that_it_was_booked_on_also_when_it_is_said_anew() {
+    let bookings = Bookings::new(|| {});
+    let mut record = record("w", 100);
+    record.spec.dp_ranks = 3;
+    let worker = view(vec![record]).workers[0].clone();
+    let lives = HashMap::from([(worker.record.ix, worker.live.clone())]);
+    let ranks = |told: Vec<(RankKey, LoadDelta)>| {
+        told.iter().map(|(key, delta)| (key.rank, delta.requests)).collect::<Vec<_>>()
+    };
+    let book = |rank| bookings.book_share(worker.clone(), Share { rank, ..Share::default() });
+    let held = [book(2), book(2), book(0), book(9)];
+    let expected = vec![(0, 2), (2, 2)];
+    assert_eq!(ranks(bookings.drain()), expected, "a rank that it does not have is the first one");
+    assert_eq!(ranks(bookings.restate(&lives)), expected);
+    drop(held);
+    assert_eq!(ranks(bookings.drain()), [(0, -2), (2, -2)]);
+    assert!(bookings.restate(&lives).is_empty());
 }

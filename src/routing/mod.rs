@@ -3,8 +3,11 @@
 pub mod blocks;
 pub mod book;
 pub mod breaker;
+pub mod certain;
 pub mod cost;
+pub mod groups;
 pub mod live;
+pub mod part;
 pub mod policy;
 pub mod recent;
 pub mod rehearse;

@@ -55,9 +55,16 @@ pub fn rehearse(
         let position = picker.pick(&candidates, request, rng).min(candidates.len() - 1);
         picked[open[position]] += 1;
     }
-    let ranks = all.iter().zip(picked).map(|((candidate, filtered), times)| {
-        let share = if picks == 0 { 0.0 } else { times as f64 / picks as f64 };
-        (Explained::of(candidate, policy, request, *filtered), share)
-    });
-    Ok(Rehearsal { ranks: ranks.collect(), last_resort, waits })
+    let mut ranks: Vec<(Explained, f64)> = Vec::with_capacity(all.len());
+    for ((candidate, filtered), times) in all.iter().zip(&picked) {
+        let share = if picks == 0 { 0.0 } else { *times as f64 / picks as f64 };
+        ranks.push((Explained::of(candidate, policy, request, *filtered), share));
+    }
+    if let Some(best) = (0..open.len()).max_by_key(|at| picked[open[*at]]) {
+        // What chance chooses now and then is not behind.
+        for (other, at) in open.iter().enumerate().filter(|(_, at)| picked[**at] == 0) {
+            ranks[*at].0.behind = Some(policy.behind(&candidates, best, other, request));
+        }
+    }
+    Ok(Rehearsal { ranks, last_resort, waits })
 }

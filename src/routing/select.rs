@@ -8,6 +8,7 @@ use rand::Rng;
 
 use super::breaker::{BreakerOptions, BreakerState};
 use super::cost::Terms;
+use super::part::{Connectors, Part};
 use super::policy::{Candidate, Policy, RouteRequest};
 use super::stale::Freshness;
 use super::view::{RegistryView, WorkerView};
@@ -33,13 +34,19 @@ pub struct Selection {
     pub last_resort: bool,
     /// What was booked on the worker when it was looked at.
     pub seen: LoadSum,
+    /// What it was chosen for.
+    pub part: Part,
 }
 
 impl Selection {
     /// What to book for a prompt: tokens whose prefill is outstanding, those that the accelerator
     /// holds or will hold left out, and the blocks that it will hold. One token at least is computed always.
+    /// A worker that only decodes has no prefill to do.
     pub fn to_book(&self, prompt_tokens: u32) -> (u32, u32) {
         let block = self.worker.block_size();
+        if matches!(self.part, Part::Decode(_)) {
+            return (0, prompt_tokens.div_ceil(block));
+        }
         let cached = self.overlap.gpu.saturating_add(self.coming).saturating_mul(block);
         let prefill = prompt_tokens.saturating_sub(cached).max(prompt_tokens.min(1));
         (prefill, prompt_tokens.div_ceil(block))
@@ -69,6 +76,8 @@ pub enum Filtered {
     Unreachable,
     /// Its breaker is open.
     Breaker,
+    /// It lacks too much of the prompt to do alone what others would do in two parts.
+    Far,
 }
 
 impl fmt::Display for Filtered {
@@ -83,6 +92,7 @@ impl fmt::Display for Filtered {
             Filtered::Saturated => f.write_str("has all the requests it should have"),
             Filtered::Overloaded => f.write_str("over the thresholds of load"),
             Filtered::Unreachable => f.write_str("cannot be reached from this replica"),
+            Filtered::Far => f.write_str("lacks too much of the prompt to do it alone"),
             Filtered::Breaker => f.write_str("failed too often, left alone for a while"),
         }
     }
@@ -145,11 +155,29 @@ impl fmt::Display for NoWorker {
     }
 }
 
-fn filter(worker: &WorkerView, request: &RouteRequest<'_>, tried: &[WorkerId]) -> Option<Filtered> {
+/// Ways in which prefill workers that might be asked hand over.
+pub fn prefill_connectors(view: &RegistryView, request: &RouteRequest<'_>, tried: &[WorkerId]) -> Connectors {
+    let serving = serving(view, request).unwrap_or_default();
+    let workers = serving.iter().map(|&position| &view.workers[position]);
+    let could = workers.filter(|worker| {
+        let part = Part::Prefill(worker.record.spec.connector());
+        filter(view, worker, &RouteRequest { part, ..*request }, tried).is_none()
+    });
+    could.fold(Connectors::default(), |all, worker| all.with(worker.record.spec.connector()))
+}
+
+fn filter(
+    view: &RegistryView,
+    worker: &WorkerView,
+    request: &RouteRequest<'_>,
+    tried: &[WorkerId],
+) -> Option<Filtered> {
     let record = &worker.record;
+    let role_of = |id: &WorkerId| view.worker(id).map(|worker| worker.record.spec.role);
+    let pinned = request.pinned.filter(|pin| request.part.is_pinned_by(role_of(pin.worker)));
     let has = |(key, value): &(&str, &str)| record.spec.labels.get(*key).is_some_and(|v| v == value);
     let other = |rank: Option<u32>| rank.is_some_and(|rank| rank >= worker.dp_ranks());
-    if request.pinned.is_some_and(|pin| pin.worker != worker.id() || other(pin.rank)) {
+    if pinned.is_some_and(|pin| pin.worker != worker.id() || other(pin.rank)) {
         Some(Filtered::Pinned)
     } else if !request.labels.iter().all(has) {
         Some(Filtered::Label)
@@ -159,7 +187,7 @@ fn filter(worker: &WorkerView, request: &RouteRequest<'_>, tried: &[WorkerId]) -
         Some(Filtered::Draining)
     } else if !record.online {
         Some(Filtered::Offline)
-    } else if record.spec.role != WorkerRole::Aggregated {
+    } else if !request.part.may_be_of(&record.spec) {
         Some(Filtered::Role(record.spec.role))
     } else {
         None
@@ -208,8 +236,8 @@ fn ranks<'a>(
     seen: LoadSum,
     peers_count: bool,
 ) -> impl Iterator<Item = Candidate<'a>> + use<'a> {
-    let (pinned, overlaps, predicted) =
-        (request.pinned.and_then(|pin| pin.rank), request.overlaps, request.predicted);
+    let own = request.pinned.filter(|pin| pin.worker == worker.id());
+    let (pinned, overlaps, predicted) = (own.and_then(|pin| pin.rank), request.overlaps, request.predicted);
     let all = 0..worker.dp_ranks();
     let names = worker.live.ranks();
     all.filter(move |rank| pinned.is_none_or(|pinned| pinned == *rank)).map(move |rank| {
@@ -266,16 +294,17 @@ pub fn select(
     let mut saturated = false;
     for &position in serving {
         let worker = &view.workers[position];
-        if filter(worker, request, tried).is_some() {
+        if filter(view, worker, request, tried).is_some() {
             continue;
         }
         let (seen, load) = (worker.live.booked(), worker.live.load());
+        let near = |candidate: &Candidate<'_>| request.part.is_near(candidate, request.prompt_tokens);
         if doubt(worker, limits).is_some() {
-            doubtful.extend(ranks(worker, request, seen, peers_count));
+            doubtful.extend(ranks(worker, request, seen, peers_count).filter(near));
         } else if worker.is_saturated_by(load, limits.max_requests) {
             saturated = true;
         } else {
-            open.extend(ranks(worker, request, seen, peers_count));
+            open.extend(ranks(worker, request, seen, peers_count).filter(near));
         }
     }
     if open.iter().any(|candidate| !limits.overload.has(candidate)) {
@@ -287,7 +316,7 @@ pub fn select(
         debug_assert!(picked < candidates, "{} picked {picked} of {candidates}", policy.name());
         let picked = open[picked.min(candidates - 1)];
         if picked.worker.live.breaker.enter(limits.now_ms, &limits.breaker) {
-            return Ok(selection(&picked, candidates, false));
+            return Ok(selection(&picked, request.part, candidates, false));
         }
         // Somebody else's request is the trial of this half-open breaker.
         let refused = |candidate: &Candidate<'_>| Arc::ptr_eq(candidate.worker, picked.worker);
@@ -300,10 +329,10 @@ pub fn select(
         return Err(all_filtered(view, serving, request, tried));
     }
     let picked = policy.pick(&doubtful, request, rng).min(doubtful.len() - 1);
-    Ok(selection(&doubtful[picked], doubtful.len(), true))
+    Ok(selection(&doubtful[picked], request.part, doubtful.len(), true))
 }
 
-fn selection(picked: &Candidate<'_>, candidates: usize, last_resort: bool) -> Selection {
+fn selection(picked: &Candidate<'_>, part: Part, candidates: usize, last_resort: bool) -> Selection {
     let worker = Arc::clone(picked.worker);
     Selection {
         worker,
@@ -313,6 +342,7 @@ fn selection(picked: &Candidate<'_>, candidates: usize, last_resort: bool) -> Se
         candidates,
         last_resort,
         seen: picked.seen,
+        part,
     }
 }
 
@@ -336,25 +366,45 @@ pub struct Explained {
     pub overlap: Overlap,
     /// Blocks after those that requests on their way there will bring.
     pub coming: u32,
-    /// What is booked there.
+    /// What is to do there: what is booked, corrected.
     pub load: LoadSum,
+    /// The part of `load` that its engine's own figures add to what is booked, or take off.
+    pub correction: LoadSum,
     /// Its cost, if the policy goes by cost.
     pub terms: Option<Terms>,
     /// Why it may not be chosen, or is not while there are others.
     pub filtered: Option<Filtered>,
+    /// If it may: why the policy chose another one.
+    pub behind: Option<String>,
 }
 
-/// What [`select`] would know of each rank that serves the model. Chooses nothing and changes
-/// nothing.
+/// What [`select`] knew of each rank that serves the model, and why it chose the one that it did.
+/// Chooses nothing and changes nothing.
 pub fn explain(
     view: &RegistryView,
     policy: &dyn Policy,
     request: &RouteRequest<'_>,
     limits: &Limits,
     tried: &[WorkerId],
+    chosen: Option<(&WorkerId, u32)>,
 ) -> Result<Vec<Explained>, NoWorker> {
     let considered = considered(view, request, limits, tried)?;
-    let explained = considered.iter().map(|(c, filtered)| Explained::of(c, policy, request, *filtered));
+    let is_chosen = |c: &Candidate<'_>| chosen == Some((c.worker.id(), c.rank));
+    // Loads move on: the chosen one may have got too much to do meanwhile.
+    let open = considered.iter().filter(|(c, filtered)| filtered.is_none() || is_chosen(c));
+    let open: Vec<Candidate<'_>> = open.map(|(c, _)| *c).collect();
+    let best = open.iter().position(is_chosen);
+    let mut at = 0;
+    let explained = considered.iter().map(|(candidate, filtered)| {
+        let mut explained = Explained::of(candidate, policy, request, *filtered);
+        if filtered.is_none() || is_chosen(candidate) {
+            let other = at;
+            at += 1;
+            let best = best.filter(|best| *best != other);
+            explained.behind = best.map(|best| policy.behind(&open, best, other, request));
+        }
+        explained
+    });
     Ok(explained.collect())
 }
 
@@ -365,14 +415,18 @@ impl Explained {
         request: &RouteRequest<'_>,
         filtered: Option<Filtered>,
     ) -> Self {
+        let peers_count = Freshness::of(request.view_age_ms) != Freshness::OwnOnly;
+        let booked = candidate.worker.rank_booked(candidate.rank, peers_count);
         Self {
             worker: candidate.worker.id().clone(),
             rank: candidate.rank,
             overlap: candidate.overlap,
             coming: candidate.coming,
             load: candidate.load,
+            correction: candidate.load.minus(&booked),
             terms: policy.terms(candidate, request),
             filtered,
+            behind: None,
         }
     }
 }
@@ -388,12 +442,13 @@ pub(super) fn considered<'a>(
     let mut all = Vec::new();
     for &position in serving(view, request)? {
         let worker = &view.workers[position];
-        let whole = filter(worker, request, tried)
+        let whole = filter(view, worker, request, tried)
             .or_else(|| doubt(worker, limits))
             .or_else(|| worker.is_saturated(limits.max_requests).then_some(Filtered::Saturated));
-        all.extend(
-            ranks(worker, request, worker.live.booked(), peers_count).map(|candidate| (candidate, whole)),
-        );
+        all.extend(ranks(worker, request, worker.live.booked(), peers_count).map(|candidate| {
+            let far = !request.part.is_near(&candidate, request.prompt_tokens);
+            (candidate, whole.or(far.then_some(Filtered::Far)))
+        }));
     }
     // The thresholds hold only while somebody is below them.
     let fits = |(candidate, filtered): &(Candidate<'_>, Option<Filtered>)| {
@@ -429,7 +484,7 @@ fn all_filtered(
     let mut reasons: Vec<(WorkerId, Filtered)> = serving
         .iter()
         .map(|&position| &view.workers[position])
-        .filter_map(|worker| filter(worker, request, tried).map(|why| (worker.id().clone(), why)))
+        .filter_map(|worker| filter(view, worker, request, tried).map(|why| (worker.id().clone(), why)))
         .collect();
     let more = reasons.len().saturating_sub(NoWorker::MOST_LISTED);
     reasons.truncate(NoWorker::MOST_LISTED);

@@ -14,6 +14,7 @@ use super::select::{Filtered, Limits, NoWorker, Overload, select};
 use super::view::{RegistryView, WorkerView};
 use crate::ids::WorkerId;
 use crate::kv::types::Overlap;
+use crate::state::corrections::Correction;
 use crate::state::load::LoadSum;
 use crate::state::worker::{Liveness, ServedModel, WorkerRecord, WorkerRole, WorkerSource, WorkerSpec};
 
@@ -25,6 +26,7 @@ pub(super) fn record(id: &str, weight: u32) -> WorkerRecord {
             engine: Default::default(),
             models: vec![ServedModel { name: "m".into(), lora_of: None, max_model_len: None }],
             role: WorkerRole::Aggregated,
+            transfer: Default::default(),
             dp_ranks: 1,
             block_size: Some(16),
             capacity_blocks: None,
@@ -228,4 +230,83 @@ proptest! {
             prop_assert_eq!(shares[&format!("w{at}")], expected);
         }
     }
+}
+
+#[test]
+fn a_correction_takes_nothing_off_what_certainly_runs_and_is_shared_by_what_is_booked() {
+    let of = |requests| LoadSum { requests, prefill_tokens: 100 * requests, decode_blocks: 10 * requests };
+    let mut record = record("w", 100);
+    record.spec.dp_ranks = 2;
+    let worker = view(vec![record]).workers[0].clone();
+    let bookings = super::book::Bookings::new(|| {});
+    let share = super::book::Share { rank: 0, prefill_tokens: 100, decode_blocks: 10, chain: None };
+    let held: Vec<_> = (0..4).map(|_| bookings.book_share(worker.clone(), share.clone())).collect();
+    worker.live.set_peers([(1, of(8))].into_iter());
+    worker.live.set_correction(Some(&Correction::of_whole(of(-6))));
+    assert_eq!(worker.live.load(), of(6), "12 are booked, 6 of them are not there");
+    assert_eq!([0, 1].map(|rank| worker.rank_load(rank, true)), [of(4), of(4)], "4 of ours just began");
+    worker.live.set_correction(Some(&Correction::of_whole(of(-12))));
+    assert_eq!(worker.live.load(), of(4));
+    for _ in 0..2 {
+        worker.live.turn();
+    }
+    assert!(worker.live.load().is_zero(), "nothing was heard of them for long");
+    worker.live.set_correction(Some(&Correction::of_whole(of(-6))));
+    assert_eq!([0, 1].map(|rank| worker.rank_load(rank, true)), [of(2), of(4)]);
+    assert_eq!(worker.rank_load(0, false), of(4), "it may be for the peers' sake, who do not count");
+    worker.live.set_correction(Some(&Correction::of_whole(of(6))));
+    assert_eq!([0, 1].map(|rank| worker.rank_load(rank, true)), [of(7), of(11)], "more may be anywhere");
+    worker.live.set_correction(None);
+    assert_eq!([0, 1].map(|rank| worker.rank_load(rank, true)), [of(4), of(8)]);
+    drop(held);
+}
+
+#[test]
+fn what_is_held_beyond_what_is_booked_ends_with_the_last_request() {
+    let worker = view(vec![record("w", 100)]).workers[0].clone();
+    let more = |requests| LoadSum { requests, prefill_tokens: 0, decode_blocks: 40 };
+    let booked = LoadSum { requests: 1, prefill_tokens: 100, decode_blocks: 10 };
+    worker.live.set_peers([(0, booked)].into_iter());
+    worker.live.set_correction(Some(&Correction::of_whole(more(0))));
+    let both = LoadSum { decode_blocks: 50, ..booked };
+    assert_eq!((worker.live.load(), worker.rank_load(0, true)), (both, both));
+    worker.live.set_peers([].into_iter());
+    assert!(worker.live.load().is_zero() && worker.rank_load(0, true).is_zero());
+    worker.live.set_correction(Some(&Correction::of_whole(more(2))));
+    assert_eq!((worker.live.load(), worker.rank_load(0, true)), (more(2), more(2)), "requests of others");
+}
+
+#[test]
+fn a_correction_of_a_rank_counts_there_and_nowhere_else() {
+    let of = |requests| LoadSum { requests, prefill_tokens: 100 * requests, decode_blocks: 10 * requests };
+    let mut record = record("w", 100);
+    record.spec.dp_ranks = 3;
+    let worker = view(vec![record]).workers[0].clone();
+    let bookings = super::book::Bookings::new(|| {});
+    let share = |rank| super::book::Share { rank, prefill_tokens: 100, decode_blocks: 10, chain: None };
+    let mut ours = bookings.book_share(worker.clone(), share(0));
+    worker.live.set_peers([(0, of(7)), (1, of(8))].into_iter());
+    let seen = |peers_count| [0, 1, 2].map(|rank| worker.rank_load(rank, peers_count));
+    let correct = |whole, ranks: &[(u32, i64)]| {
+        let ranks = ranks.iter().map(|(rank, requests)| (*rank, of(*requests))).collect();
+        worker.live.set_correction(Some(&Correction { whole: of(whole), ranks }));
+    };
+    // What rank 1 lacks, rank 2 has.
+    correct(0, &[(1, -5), (2, 5)]);
+    assert_eq!((seen(true), worker.live.load()), ([of(8), of(3), of(5)], of(16)));
+    assert_eq!(seen(false), [of(1), of(0), of(5)], "peers who do not count lack nothing");
+    // Ours certainly runs, on its own rank only.
+    correct(-16, &[(0, -8), (1, -8)]);
+    assert_eq!((seen(true), worker.live.load()), ([of(1), of(0), of(0)], of(1)));
+    for _ in 0..2 {
+        worker.live.turn();
+        assert_eq!(worker.rank_certain(1), of(0));
+    }
+    assert_eq!((seen(true)[0], worker.live.load()), (of(0), of(0)), "nothing was heard of it for long");
+    ours.heard();
+    assert_eq!((seen(true)[0], worker.live.load()), (of(1), of(1)));
+    // Too little on each rank to be told of it by itself.
+    correct(6, &[]);
+    assert_eq!(seen(true), [of(10), of(10), of(2)]);
+    drop(ours);
 }

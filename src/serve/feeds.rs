@@ -17,9 +17,10 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::sources::{self, Found};
 use crate::cluster::api::{ClusterError, ControlPlane};
+use crate::engines::probe::EngineFacts;
 use crate::http::{Allowed, Shard};
 use crate::ids::{ReplicaId, WorkerIx};
-use crate::ingest::discover::RankSource;
+use crate::ingest::discover::{RankSource, Sources};
 use crate::ingest::hub::{Claim, Hub};
 use crate::ingest::load::LoadFeed;
 use crate::ingest::{Delivery, FeedBatch, FeedBoard, FeedConfig, FeedHandle, FeedSink, Source};
@@ -29,8 +30,8 @@ use crate::kv::hash::Seed;
 use crate::kv::types::EngineHash;
 use crate::kv::wire;
 use crate::routing::view::{ORDINARY_CAPACITY, WorkerView};
-use crate::state::command::{CacheCommand, CacheOutcome};
-use crate::state::ranks::{RankKey, Ranks};
+use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand};
+use crate::state::ranks::{Knowledge, RankKey, Ranks};
 
 /// How often everything is looked at where nothing says that it changed.
 const ROUND: Duration = Duration::from_millis(500);
@@ -70,7 +71,9 @@ struct Word {
 struct Plan {
     source: RankSource,
     block_size: u32,
-    capacity: Option<u64>,
+    /// Blocks that the rank can hold. One that nobody tells is taken for an ordinary one: a rank of which
+    /// something was lost would otherwise not be scored until its engine clears.
+    capacity: u64,
     /// The rank that batches must be of.
     only: Option<u32>,
 }
@@ -80,7 +83,7 @@ impl Plan {
         Self {
             source: source.clone(),
             block_size: worker.block_size(),
-            capacity: worker.rank_capacity(),
+            capacity: worker.rank_capacity().unwrap_or(ORDINARY_CAPACITY),
             only: (worker.dp_ranks() > 1).then_some(source.rank),
         }
     }
@@ -185,6 +188,8 @@ impl Feeds {
         let leads = status.members.iter().any(|m| m.id == status.me && m.leads_cache);
         self.forget_the_removed(&ranks, &view.workers, leads);
         self.ask_engines(&view.workers, &ranks, status.me, &live).await;
+        // With what was learnt by asking.
+        let view = self.plane.registry();
         let mut claims = Vec::new();
         for worker in view.workers.iter().filter(|worker| worker.record.online && !sources::connects(worker))
         {
@@ -262,7 +267,7 @@ impl Feeds {
         let config = FeedConfig {
             topic: plan.source.topic.clone(),
             rank: plan.only,
-            capacity: plan.capacity,
+            capacity: Some(plan.capacity),
             ..FeedConfig::new(source, plan.source.replay.clone(), format, resolve)
         };
         FeedHandle::spawn(config, cursor, Sink { plane: Arc::clone(&self.plane), key, takes })
@@ -271,7 +276,8 @@ impl Feeds {
     /// The leader forgets workers that left the registry. Not at once: this replica may not have
     /// heard of a worker that another one listens to already.
     fn forget_the_removed(&mut self, ranks: &Ranks, workers: &[Arc<WorkerView>], leads: bool) {
-        let known = |ix: WorkerIx| workers.iter().any(|worker| worker.record.ix == ix);
+        let groups = self.plane.ksana_groups();
+        let known = |ix: WorkerIx| workers.iter().any(|worker| worker.record.ix == ix) || groups.has(ix);
         let now = Instant::now();
         self.words.retain(|ix, _| known(*ix));
         self.missing.retain(|ix, _| !known(*ix) && ranks.of(*ix).next().is_some());
@@ -338,13 +344,68 @@ impl Feeds {
         let words: Vec<_> = futures_util::stream::iter(due)
             .map(|worker| async move {
                 let found = sources::of(shard, &worker).await;
-                (worker, found)
+                let spec = &worker.record.spec;
+                let is_known = spec.block_size.is_some() && spec.capacity_blocks.is_some();
+                let facts = match &found {
+                    Found::Silence => None,
+                    _ if is_known || sources::is_off(&worker) => None,
+                    _ => Some(sources::facts(shard, &worker).await),
+                };
+                (worker, found, facts)
             })
             .buffer_unordered(AT_ONCE)
             .collect()
             .await;
-        for (worker, found) in words {
+        for (worker, found, facts) in words {
+            let worker = match facts {
+                Some(facts) => self.learn(worker, &found, facts).await,
+                None => worker,
+            };
             self.note_word(&worker, found);
+        }
+    }
+
+    /// Tells all replicas what nobody said when the worker was registered: without the size of its
+    /// engine's blocks neither its events nor prompts can be read.
+    async fn learn(&self, worker: Arc<WorkerView>, found: &Found, facts: EngineFacts) -> Arc<WorkerView> {
+        let spec = &worker.record.spec;
+        // That of the events, if it says that.
+        let told = if let Found::Sources(sources) = found { sources.block_size } else { None };
+        let (block_size, capacity_blocks) = (told.or(facts.block_size), facts.capacity_blocks);
+        let is_news = |known: bool, told: bool| !known && told;
+        if !is_news(spec.block_size.is_some(), block_size.is_some())
+            && !is_news(spec.capacity_blocks.is_some(), capacity_blocks.is_some())
+        {
+            return worker;
+        }
+        tracing::info!(worker = %worker.id(), ?block_size, ?capacity_blocks, "learnt from the engine");
+        let (id, generation) = (worker.id().clone(), worker.record.generation);
+        let learned = ControlCommand::Learned { id, generation, block_size, capacity_blocks };
+        if let Err(error) = self.plane.propose(learned).await {
+            tracing::debug!(worker = %worker.id(), %error, "cannot tell the others");
+        }
+        let now = self.plane.registry().worker(worker.id()).cloned();
+        now.filter(|now| now.record.generation == generation).unwrap_or(worker)
+    }
+
+    /// What the engine says and the registry does not is worth a word: otherwise all that is seen of it
+    /// is that nothing is known of the rank.
+    fn compare(worker: &WorkerView, sources: &Sources) {
+        let (given, told) = (worker.block_size(), sources.block_size);
+        if let Some(told) = told.filter(|told| *told != given) {
+            tracing::warn!(
+                worker = %worker.id(), given, told,
+                "the engine's events have another block size than the worker, and are skipped; register it with \
+                 the engine's block_size, or with none"
+            );
+        }
+        let (given, told) = (worker.dp_ranks() as usize, sources.ranks.len());
+        if given != told {
+            tracing::warn!(
+                worker = %worker.id(), given, told,
+                "the engine tells of another number of data-parallel ranks than the worker has; register it with \
+                 dp_ranks = {told}"
+            );
         }
     }
 
@@ -359,12 +420,19 @@ impl Feeds {
                 word.until = word.until.max(now + LOST_WORD_HOLDS);
                 return;
             }
-            (_, Found::Sources(sources)) => self.running.retain(|key, running| {
-                let source = sources.ranks.iter().find(|source| source.rank == key.rank);
-                let Some(source) = source.filter(|_| key.worker == ix) else { return true };
-                running.disconnects = running.feed.counters().disconnects;
-                running.plan == Plan::new(source, worker)
-            }),
+            (_, Found::Sources(sources)) => {
+                Self::compare(worker, sources);
+                self.running.retain(|key, running| {
+                    let source = sources.of_rank(key.rank, worker.dp_ranks());
+                    let Some(source) = source.filter(|_| key.worker == ix) else { return true };
+                    running.disconnects = running.feed.counters().disconnects;
+                    running.plan == Plan::new(source, worker)
+                });
+            }
+            // It has begun anew, without events. A feed that still speaks knows better.
+            (_, Found::Nothing) => {
+                self.running.retain(|key, running| key.worker != ix || running.feed.counters().connected);
+            }
             _ => {}
         }
         let holds = if matches!(found, Found::Sources(_)) { WORD_HOLDS } else { NO_WORD_HOLDS };
@@ -374,14 +442,19 @@ impl Feeds {
     async fn claim(&mut self, key: RankKey, worker: &Arc<WorkerView>, ranks: &Ranks, me: ReplicaId) {
         let Some(word) = self.words.get(&key.worker) else { return };
         let source = match &word.found {
-            Found::Sources(found) => found.ranks.iter().find(|source| source.rank == key.rank),
+            Found::Sources(found) => found.of_rank(key.rank, worker.dp_ranks()),
             Found::Nothing => None,
             // It may yet tell.
             Found::Silence => return,
         };
         let Some(source) = source.filter(|source| source.listens) else {
-            if ranks.get(key).is_none() {
-                self.reckon(key, worker);
+            match ranks.get(key).map(|record| record.knowledge) {
+                None => self.reckon(key, worker),
+                Some(Knowledge::Events) => {
+                    tracing::info!(worker = %worker.id(), rank = key.rank, "the engine has no KV events any more");
+                    self.plane.tell_cache(CacheCommand::LoseFeed { rank: key });
+                }
+                Some(Knowledge::Predicted) => {}
             }
             return;
         };
@@ -483,22 +556,5 @@ impl FeedSink for Sink {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn feeds_are_spread_and_few_move_when_a_replica_goes() {
-        let all = [1, 2, 3].map(ReplicaId);
-        let keys: Vec<RankKey> = (0..300).map(|n| RankKey { worker: WorkerIx(n), rank: n % 2 }).collect();
-        let owners: Vec<_> = keys.iter().map(|key| preferred(*key, &all)).collect();
-        for id in all {
-            let share = owners.iter().filter(|owner| **owner == Some(id)).count();
-            assert!((60..140).contains(&share), "{id:?} has {share} of 300");
-        }
-        for (key, owner) in keys.iter().zip(&owners) {
-            let after = preferred(*key, &all[..2]);
-            assert!(*owner == Some(all[2]) || after == *owner, "a feed of a replica that stays has moved");
-        }
-        assert_eq!(preferred(keys[0], &[]), None);
-    }
-}
+#[path = "feeds_tests.rs"]
+mod tests;

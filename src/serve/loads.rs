@@ -1,11 +1,24 @@
 //! What engines say of their own work, held against what the cluster has booked on them.
 //!
 //! An engine may have more to do than this cluster gave it: another router sends to it, too, or it
-//! still works for clients that are gone. Where it says so for [`IN_A_ROW`] looks, the difference
-//! becomes a correction that all replicas add to its load. One replica looks at each worker: the
-//! one that listens to its events, or would. It goes by the load sockets of the ranks (SGLang), if
-//! it listens to all of them, and asks for `/metrics` otherwise. Less than is booked is no reason: requests are on
-//! their way, and answers too.
+//! still works for clients that are gone. Or it has less: a replica that is alive and stuck holds
+//! bookings of requests that ended, or a client that reads slowly holds one whose answer the engine
+//! finished long ago. Where the engine says so for [`MORE_IN_A_ROW`] looks, or [`LESS_IN_A_ROW`],
+//! the least of the differences becomes a correction that all replicas add to its load. One replica
+//! looks at each worker: the one that listens to its events, or would. It goes by the load sockets of
+//! the ranks (SGLang), if it listens to all of them, and asks for `/metrics` otherwise; an SGLang
+//! without metrics for `/v1/loads`.
+//!
+//! A worker with several data-parallel ranks is looked at rank by rank, and as a whole beside that,
+//! each held against what is booked there. If its engine does not tell its ranks apart, what it has
+//! more is taken to be shared equally, and what it has less to be missing where it is booked.
+//!
+//! A correction never feeds itself: it is what the engine says less what is *booked*, and that knows
+//! of no correction. Nor does it stay longer than it is true by more than one look; with the lease of
+//! whoever made it, it is gone at once, and one that takes something off also when what it was
+//! taken from is released.
+//!
+//! The same look tells whether the engine has begun anew: [`Lives`].
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -15,23 +28,35 @@ use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
 use super::feeds::{LoadBoard, preferred};
+use super::lives::Lives;
 use crate::cluster::api::ControlPlane;
-use crate::engines::probe::{EngineLoad, parse_load};
+use crate::engines::probe::{EngineLife, EngineLoad, RankLoad, parse_life, parse_load, parse_loads};
 use crate::http::{Shard, ask_worker};
 use crate::ids::{ReplicaId, WorkerIx};
 use crate::kv::event::LoadStat;
 use crate::routing::view::WorkerView;
 use crate::state::command::CacheCommand;
+use crate::state::corrections::Correction;
 use crate::state::load::LoadSum;
 use crate::state::ranks::{RankKey, Ranks};
+use crate::state::worker::EngineKind;
 
 /// Looks that must agree that there is more.
-const IN_A_ROW: usize = 3;
+const MORE_IN_A_ROW: usize = 3;
+
+/// Looks that must agree that there is less: more of them, because requests are on their way, and
+/// answers too.
+const LESS_IN_A_ROW: usize = 5;
 
 /// What is no difference: as many requests or blocks ...
 const SLACK: i64 = 2;
-/// ... or this part of what is booked.
+/// ... or this part of what is booked ...
 const SLACK_PERCENT: i64 = 20;
+/// ... or this one, where the engine has less.
+const LESS_SLACK_PERCENT: i64 = 33;
+
+/// Outstanding tokens of prompts that are no difference.
+const SLACK_TOKENS: i64 = 256;
 
 /// Engines asked at once.
 const AT_ONCE: usize = 16;
@@ -39,44 +64,116 @@ const AT_ONCE: usize = 16;
 /// How long an engine may take to answer.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// The last looks at one engine.
-#[derive(Debug, Default)]
-struct Looks(VecDeque<LoadSum>);
+/// What an engine says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Said {
+    /// That run or wait.
+    requests: i64,
+    /// In use; `None` where it does not say.
+    blocks: Option<i64>,
+}
 
-impl Looks {
-    /// Takes note of another one; the correction to tell, if it is another one than `now`.
-    fn note(&mut self, said: LoadSum, booked: LoadSum, now: LoadSum) -> Option<LoadSum> {
-        let extra =
-            |said: i64, booked: i64| Some(said - booked).filter(|_| differs(said, booked)).unwrap_or(0);
-        self.0.push_back(LoadSum {
-            requests: extra(said.requests, booked.requests).max(0),
-            decode_blocks: extra(said.decode_blocks, booked.decode_blocks).max(0),
-            prefill_tokens: 0,
-        });
-        if self.0.len() > IN_A_ROW {
-            self.0.pop_front();
-        }
-        // What all of them say.
-        let least = |of: fn(&LoadSum) -> i64| match self.0.len() {
-            IN_A_ROW => self.0.iter().map(of).min().unwrap_or(0),
-            // One that says there is nothing is enough to end it.
-            _ => self.0.back().map_or(0, of).min(of(&now)),
-        };
-        let agreed = LoadSum {
-            requests: least(|sum| sum.requests),
-            decode_blocks: least(|sum| sum.decode_blocks),
+/// What an engine has to do beyond what is booked, or short of it, as one look has it.
+///
+/// Engines do not say which requests they have: what is missing is taken to be like the others,
+/// in tokens that wait and in blocks; of blocks no more is missing than the engine says are free.
+fn difference(said: Said, booked: LoadSum, certain: LoadSum) -> LoadSum {
+    let more = |said: i64, booked: i64| if differs(said, booked, SLACK) { (said - booked).max(0) } else { 0 };
+    let there = said.requests.max(certain.requests);
+    if !clearly_less(there, booked.requests) {
+        return LoadSum {
+            requests: more(said.requests, booked.requests),
+            decode_blocks: said.blocks.map_or(0, |blocks| more(blocks, booked.decode_blocks)),
             prefill_tokens: 0,
         };
-        let news = agreed.is_zero() != now.is_zero()
-            || differs(agreed.requests, now.requests)
-            || differs(agreed.decode_blocks, now.decode_blocks);
-        news.then_some(agreed)
+    }
+    let rest = booked.part(there, booked.requests);
+    let used = said.blocks.unwrap_or_default().max(certain.decode_blocks);
+    LoadSum {
+        requests: there - booked.requests,
+        decode_blocks: (rest.decode_blocks.max(used) - booked.decode_blocks).min(0),
+        prefill_tokens: (rest.prefill_tokens.max(certain.prefill_tokens) - booked.prefill_tokens).min(0),
     }
 }
 
+/// Whether requests are missing. An engine with nothing to do is believed however little is booked.
+fn clearly_less(there: i64, booked: i64) -> bool {
+    let slack = SLACK.max(booked * LESS_SLACK_PERCENT / 100);
+    booked - there > slack || (there <= 0 && booked > 0)
+}
+
 /// Whether two numbers are far enough apart to mean something.
-fn differs(one: i64, other: i64) -> bool {
-    (one - other).abs() > SLACK.max(other * SLACK_PERCENT / 100)
+fn differs(one: i64, other: i64, slack: i64) -> bool {
+    (one - other).abs() > slack.max(other.abs() * SLACK_PERCENT / 100)
+}
+
+/// The last looks at one engine.
+#[derive(Debug, Default)]
+struct Looks {
+    whole: Trend,
+    /// At its ranks, where it told them apart; at most as many as a worker may have.
+    ranks: Vec<Trend>,
+}
+
+impl Looks {
+    /// Takes note of another one; the correction to tell, if it is another one than `now`. `ranks`
+    /// is empty where they are not told apart.
+    fn note(&mut self, whole: LoadSum, ranks: &[LoadSum], now: &Correction) -> Option<Correction> {
+        if self.ranks.len() != ranks.len() {
+            // What was seen of other ranks says nothing of these.
+            self.ranks.clear();
+            self.ranks.resize_with(ranks.len(), Trend::default);
+        }
+        let (whole, mut news) = self.whole.note(whole, now.whole);
+        let mut told = Vec::new();
+        for ((rank, trend), difference) in (0..).zip(&mut self.ranks).zip(ranks) {
+            let (agreed, is_news) = trend.note(*difference, now.of_rank(rank));
+            news |= is_news;
+            if !agreed.is_zero() {
+                told.push((rank, agreed));
+            }
+        }
+        // Of a rank that it does not tell of any more.
+        news |= now.ranks.last().is_some_and(|(rank, _)| *rank as usize >= ranks.len());
+        news.then_some(Correction { whole, ranks: told })
+    }
+}
+
+/// The last looks at one rank, or at all together.
+#[derive(Debug, Default)]
+struct Trend(VecDeque<LoadSum>);
+
+impl Trend {
+    /// Takes note of another one; what is right now, and whether that is to be told in place of `now`.
+    fn note(&mut self, difference: LoadSum, now: LoadSum) -> (LoadSum, bool) {
+        self.0.push_back(difference);
+        if self.0.len() > LESS_IN_A_ROW.max(MORE_IN_A_ROW) {
+            self.0.pop_front();
+        }
+        let agreed = LoadSum {
+            requests: self.agreed(|sum| sum.requests, now),
+            decode_blocks: self.agreed(|sum| sum.decode_blocks, now),
+            prefill_tokens: self.agreed(|sum| sum.prefill_tokens, now),
+        };
+        let news = agreed.is_zero() != now.is_zero()
+            || differs(agreed.requests, now.requests, SLACK)
+            || differs(agreed.decode_blocks, now.decode_blocks, SLACK)
+            || differs(agreed.prefill_tokens, now.prefill_tokens, SLACK_TOKENS);
+        (agreed, news)
+    }
+
+    /// What the last looks have in common. One that finds less of a difference is enough to end the
+    /// rest of it; until there were enough of them, what is in force needs no more than that.
+    fn agreed(&self, of: fn(&LoadSum) -> i64, now: LoadSum) -> i64 {
+        let last = self.0.back().map_or(0, of);
+        let (enough, sign) = if last < 0 { (LESS_IN_A_ROW, -1) } else { (MORE_IN_A_ROW, 1) };
+        let size = |sum: &LoadSum| (sign * of(sum)).max(0);
+        let least = match self.0.len() >= enough {
+            true => self.0.iter().rev().take(enough).map(size).min().unwrap_or(0),
+            false => size(&now).min(sign * last),
+        };
+        sign * least
+    }
 }
 
 /// See the module.
@@ -87,6 +184,7 @@ pub(super) struct Loads {
     /// What the ranks' load sockets said.
     sockets: LoadBoard,
     looks: HashMap<WorkerIx, Looks>,
+    lives: Lives,
 }
 
 impl Loads {
@@ -97,7 +195,7 @@ impl Loads {
         every: Duration,
         sockets: LoadBoard,
     ) -> Self {
-        Self { shard, plane, every, sockets, looks: HashMap::new() }
+        Self { shard, plane, every, sockets, looks: HashMap::new(), lives: Lives::default() }
     }
 
     /// Looks until `shutdown`. What was told is forgotten by the cluster with this replica's lease.
@@ -118,41 +216,46 @@ impl Loads {
         let live: Vec<ReplicaId> = status.members.iter().filter(|m| m.alive).map(|m| m.id).collect();
         let ranks = self.plane.ranks().borrow().clone();
         let view = self.plane.registry();
-        let ours: Vec<Arc<WorkerView>> = view
-            .workers
-            .iter()
-            .filter(|worker| worker.record.online && is_ours(worker, &ranks, status.me, &live))
-            .cloned()
-            .collect();
+        let ours: Vec<Arc<WorkerView>> =
+            view.workers.iter().filter(|worker| is_ours(worker, &ranks, status.me, &live)).cloned().collect();
+        self.lives.keep(&ours);
+        let ours: Vec<_> = ours.into_iter().filter(|worker| worker.record.online).collect();
+        view.workers.iter().for_each(|worker| worker.live.turn());
         self.looks.retain(|ix, _| ours.iter().any(|worker| worker.record.ix == *ix));
         let (shard, sockets) = (&self.shard, &self.sockets);
         let answers: Vec<_> = futures_util::stream::iter(ours)
             .map(|worker| async move {
                 let published = published(&sockets.lock(), &worker);
-                let load = match published {
-                    Some(load) => Some(load),
+                let said = match published {
+                    Some(load) => (Some(load), None),
                     None => ask(shard, &worker).await,
                 };
-                (worker, load)
+                (worker, said)
             })
             .buffer_unordered(AT_ONCE)
             .collect()
             .await;
-        for (worker, load) in answers {
+        let mut heard = true;
+        for (worker, (load, life)) in answers {
             let ix = worker.record.ix;
+            if let Some(life) = life.filter(|_| heard) {
+                heard = self.lives.note(self.plane.as_ref(), &ranks, &worker, life).await;
+            }
             let Some(load) = load else {
                 // Nothing is known of the time in between.
                 self.looks.remove(&ix);
                 continue;
             };
-            let (booked, now) = (worker.live.booked(), worker.live.foreign.get());
+            let (whole, ranks) = differences(&load, &worker);
             let looks = self.looks.entry(ix).or_default();
-            if let Some(extra) = looks.note(said(&load, &worker, booked), booked, now) {
+            if let Some(extra) = looks.note(whole, &ranks, &worker.live.correction()) {
                 tracing::info!(
                     worker = %worker.id(),
-                    requests = extra.requests,
-                    blocks = extra.decode_blocks,
-                    "work of its engine that is not of this cluster"
+                    requests = extra.whole.requests,
+                    blocks = extra.whole.decode_blocks,
+                    tokens = extra.whole.prefill_tokens,
+                    ranks = extra.ranks.len(),
+                    "its engine has more to do than is booked, or less"
                 );
                 self.plane.tell_cache(CacheCommand::Correct { worker: ix, extra });
             }
@@ -168,128 +271,62 @@ fn is_ours(worker: &WorkerView, ranks: &Ranks, me: ReplicaId, live: &[ReplicaId]
 
 /// What a worker's ranks said of their load, if all of them did.
 fn published(said: &HashMap<RankKey, LoadStat>, worker: &WorkerView) -> Option<EngineLoad> {
-    let mut load = EngineLoad { requests: 0, kv_usage: Some(0.0) };
+    let mut load = EngineLoad::default();
     for rank in 0..worker.dp_ranks() {
         let stat = said.get(&RankKey { worker: worker.record.ix, rank })?;
-        load.requests = load.requests.saturating_add(stat.running).saturating_add(stat.waiting);
+        let requests = stat.running.saturating_add(stat.waiting);
         let usage = (stat.max_tokens > 0).then(|| stat.tokens as f64 / stat.max_tokens as f64);
-        load.kv_usage = load.kv_usage.zip(usage).map(|(sum, usage)| sum + usage.min(1.0));
+        load.add(Some(rank), RankLoad { requests, kv_usage: usage.map(|usage| usage.min(1.0)) });
     }
     Some(load)
 }
 
-async fn ask(shard: &Shard, worker: &WorkerView) -> Option<EngineLoad> {
-    match ask_worker(shard, worker, "/metrics", LIMIT).await {
-        Ok(body) => parse_load(&String::from_utf8_lossy(&body?)),
+/// Load and life of an engine, as far as it tells them; no life if it does not answer.
+async fn ask(shard: &Shard, worker: &WorkerView) -> (Option<EngineLoad>, Option<EngineLife>) {
+    let (load, life) = match ask_worker(shard, worker, "/metrics", LIMIT).await {
+        Ok(Some(body)) => {
+            let text = String::from_utf8_lossy(&body);
+            (parse_load(&text), parse_life(&text))
+        }
+        Ok(None) => (None, EngineLife::default()),
         Err(error) => {
             tracing::debug!(worker = %worker.id(), error, "no figures");
-            None
+            return (None, None);
+        }
+    };
+    if load.is_some() || worker.record.spec.engine != EngineKind::Sglang {
+        return (load, Some(life));
+    }
+    // Metrics have to be switched on there; older versions have neither.
+    match ask_worker(shard, worker, "/v1/loads?include=core", LIMIT).await {
+        Ok(body) => (body.and_then(|body| parse_loads(&body)), Some(life)),
+        Err(error) => {
+            tracing::debug!(worker = %worker.id(), error, "no loads");
+            (None, Some(life))
         }
     }
 }
 
-/// In our terms; blocks as booked where the engine does not say how many it has.
-fn said(load: &EngineLoad, worker: &WorkerView, booked: LoadSum) -> LoadSum {
+/// What one look finds, on the worker and on each of its ranks; none of those where they are not told
+/// apart.
+fn differences(load: &EngineLoad, worker: &WorkerView) -> (LoadSum, Vec<LoadSum>) {
+    let (live, ranks) = (&worker.live, load.by_rank(worker.dp_ranks()).unwrap_or_default());
+    let whole = difference(said(&load.whole, worker), live.booked(), live.certain());
+    let of_rank = |(rank, load): (u32, &RankLoad)| {
+        difference(said(load, worker), worker.rank_booked(rank, true), worker.rank_certain(rank))
+    };
+    (whole, (0..).zip(&ranks).map(of_rank).collect())
+}
+
+/// In our terms.
+fn said(load: &RankLoad, worker: &WorkerView) -> Said {
     let blocks = load.kv_usage.zip(worker.rank_capacity()).map(|(usage, blocks)| usage * blocks as f64);
-    LoadSum {
+    Said {
         requests: i64::try_from(load.requests).unwrap_or(i64::MAX),
-        prefill_tokens: 0,
-        decode_blocks: blocks.map_or(booked.decode_blocks, |blocks| blocks as i64),
+        blocks: blocks.map(|blocks| blocks as i64),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn load(requests: i64, decode_blocks: i64) -> LoadSum {
-        LoadSum { requests, decode_blocks, prefill_tokens: 0 }
-    }
-
-    /// What is in force after each look, and how often something was told.
-    fn after(looks: &[(i64, i64)], booked: LoadSum) -> (Vec<LoadSum>, usize) {
-        let (mut state, mut now, mut told) = (Looks::default(), LoadSum::default(), 0);
-        let each = looks.iter().map(|(requests, blocks)| {
-            if let Some(extra) = state.note(load(*requests, *blocks), booked, now) {
-                told += 1;
-                now = extra;
-            }
-            now
-        });
-        (each.collect(), told)
-    }
-
-    #[test]
-    fn more_counts_when_it_was_there_three_times_and_no_longer_than_it_is() {
-        let none = LoadSum::default();
-        let (each, told) = after(&[(9, 50), (12, 60), (9, 70), (9, 70), (1, 5), (9, 50)], load(1, 5));
-        assert_eq!(each, [none, none, load(8, 45), load(8, 55), none, none]);
-        assert_eq!(told, 3);
-        let (each, _) = after(&[(9, 5), (1, 5), (9, 5), (9, 5), (1, 5)], load(1, 5));
-        assert!(each.iter().all(LoadSum::is_zero), "a peak is none");
-    }
-
-    #[test]
-    fn little_more_or_less_is_nothing_and_small_changes_are_not_told() {
-        for said in [(3, 7), (0, 0), (1, 5)] {
-            assert_eq!(after(&[said; 5], load(1, 5)).1, 0, "{said:?}");
-        }
-        assert_eq!(after(&[(119, 0); 5], load(100, 0)).1, 0);
-        assert_eq!(after(&[(40, 0), (41, 0), (40, 0), (42, 0), (43, 0), (42, 0)], load(0, 0)).1, 1);
-    }
-
-    #[test]
-    fn the_load_of_published_ranks_is_summed_if_all_of_them_say_it() {
-        use crate::state::worker::{Liveness, WorkerRecord, WorkerSource, WorkerSpec};
-        let spec = WorkerSpec {
-            id: crate::ids::WorkerId("w".into()),
-            url: "http://127.0.0.1:9".to_owned(),
-            engine: Default::default(),
-            models: Vec::new(),
-            role: Default::default(),
-            dp_ranks: 2,
-            block_size: None,
-            capacity_blocks: Some(200),
-            labels: Default::default(),
-            weight: 100,
-            http2: false,
-            max_requests: None,
-            owner: None,
-            source: WorkerSource::Admin,
-        };
-        let record = WorkerRecord {
-            spec,
-            ix: WorkerIx(4),
-            drain: false,
-            online: true,
-            liveness: Liveness::Probe,
-            last_heard_ms: 0,
-            generation: 1,
-            failed_by: Default::default(),
-        };
-        let worker = WorkerView { record, live: Arc::default() };
-        let key = |rank| RankKey { worker: WorkerIx(4), rank };
-        let stat = |running, waiting, tokens| LoadStat {
-            running,
-            waiting,
-            tokens,
-            max_tokens: 1000,
-            rank: None,
-            waiting_uncached_tokens: None,
-        };
-        let mut ranks = HashMap::from([(key(0), stat(3, 1, 500))]);
-        assert_eq!(published(&ranks, &worker), None);
-        ranks.insert(key(1), stat(2, 0, 250));
-        let sum = published(&ranks, &worker).unwrap();
-        assert_eq!(sum, EngineLoad { requests: 6, kv_usage: Some(0.75) });
-        assert_eq!(said(&sum, &worker, LoadSum::default()), load(6, 75), "of 100 blocks a rank");
-    }
-
-    #[test]
-    fn a_correction_that_another_replica_made_is_taken_back_at_once_when_it_is_not_true() {
-        let mut looks = Looks::default();
-        assert_eq!(looks.note(load(8, 0), load(0, 0), load(8, 0)), None, "one look confirms it");
-        let mut looks = Looks::default();
-        assert_eq!(looks.note(load(1, 0), load(1, 0), load(8, 0)), Some(load(0, 0)));
-    }
-}
+#[path = "loads_tests.rs"]
+mod tests;

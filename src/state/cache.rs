@@ -1,4 +1,4 @@
-//! The cache group's state: what each replica has booked on each worker and the leases that hold
+//! The cache group's state: what each replica has booked on each rank and the leases that hold
 //! it, and the prefix index with the feeds that fill it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 use bytes::Bytes;
 
 use super::command::{CacheCommand, CacheOutcome};
+use super::corrections::{Correction, Corrections};
 use super::digest::Digest;
 use super::load::{LoadDelta, LoadSum};
 use super::ranks::{Knowledge, RankKey, RankRecord, Ranks};
 use super::replicated::{Records, State};
 use super::sessions::Sessions;
-use crate::ids::{Incarnation, ReplicaId, WorkerIx};
+use super::streams::{StreamRecord, Streams};
+use crate::ids::{Incarnation, ReplicaId, StreamId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::kv::hash::{LocalHash, Seed};
 use crate::kv::index::{self, Index};
@@ -26,7 +28,7 @@ struct Column {
     incarnation: Incarnation,
     last_heard_ms: u64,
     alive: bool,
-    cells: BTreeMap<WorkerIx, LoadSum>,
+    cells: BTreeMap<RankKey, LoadSum>,
 }
 
 /// A prompt that some replica sent to a rank with events.
@@ -46,12 +48,16 @@ pub struct CacheState {
     now_ms: u64,
     columns: BTreeMap<ReplicaId, Column>,
     /// Sum over all columns, so that a reader need not add them up.
-    totals: BTreeMap<WorkerIx, LoadSum>,
+    totals: BTreeMap<RankKey, LoadSum>,
     digest: Digest,
-    /// What engines have to do beyond what is booked, and who says so; gone with that one's lease.
-    /// At most [`MOST_CORRECTED`].
-    corrections: BTreeMap<WorkerIx, (ReplicaId, LoadSum)>,
+    corrections: Corrections,
     sessions: Sessions,
+    /// Which process the engines of workers are in whose blocks are reckoned. At most
+    /// [`MOST_LIVES`].
+    lives: BTreeMap<WorkerIx, u64>,
+    streams: Streams,
+    /// See [`CacheCommand::StreamSecret`].
+    secret: Option<[u8; 32]>,
     ranks: Ranks,
     index: Arc<Index>,
     changed: BTreeSet<WorkerIx>,
@@ -60,6 +66,7 @@ pub struct CacheState {
     released: Vec<ReplicaId>,
     ranks_changed: bool,
     routed: Vec<(ReplicaId, Routed)>,
+    waiting: Vec<(ReplicaId, Vec<u64>)>,
 }
 
 const CLOCK: u8 = 1;
@@ -68,34 +75,45 @@ const RANKS: u8 = 3;
 const CORRECTIONS: u8 = 4;
 const SESSIONS: u8 = 5;
 const BOUND: u8 = 6;
+const LIVES: u8 = 7;
+const STREAMS: u8 = 8;
+const SECRET: u8 = 9;
 /// Records of the index; see [`index::Frozen::records`].
 const INDEX: u8 = b'x';
 
-/// Workers with a correction; there are no more in the registry.
-const MOST_CORRECTED: usize = super::control::MAX_WORKERS;
+/// Workers with a life; there are no more in the registry.
+const MOST_LIVES: usize = super::control::MAX_WORKERS;
 
 /// Most blocks of a prompt that [`CacheCommand::Routed`] tells of: the first ones.
 pub const MOST_ROUTED: usize = 8192;
 
-/// Prompts that wait for [`CacheState::take_routed`]; more are forgotten.
+/// Prompts that wait for [`CacheState::take_routed`], and words that wait for
+/// [`CacheState::take_waiting`]; more are forgotten.
 const ROUTED_WAITING: usize = 4096;
 
 impl CacheState {
-    /// What all replicas but `me` hold on a worker.
-    pub fn peers_load(&self, me: ReplicaId, worker: WorkerIx) -> LoadSum {
-        let total = self.totals.get(&worker).copied().unwrap_or_default();
-        let own = self.columns.get(&me).and_then(|c| c.cells.get(&worker)).copied().unwrap_or_default();
-        total.minus(&own)
+    /// What all replicas but `me` hold on a worker's ranks: for each replica the ranks on which it
+    /// holds something.
+    pub fn peers_load(
+        &self,
+        me: ReplicaId,
+        worker: WorkerIx,
+    ) -> impl Iterator<Item = (u32, LoadSum)> + use<'_> {
+        let peers = self.columns.iter().filter(move |(id, _)| **id != me);
+        peers.flat_map(move |(_, column)| {
+            column.cells.range(RankKey::all_of(worker)).map(|(key, cell)| (key.rank, *cell))
+        })
     }
 
-    /// What all replicas hold on a worker.
+    /// What all replicas hold on a worker, on all of its ranks.
     pub fn total_load(&self, worker: WorkerIx) -> LoadSum {
-        self.totals.get(&worker).copied().unwrap_or_default()
+        let ranks = self.totals.range(RankKey::all_of(worker));
+        ranks.fold(LoadSum::default(), |sum, (_, total)| sum.with(total))
     }
 
-    /// What a worker's engine has to do beyond what is booked there.
-    pub fn correction(&self, worker: WorkerIx) -> LoadSum {
-        self.corrections.get(&worker).map(|(_, extra)| *extra).unwrap_or_default()
+    /// What a worker's engine has to do beyond what is booked there; below zero for what it has not.
+    pub fn correction(&self, worker: WorkerIx) -> Option<&Correction> {
+        self.corrections.of(worker)
     }
 
     /// Requests a replica has in flight, and whether its lease is good.
@@ -119,6 +137,22 @@ impl CacheState {
         &self.sessions
     }
 
+    /// The stream directory.
+    pub fn streams(&self) -> &Streams {
+        &self.streams
+    }
+
+    /// What stream ids and capabilities are derived from, once somebody has said it.
+    pub fn stream_secret(&self) -> Option<[u8; 32]> {
+        self.secret
+    }
+
+    /// Streams that were taken over since the last call, with their attempts. Local, not
+    /// replicated.
+    pub fn take_moved_streams(&mut self) -> Vec<(StreamId, u32)> {
+        self.streams.take_moved()
+    }
+
     /// The ranks and their feeds.
     pub fn ranks(&self) -> &Ranks {
         &self.ranks
@@ -133,6 +167,12 @@ impl CacheState {
     /// Prompts sent to ranks with events since the last call, and by whom. Local, not replicated.
     pub fn take_routed(&mut self) -> Vec<(ReplicaId, Routed)> {
         std::mem::take(&mut self.routed)
+    }
+
+    /// Which prompts still wait for their first token since the last call, and at whom. Local, not
+    /// replicated.
+    pub fn take_waiting(&mut self) -> Vec<(ReplicaId, Vec<u64>)> {
+        std::mem::take(&mut self.waiting)
     }
 
     /// Whether any replica holds anything: then leases are watched closely.
@@ -157,33 +197,31 @@ impl CacheState {
     }
 
     /// A replica that never said it is up, or was forgotten, books nothing: nobody would release it.
-    fn change(&mut self, replica: ReplicaId, worker: WorkerIx, delta: &LoadDelta) {
+    fn change(&mut self, replica: ReplicaId, rank: RankKey, delta: &LoadDelta) {
         let Some(column) = self.columns.get_mut(&replica) else { return };
-        let cell = column.cells.entry(worker).or_default();
+        let cell = column.cells.entry(rank).or_default();
         let (old, new) = (*cell, cell.plus(delta));
         *cell = new;
         if new.is_zero() {
-            column.cells.remove(&worker);
+            column.cells.remove(&rank);
         }
-        self.digest.change_cell([replica.0, worker.0.into()], old.as_array(), new.as_array());
-        let total = self.totals.entry(worker).or_default();
+        let place = u64::from(rank.worker.0) << 32 | u64::from(rank.rank);
+        self.digest.change_cell([replica.0, place], old.as_array(), new.as_array());
+        let total = self.totals.entry(rank).or_default();
         *total = total.plus(delta);
         if total.is_zero() {
-            self.totals.remove(&worker);
+            self.totals.remove(&rank);
         }
-        self.changed.insert(worker);
+        self.changed.insert(rank.worker);
     }
 
-    fn correct(&mut self, origin: ReplicaId, worker: WorkerIx, extra: LoadSum) -> CacheOutcome {
-        let known = self.corrections.contains_key(&worker);
+    fn correct(&mut self, origin: ReplicaId, worker: WorkerIx, extra: Correction) -> CacheOutcome {
+        // One of a replica without a lease would never end.
+        let alive = self.columns.get(&origin).is_some_and(|column| column.alive);
         if extra.is_zero() {
-            self.corrections.remove(&worker);
-        } else if !self.columns.get(&origin).is_some_and(|column| column.alive)
-            || (!known && self.corrections.len() >= MOST_CORRECTED)
-        {
+            self.corrections.remove(worker);
+        } else if !alive || !self.corrections.set(worker, origin, extra) {
             return CacheOutcome::Refused;
-        } else {
-            self.corrections.insert(worker, (origin, extra));
         }
         self.changed.insert(worker);
         CacheOutcome::Done
@@ -191,14 +229,20 @@ impl CacheState {
 
     fn release(&mut self, replica: ReplicaId) {
         self.ranks_changed |= self.ranks.disown(replica);
-        let theirs = self.corrections.iter().filter(|(_, (by, _))| *by == replica);
-        self.changed.extend(theirs.map(|(worker, _)| *worker));
-        self.corrections.retain(|_, (by, _)| *by != replica);
-        let Some(column) = self.columns.get(&replica) else { return };
-        let held: Vec<_> = column.cells.iter().map(|(worker, cell)| (*worker, *cell)).collect();
-        for (worker, cell) in held {
-            self.change(replica, worker, &cell.undo());
+        self.streams.abandon(replica, self.now_ms);
+        self.changed.extend(self.corrections.disown(replica));
+        for rank in self.release_loads(replica) {
+            self.corrections.take_nothing_off(rank);
         }
+    }
+
+    /// Takes back what a replica has booked, and nothing else; where that was.
+    fn release_loads(&mut self, replica: ReplicaId) -> Vec<RankKey> {
+        let column = self.columns.get(&replica);
+        let held: Vec<_> =
+            column.into_iter().flat_map(|column| &column.cells).map(|(rank, cell)| (*rank, *cell)).collect();
+        held.iter().for_each(|(rank, cell)| self.change(replica, *rank, &cell.undo()));
+        held.into_iter().map(|(rank, _)| rank).collect()
     }
 
     fn claim(&mut self, origin: ReplicaId, rank: RankKey, from: Option<ReplicaId>) -> CacheOutcome {
@@ -222,6 +266,40 @@ impl CacheState {
             self.ranks_changed = true;
         }
         CacheOutcome::Feed(record.cursor)
+    }
+
+    fn life(&mut self, worker: WorkerIx, life: Option<u64>) -> CacheOutcome {
+        let known = self.lives.get(&worker).copied();
+        match life {
+            Some(life) if known == Some(life) => return CacheOutcome::Done,
+            Some(_) if known.is_none() && self.lives.len() >= MOST_LIVES => return CacheOutcome::Refused,
+            Some(life) => drop(self.lives.insert(worker, life)),
+            None => drop(self.lives.remove(&worker)),
+        }
+        // The first word is about the process that all was sent to.
+        if life.is_none() || known.is_some() {
+            let reckoned = self.ranks.of(worker).filter(|(_, r)| r.knowledge == Knowledge::Predicted);
+            reckoned.for_each(|(_, record)| self.index.remove_rank(record.ix));
+        }
+        CacheOutcome::Done
+    }
+
+    fn lose_feed(&mut self, origin: ReplicaId, rank: RankKey) -> CacheOutcome {
+        let Some(mut record) = self.ranks.get_mut(rank) else { return CacheOutcome::Done };
+        if record.owner.is_some_and(|owner| owner != origin) {
+            return CacheOutcome::NotOwner(record.owner);
+        }
+        if record.knowledge == Knowledge::Events {
+            *record = RankRecord {
+                ix: record.ix,
+                knowledge: Knowledge::Predicted,
+                owner: None,
+                cursor: Cursor::default(),
+            };
+            self.index.remove_rank(record.ix);
+            self.ranks_changed = true;
+        }
+        CacheOutcome::Done
     }
 
     fn events(
@@ -284,7 +362,7 @@ impl CacheState {
     fn reserve(
         &mut self,
         origin: ReplicaId,
-        worker: WorkerIx,
+        rank: RankKey,
         delta: &LoadDelta,
         at_most: LoadSum,
     ) -> CacheOutcome {
@@ -292,12 +370,22 @@ impl CacheState {
             return CacheOutcome::Refused;
         }
         self.heard(origin);
-        let total = self.total_load(worker);
+        let total = self.total_load(rank.worker);
         if total.as_array().iter().zip(at_most.as_array()).any(|(booked, most)| *booked > most) {
             return CacheOutcome::Busy(total);
         }
-        self.change(origin, worker, delta);
+        self.change(origin, rank, delta);
         CacheOutcome::Done
+    }
+
+    fn open_stream(&mut self, origin: ReplicaId, id: StreamId, record: StreamRecord) -> CacheOutcome {
+        self.heard(origin);
+        let known = self.streams.get(id).is_some();
+        match self.streams.open(id, record, self.now_ms) {
+            None => CacheOutcome::Refused,
+            Some(record) if known => CacheOutcome::Stream(Box::new(record.clone())),
+            Some(_) => CacheOutcome::Done,
+        }
     }
 
     /// A proposal of a replica that was applied is a sign of life, too.
@@ -345,26 +433,30 @@ impl State for CacheState {
                     self.ranks_changed = true;
                 }
                 self.sessions.forget(worker);
-                if self.corrections.remove(&worker).is_some() {
+                self.lives.remove(&worker);
+                if self.corrections.remove(worker) {
                     self.changed.insert(worker);
                 }
             }
+            CacheCommand::Life { worker, life } => return self.life(worker, life),
+            CacheCommand::LoseFeed { rank } => return self.lose_feed(origin, rank),
             CacheCommand::Bind { session, worker, from } => self.sessions.bind(session, worker, from),
             CacheCommand::Correct { worker, extra } => return self.correct(origin, worker, extra),
-            CacheCommand::Reserve { worker, delta, at_most } => {
-                return self.reserve(origin, worker, &delta, at_most);
+            CacheCommand::Reserve { rank, delta, at_most } => {
+                return self.reserve(origin, rank, &delta, at_most);
             }
             CacheCommand::Loads(deltas) => {
                 self.heard(origin);
-                for (worker, delta) in &deltas {
-                    self.change(origin, *worker, delta);
+                for (rank, delta) in &deltas {
+                    self.change(origin, *rank, delta);
                 }
             }
             CacheCommand::ReplaceLoads(held) => {
-                self.release(origin);
+                // It is alive: what else it has stays its own.
+                self.release_loads(origin);
                 self.heard(origin);
-                for (worker, delta) in &held {
-                    self.change(origin, *worker, delta);
+                for (rank, delta) in &held {
+                    self.change(origin, *rank, delta);
                 }
             }
             CacheCommand::Tick { elapsed_ms, replicas, lease_ms } => {
@@ -373,6 +465,7 @@ impl State for CacheState {
                     self.heard(*id);
                 }
                 let now_ms = self.now_ms;
+                self.streams.tick(now_ms);
                 let expired: Vec<ReplicaId> = self
                     .columns
                     .iter()
@@ -401,6 +494,28 @@ impl State for CacheState {
                 self.release(id);
                 self.columns.remove(&id);
             }
+            CacheCommand::OpenStream { id, record } => return self.open_stream(origin, id, record),
+            CacheCommand::TakeStream { id, from_attempt, record } => {
+                self.heard(origin);
+                if !self.streams.take(id, from_attempt, record, self.now_ms) {
+                    let known = self.streams.get(id).cloned();
+                    return known
+                        .map_or(CacheOutcome::Refused, |record| CacheOutcome::Stream(Box::new(record)));
+                }
+            }
+            CacheCommand::MirrorStream { id, attempt } => self.streams.mirrored(id, attempt, origin),
+            CacheCommand::EndStream { id, attempt, how, keep_ms } => {
+                self.streams.end(id, attempt, how, keep_ms, self.now_ms);
+            }
+            CacheCommand::PurgeStream { id } => self.streams.remove(id),
+            CacheCommand::StreamSecret(secret) => {
+                self.secret.get_or_insert(secret);
+            }
+            CacheCommand::Waiting { keys } => {
+                if self.waiting.len() < ROUTED_WAITING {
+                    self.waiting.push((origin, keys));
+                }
+            }
             CacheCommand::BoundIndex { bytes } => self.index.set_options(index::Options { bytes }),
             CacheCommand::Noop => {}
         }
@@ -412,17 +527,19 @@ impl State for CacheState {
     }
 
     fn digest(&self) -> u64 {
-        let corrections = match self.corrections.is_empty() {
+        let lives = match self.lives.is_empty() {
             true => 0,
-            false => xxhash_rust::xxh3::xxh3_64(&crate::codec::encode(&self.corrections)),
+            false => xxhash_rust::xxh3::xxh3_64_with_seed(&crate::codec::encode(&self.lives), LIVES.into()),
         };
         let all = [
             self.digest.0,
             self.ranks.digest(),
             self.index.digest(),
             self.index.options().bytes,
-            corrections,
+            self.corrections.digest() ^ lives,
             self.sessions.digest(),
+            self.streams.digest(),
+            self.secret.map_or(0, |secret| xxhash_rust::xxh3::xxh3_64(&secret)),
         ];
         xxhash_rust::xxh3::xxh3_64(&all.map(u64::to_le_bytes).concat())
     }
@@ -460,6 +577,9 @@ impl State for CacheState {
                 Some(&CORRECTIONS) => {
                     state.corrections = decode(&value).map_err(text)?;
                 }
+                Some(&LIVES) => state.lives = decode(&value).map_err(text)?,
+                Some(&STREAMS) => state.streams.restore(&value).map_err(text)?,
+                Some(&SECRET) => state.secret = decode(&value).map_err(text)?,
                 Some(&SESSIONS) => state.sessions.restore(&value).map_err(text)?,
                 // Read above.
                 Some(&BOUND) => {}
@@ -469,8 +589,8 @@ impl State for CacheState {
                     let (id, mut column): (ReplicaId, Column) = decode(&value).map_err(text)?;
                     let cells = std::mem::take(&mut column.cells);
                     state.columns.insert(id, column);
-                    for (worker, cell) in cells {
-                        state.change(id, worker, &cell.undo().negated());
+                    for (rank, cell) in cells {
+                        state.change(id, rank, &cell.undo().negated());
                     }
                 }
                 _ => return Err(format!("record {key:02x?} is of no known kind")),
@@ -491,11 +611,20 @@ impl CacheState {
         }
         records.push((vec![RANKS], encode(&self.ranks)));
         records.push((vec![CORRECTIONS], encode(&self.corrections)));
+        if !self.lives.is_empty() {
+            records.push((vec![LIVES], encode(&self.lives)));
+        }
         for (at, piece) in self.sessions.records().into_iter().enumerate() {
             let mut key = vec![SESSIONS];
             key.extend_from_slice(&(at as u32).to_be_bytes());
             records.push((key, piece));
         }
+        for (at, piece) in self.streams.records().into_iter().enumerate() {
+            let mut key = vec![STREAMS];
+            key.extend_from_slice(&(at as u32).to_be_bytes());
+            records.push((key, piece));
+        }
+        records.push((vec![SECRET], encode(&self.secret)));
         records.push((vec![BOUND], encode(&bound)));
         records.extend(index);
         records

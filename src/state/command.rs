@@ -6,12 +6,15 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::corrections::Correction;
+use super::ksana::{KsanaCommand, KsanaOutcome};
 use super::load::{LoadDelta, LoadSum};
 use super::worker::{WorkerSource, WorkerSpec};
 use bytes::Bytes;
 
 use super::ranks::RankKey;
-use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
+use super::streams::{StreamEnd, StreamRecord};
+use crate::ids::{Group, Incarnation, ReplicaId, StreamId, WorkerId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::kv::hash::Seed;
 
@@ -99,6 +102,19 @@ pub enum ControlCommand {
     },
     /// Nothing. A no-op through the whole path, for measuring and for barriers.
     Noop,
+    /// What a worker's engine said of itself after it was registered; what is known already stays.
+    Learned {
+        /// Which.
+        id: WorkerId,
+        /// The registration it belongs to; a later one is left alone.
+        generation: u64,
+        /// Tokens in a KV block.
+        block_size: Option<u32>,
+        /// KV blocks the engine can hold, over all ranks.
+        capacity_blocks: Option<u64>,
+    },
+    /// A change of KsanaLLM's tables.
+    Ksana(KsanaCommand),
 }
 
 /// A sign of life.
@@ -114,9 +130,9 @@ pub struct Sign {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
 pub enum CacheCommand {
     /// What the proposing replica booked and freed since its last batch.
-    Loads(Vec<(WorkerIx, LoadDelta)>),
+    Loads(Vec<(RankKey, LoadDelta)>),
     /// All that the proposing replica holds; replaces its column.
-    ReplaceLoads(Vec<(WorkerIx, LoadDelta)>),
+    ReplaceLoads(Vec<(RankKey, LoadDelta)>),
     /// The cache leader's clock, with the replicas that answered it within their lease.
     Tick {
         /// See [`ControlCommand::Tick`].
@@ -188,22 +204,23 @@ pub enum CacheCommand {
     /// Nothing.
     Noop,
     /// The proposing replica books a request before it sends it: only if no more is booked on the
-    /// worker, by all together, than it knew of when it chose.
+    /// worker, by all together and on all of its ranks, than it knew of when it chose.
     Reserve {
         /// Where.
-        worker: WorkerIx,
+        rank: RankKey,
         /// What is booked.
         delta: LoadDelta,
-        /// Most that may be booked there, of each kind.
+        /// Most that may be booked on the worker, of each kind.
         at_most: LoadSum,
     },
-    /// The worker's engine has more to do than is booked there, for long, as the proposing replica
-    /// was told by it: by so much. Zero takes that back.
+    /// The worker's engine has more to do than is booked there, or less, for long, as the proposing
+    /// replica was told by it: by so much, on the worker and on each of its ranks. Replaces what was
+    /// said of it before; zero takes that back.
     Correct {
         /// Where.
         worker: WorkerIx,
-        /// How much more.
-        extra: LoadSum,
+        /// How much more; below zero for less.
+        extra: Correction,
     },
     /// The proposing replica sent a session's request to a worker, where it stays from now on.
     Bind {
@@ -213,6 +230,67 @@ pub enum CacheCommand {
         worker: WorkerIx,
         /// Where it was, as far as the proposer knows; otherwise nothing changes.
         from: Option<WorkerIx>,
+    },
+    /// The process that a worker's engine is in, by the time of its start; or, where it does not
+    /// say, that it has begun anew. What was reckoned of another process is void.
+    Life {
+        /// Whose.
+        worker: WorkerIx,
+        /// Milliseconds since 1970; `None` if it has begun anew.
+        life: Option<u64>,
+    },
+    /// A rank's engine has no events any more: what they told is void, and its blocks are reckoned
+    /// from here on. For whoever has its feed, or anybody if nobody has.
+    LoseFeed {
+        /// Whose.
+        rank: RankKey,
+    },
+    /// A stream has begun.
+    OpenStream {
+        /// Which.
+        id: StreamId,
+        /// What is known of it; the time is the state's.
+        record: StreamRecord,
+    },
+    /// A stream's holder is taken to be dead: another one goes on, if nobody else does.
+    TakeStream {
+        /// Which.
+        id: StreamId,
+        /// The attempt that has failed; the next is the new holder's.
+        from_attempt: u32,
+        /// The record that is to stand; attempt and time are the state's.
+        record: StreamRecord,
+    },
+    /// The proposing replica has a copy of a stream.
+    MirrorStream {
+        /// Of which.
+        id: StreamId,
+        /// In which attempt.
+        attempt: u32,
+    },
+    /// A stream has ended.
+    EndStream {
+        /// Which.
+        id: StreamId,
+        /// In which attempt; the word of an earlier one counts nothing.
+        attempt: u32,
+        /// How.
+        how: StreamEnd,
+        /// How long it stays listed, milliseconds.
+        keep_ms: u32,
+    },
+    /// A stream is to be forgotten.
+    PurgeStream {
+        /// Which.
+        id: StreamId,
+    },
+    /// Random bytes that all replicas derive stream ids and capabilities from; the first count.
+    StreamSecret([u8; 32]),
+    /// Prompts that the proposing replica told of still wait for the first token of their answers:
+    /// [`crate::routing::recent::Recent::still_wait`].
+    Waiting {
+        /// Which.
+        keys: Vec<u64>,
     },
 }
 
@@ -233,6 +311,8 @@ pub enum CacheOutcome {
     Unknown,
     /// Nothing was booked: there is more on the worker than the proposer knew of.
     Busy(LoadSum),
+    /// Nothing was changed: the stream stands like this.
+    Stream(Box<StreamRecord>),
 }
 
 /// A replica as others know it.
@@ -270,4 +350,6 @@ pub enum ControlOutcome {
     ReplicaId(ReplicaId),
     /// Applied, but this replica learned it from a snapshot and does not know the answer.
     Unknown,
+    /// What became of a change of KsanaLLM's tables.
+    Ksana(KsanaOutcome),
 }

@@ -1,4 +1,4 @@
-//! The control group's state: registry, replicas, cluster time, digests.
+//! The control group's state: registry, KsanaLLM's tables, replicas, cluster time, digests.
 
 use std::collections::BTreeMap;
 
@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::command::{ControlCommand, ControlOutcome, ReplicaInfo, Sign};
 use super::digest::Digest;
+use super::ksana::{KSANA_GROUP, KSANA_NODE, KSANA_PAIR, KSANA_SCALARS, KsanaState};
 use super::replicated::{Records, State};
 use super::worker::{Liveness, WorkerRecord, WorkerSource, WorkerSpec};
 use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
@@ -45,6 +46,7 @@ struct Scalars {
 pub struct ControlState {
     workers: BTreeMap<WorkerId, WorkerRecord>,
     replicas: BTreeMap<ReplicaId, ReplicaRecord>,
+    ksana: KsanaState,
     scalars: Scalars,
     /// Reports by (group, index); not part of the digest, which they describe.
     digests: BTreeMap<(Group, u64), BTreeMap<ReplicaId, u64>>,
@@ -67,6 +69,11 @@ impl ControlState {
     /// The replicas.
     pub fn replicas(&self) -> &BTreeMap<ReplicaId, ReplicaRecord> {
         &self.replicas
+    }
+
+    /// KsanaLLM's nodes, groups and pairs.
+    pub fn ksana(&self) -> &KsanaState {
+        &self.ksana
     }
 
     /// Cluster time in milliseconds: the sum of all leaders' ticks. It stands still without a
@@ -135,8 +142,9 @@ impl ControlState {
                     "worker {id} was registered by an operator; remove it first or choose another id"
                 ));
             }
-            if old.spec == spec && spec.source == WorkerSource::Config {
-                // Every replica proposes its configured workers at every start.
+            if old.spec == spec && matches!(spec.source, WorkerSource::Config | WorkerSource::Name) {
+                // Every replica proposes its configured workers at every start, and each new leader what
+                // names stand for.
                 return ControlOutcome::Registered { replaced: true, generation: old.generation };
             }
             self.registry_version += 1;
@@ -375,6 +383,22 @@ impl State for ControlState {
                 }
             }
             ControlCommand::Noop => {}
+            ControlCommand::Learned { id, generation, block_size, capacity_blocks } => {
+                let is_same = |record: &WorkerRecord| record.generation == generation;
+                if !self.workers.get(&id).is_some_and(is_same) {
+                    return ControlOutcome::UnknownWorker;
+                }
+                self.with_worker(&id, |record| {
+                    let spec = &mut record.spec;
+                    spec.block_size = spec.block_size.or(block_size.filter(|size| *size > 0));
+                    spec.capacity_blocks =
+                        spec.capacity_blocks.or(capacity_blocks.filter(|blocks| *blocks > 0));
+                });
+                self.registry_version += 1;
+            }
+            ControlCommand::Ksana(command) => {
+                return ControlOutcome::Ksana(self.ksana.apply(self.scalars.now_ms, command));
+            }
         }
         ControlOutcome::Done
     }
@@ -384,7 +408,7 @@ impl State for ControlState {
     }
 
     fn digest(&self) -> u64 {
-        self.digest.0
+        self.digest.0.wrapping_add(self.ksana.digest())
     }
 
     fn records(&self) -> Records {
@@ -396,6 +420,7 @@ impl State for ControlState {
         records.extend(
             self.replicas.iter().map(|(id, r)| (key(REPLICA, &id.0.to_be_bytes()), encode(&(id, r)))),
         );
+        records.extend(self.ksana.records());
         records
     }
 
@@ -416,6 +441,9 @@ impl State for ControlState {
                     let (id, record): (ReplicaId, ReplicaRecord) = decode(&value).map_err(text)?;
                     state.digest.add(REPLICA, &record);
                     state.replicas.insert(id, record);
+                }
+                Some(&kind @ (KSANA_NODE | KSANA_GROUP | KSANA_PAIR | KSANA_SCALARS)) => {
+                    state.ksana.restore(kind, &value).map_err(text)?;
                 }
                 _ => return Err(format!("record {key:02x?} is of no known kind")),
             }

@@ -4,11 +4,14 @@
 pub mod cache;
 pub mod command;
 pub mod control;
+pub mod corrections;
 pub mod digest;
+pub mod ksana;
 pub mod load;
 pub mod ranks;
 pub mod replicated;
 pub mod sessions;
+pub mod streams;
 #[cfg(test)]
 mod tests;
 pub mod worker;

@@ -6,7 +6,7 @@
 //! so that nothing is lost or applied twice.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, RangeInclusive};
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,14 @@ pub struct RankKey {
     pub worker: WorkerIx,
     /// Its rank, from 0.
     pub rank: u32,
+}
+
+impl RankKey {
+    /// All that a worker may have.
+    pub fn all_of(worker: WorkerIx) -> RangeInclusive<Self> {
+        let of = |rank| Self { worker, rank };
+        of(0)..=of(u32::MAX)
+    }
 }
 
 /// How the blocks of a rank are known.
@@ -123,8 +131,7 @@ impl Ranks {
 
     /// A worker's, by rank.
     pub fn of(&self, worker: WorkerIx) -> impl Iterator<Item = (&RankKey, &RankRecord)> {
-        let of = |rank| RankKey { worker, rank };
-        self.by_key.range(of(0)..=of(u32::MAX))
+        self.by_key.range(RankKey::all_of(worker))
     }
 
     /// One of them.

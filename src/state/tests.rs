@@ -1,10 +1,13 @@
 //! The state machines against what they promise: exactly once, leases, digests, round trips.
 
+mod lives;
+
 use proptest::prelude::*;
 
 use super::cache::CacheState;
 use super::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo, Sign};
 use super::control::ControlState;
+use super::corrections::Correction;
 use super::load::{LoadDelta, LoadSum};
 use super::ranks::RankKey;
 use super::replicated::{Applied, Replicated, State};
@@ -25,6 +28,7 @@ fn spec(id: &str, source: WorkerSource) -> WorkerSpec {
         engine: Default::default(),
         models: vec![],
         role: Default::default(),
+        transfer: Default::default(),
         dp_ranks: 1,
         block_size: None,
         capacity_blocks: None,
@@ -191,23 +195,56 @@ fn the_minority_of_digests_is_named() {
     assert_eq!(state.take_diverged(), vec![(Group::Cache, 256, ReplicaId(3))]);
 }
 
+/// A worker's first rank.
+fn first(worker: u32) -> RankKey {
+    RankKey { worker: WorkerIx(worker), rank: 0 }
+}
+
+/// What all but this replica hold on worker 1.
+fn peers(state: &CacheState, me: ReplicaId) -> LoadSum {
+    state.peers_load(me, WorkerIx(1)).fold(LoadSum::default(), |sum, (_, load)| sum.with(&load))
+}
+
+#[test]
+fn what_peers_hold_is_known_by_rank_and_released_on_all_of_them() {
+    let mut state = CacheState::default();
+    let delta = LoadDelta { requests: 2, prefill_tokens: 100, decode_blocks: 7 };
+    let on = |rank| RankKey { rank, ..first(1) };
+    for id in [R1, R2] {
+        state.apply(id, CacheCommand::ReplicaUp { id, incarnation: Incarnation(1) });
+    }
+    let empty = state.digest();
+    state.apply(R1, CacheCommand::Loads(vec![(on(0), delta), (on(3), delta), (first(2), delta)]));
+    state.apply(R2, CacheCommand::Loads(vec![(on(3), delta)]));
+    let seen: Vec<_> = state.peers_load(R2, WorkerIx(1)).map(|(rank, load)| (rank, load.requests)).collect();
+    assert_eq!(seen, [(0, 2), (3, 2)], "of the other one");
+    assert_eq!(state.total_load(WorkerIx(1)).requests, 6);
+    let at_most = LoadSum { requests: 5, prefill_tokens: 9999, decode_blocks: 9999 };
+    let late = state.apply(R2, CacheCommand::Reserve { rank: on(1), delta, at_most });
+    assert_eq!(late, CacheOutcome::Busy(state.total_load(WorkerIx(1))), "a worker has room as a whole");
+    for id in [R1, R2] {
+        state.apply(id, CacheCommand::ReplaceLoads(Vec::new()));
+    }
+    assert_eq!(state.digest(), empty);
+}
+
 #[test]
 fn a_replica_whose_lease_ends_holds_nothing_and_gets_it_back_by_saying_so() {
     let mut state = CacheState::default();
     let delta = LoadDelta { requests: 2, prefill_tokens: 100, decode_blocks: 7 };
     for id in [R1, R2] {
         state.apply(id, CacheCommand::ReplicaUp { id, incarnation: Incarnation(1) });
-        state.apply(id, CacheCommand::Loads(vec![(WorkerIx(1), delta)]));
+        state.apply(id, CacheCommand::Loads(vec![(first(1), delta)]));
     }
     assert_eq!(state.total_load(WorkerIx(1)).requests, 4);
-    assert_eq!(state.peers_load(R1, WorkerIx(1)).requests, 2);
+    assert_eq!(peers(&state, R1).requests, 2);
     let tick = |ms| CacheCommand::Tick { elapsed_ms: ms, replicas: vec![R1], lease_ms: 1000 };
     state.apply(R1, tick(1000));
     assert!(state.take_released().is_empty());
     state.apply(R1, tick(1));
     assert_eq!(state.take_released(), vec![R2]);
     assert_eq!(state.total_load(WorkerIx(1)).requests, 2);
-    state.apply(R2, CacheCommand::ReplaceLoads(vec![(WorkerIx(1), delta)]));
+    state.apply(R2, CacheCommand::ReplaceLoads(vec![(first(1), delta)]));
     assert_eq!(state.replica(R2), Some((2, true)));
     // And it can end again: the proposal was a sign of life, not a licence.
     state.apply(R1, tick(1001));
@@ -219,12 +256,47 @@ fn a_replica_whose_lease_ends_holds_nothing_and_gets_it_back_by_saying_so() {
 }
 
 #[test]
+fn who_says_its_loads_anew_keeps_its_feeds_and_corrections() {
+    let mut state = CacheState::default();
+    state.apply(R1, CacheCommand::ReplicaUp { id: R1, incarnation: Incarnation(1) });
+    let delta = LoadDelta { requests: 5, prefill_tokens: 100, decode_blocks: 7 };
+    state.apply(R1, CacheCommand::Loads(vec![(first(1), delta)]));
+    state.apply(R1, CacheCommand::ClaimFeed { rank: first(1), from: None });
+    let less = LoadSum { requests: -2, prefill_tokens: 0, decode_blocks: 0 };
+    let extra = Correction { whole: less, ranks: Vec::new() };
+    state.apply(R1, CacheCommand::Correct { worker: WorkerIx(1), extra: extra.clone() });
+    state.take_ranks_changed();
+    state.apply(R1, CacheCommand::ReplaceLoads(vec![(first(1), delta)]));
+    assert_eq!(state.total_load(WorkerIx(1)).requests, 5);
+    assert_eq!(state.ranks().get(first(1)).unwrap().owner, Some(R1), "it listens as before");
+    assert!(!state.take_ranks_changed());
+    assert_eq!(state.correction(WorkerIx(1)), Some(&extra));
+    // A new life is another matter.
+    state.apply(R1, CacheCommand::ReplicaUp { id: R1, incarnation: Incarnation(2) });
+    assert_eq!(state.ranks().get(first(1)).unwrap().owner, None);
+    assert_eq!(state.correction(WorkerIx(1)), None);
+}
+
+#[test]
+fn what_waits_is_passed_on_and_leaves_nothing_in_the_state() {
+    let mut state = CacheState::default();
+    let before = state.digest();
+    state.apply(R2, CacheCommand::Waiting { keys: vec![1, 2] });
+    assert_eq!(state.take_waiting(), [(R2, vec![1, 2])]);
+    assert!(state.take_waiting().is_empty() && state.digest() == before);
+    for _ in 0..10_000 {
+        state.apply(R2, CacheCommand::Waiting { keys: vec![3] });
+    }
+    assert_eq!(state.take_waiting().len(), 4096, "bounded where nobody takes them");
+}
+
+#[test]
 fn a_reservation_is_taken_only_if_nobody_has_booked_since_the_choice() {
     let mut state = CacheState::default();
     let one = LoadDelta { requests: 1, prefill_tokens: 100, decode_blocks: 7 };
     let reserve = |requests, prefill_tokens| {
         let at_most = LoadSum { requests, prefill_tokens, decode_blocks: 7 * requests };
-        CacheCommand::Reserve { worker: WorkerIx(1), delta: one, at_most }
+        CacheCommand::Reserve { rank: first(1), delta: one, at_most }
     };
     assert_eq!(state.apply(R1, reserve(9, 900)), CacheOutcome::Refused, "nobody would release it");
     for id in [R1, R2] {
@@ -235,7 +307,7 @@ fn a_reservation_is_taken_only_if_nobody_has_booked_since_the_choice() {
     assert_eq!(state.apply(R2, reserve(0, 0)), CacheOutcome::Busy(total));
     assert_eq!(state.apply(R2, reserve(1, 50)), CacheOutcome::Busy(total), "of any kind");
     assert_eq!(state.apply(R2, reserve(2, 100)), CacheOutcome::Done, "less than known is no harm");
-    assert_eq!(state.peers_load(R2, WorkerIx(1)), total);
+    assert_eq!(peers(&state, R2), total);
     assert_eq!(state.total_load(WorkerIx(1)).requests, 2);
 }
 
@@ -243,14 +315,24 @@ fn a_reservation_is_taken_only_if_nobody_has_booked_since_the_choice() {
 fn a_correction_holds_until_it_is_taken_back_or_whoever_made_it_or_the_worker_is_gone() {
     let mut state = CacheState::default();
     let (worker, extra) = (WorkerIx(1), LoadSum { requests: 5, decode_blocks: 40, ..LoadSum::default() });
-    let correct = |extra| CacheCommand::Correct { worker, extra };
+    let correct = |extra| {
+        // Of a rank it says the same.
+        let ranks = Some((2, extra)).filter(|(_, extra)| *extra != LoadSum::default());
+        CacheCommand::Correct {
+            worker,
+            extra: Correction { whole: extra, ranks: ranks.into_iter().collect() },
+        }
+    };
     assert_eq!(state.apply(R1, correct(extra)), CacheOutcome::Refused, "nobody would take it back");
     for id in [R1, R2] {
         state.apply(id, CacheCommand::ReplicaUp { id, incarnation: Incarnation(1) });
     }
     let empty = state.digest();
-    let seen = |state: &mut CacheState| (state.correction(worker), state.take_changed().contains(&worker));
-    let none = (LoadSum::default(), true);
+    let seen = |state: &mut CacheState| {
+        let correction = state.correction(worker).cloned().unwrap_or_default();
+        (correction.whole, correction.of_rank(2), state.take_changed().contains(&worker))
+    };
+    let none = (LoadSum::default(), LoadSum::default(), true);
     for end in [
         (R2, correct(LoadSum::default())),
         (R2, CacheCommand::ForgetWorker { worker }),
@@ -258,13 +340,39 @@ fn a_correction_holds_until_it_is_taken_back_or_whoever_made_it_or_the_worker_is
     ] {
         state.apply(R1, CacheCommand::Loads(Vec::new()));
         state.apply(R1, correct(extra));
-        assert_eq!(seen(&mut state), (extra, true));
+        assert_eq!(seen(&mut state), (extra, extra, true));
         assert_ne!(state.digest(), empty);
         assert!(state.total_load(worker).is_zero(), "it is nobody's booking");
         state.apply(end.0, end.1);
         assert_eq!(seen(&mut state), none);
         assert_eq!(state.digest(), empty);
     }
+}
+
+#[test]
+fn what_a_correction_takes_off_ends_with_the_bookings_that_it_may_have_been_taken_from() {
+    let mut state = CacheState::default();
+    for id in [R1, R2] {
+        state.apply(id, CacheCommand::ReplicaUp { id, incarnation: Incarnation(1) });
+    }
+    let delta = LoadDelta { requests: 5, prefill_tokens: 100, decode_blocks: 9 };
+    state.apply(R2, CacheCommand::Loads(vec![(first(1), delta)]));
+    let less = LoadSum { requests: -5, prefill_tokens: -100, decode_blocks: 40 };
+    let less_on = |rank| Correction { whole: less, ranks: vec![(rank, less)] };
+    for (worker, rank) in [(1, 0), (2, 0), (3, 1)] {
+        state.apply(R1, CacheCommand::Correct { worker: WorkerIx(worker), extra: less_on(rank) });
+    }
+    state.apply(R2, CacheCommand::Loads(vec![(first(3), delta)]));
+    let again = CacheState::restore(state.records()).unwrap();
+    assert_eq!((again.correction(WorkerIx(1)), again.digest()), (Some(&less_on(0)), state.digest()));
+    state.apply(R1, CacheCommand::Tick { elapsed_ms: 2000, replicas: vec![R1], lease_ms: 1000 });
+    assert_eq!(state.total_load(WorkerIx(1)), LoadSum::default());
+    let more = LoadSum { decode_blocks: 40, ..LoadSum::default() };
+    let more_on_0 = Correction { whole: more, ranks: vec![(0, more)] };
+    assert_eq!(state.correction(WorkerIx(1)), Some(&more_on_0), "more than is booked is more than ever");
+    assert_eq!(state.correction(WorkerIx(2)), Some(&less_on(0)), "nothing was released there");
+    let elsewhere = Correction { whole: more, ranks: vec![(1, less)] };
+    assert_eq!(state.correction(WorkerIx(3)), Some(&elsewhere), "nothing was released on that rank");
 }
 
 #[test]
@@ -411,8 +519,7 @@ fn any_delta() -> impl Strategy<Value = LoadDelta> + Clone {
 }
 
 fn any_cache_command() -> impl Strategy<Value = (ReplicaId, CacheCommand)> {
-    let loads = prop::collection::vec((0..6u32, any_delta()), 0..5)
-        .prop_map(|v| v.into_iter().map(|(w, d)| (WorkerIx(w), d)).collect::<Vec<_>>());
+    let loads = prop::collection::vec((any_rank(), any_delta()), 0..5);
     let command = prop_oneof![
         6 => loads.clone().prop_map(CacheCommand::Loads),
         1 => loads.prop_map(CacheCommand::ReplaceLoads),
@@ -437,16 +544,20 @@ fn any_cache_command() -> impl Strategy<Value = (ReplicaId, CacheCommand)> {
             CacheCommand::Routed { rank, seed: Seed::default(), locals: locals.into(), capacity }
         }),
         1 => (0..3u32).prop_map(|n| CacheCommand::ForgetWorker { worker: WorkerIx(n) }),
-        3 => (0..6u32, any_delta(), -2..5i64, -500..500i64).prop_map(|(worker, delta, requests, prefill_tokens)| {
+        1 => any_rank().prop_map(|rank| CacheCommand::LoseFeed { rank }),
+        2 => (0..3u32, prop::option::of(0..2u64))
+            .prop_map(|(worker, life)| CacheCommand::Life { worker: WorkerIx(worker), life }),
+        3 => (any_rank(), any_delta(), -2..5i64, -500..500i64).prop_map(|(rank, delta, requests, prefill_tokens)| {
             let at_most = LoadSum { requests, prefill_tokens, decode_blocks: 20 };
-            CacheCommand::Reserve { worker: WorkerIx(worker), delta, at_most }
+            CacheCommand::Reserve { rank, delta, at_most }
         }),
         3 => (0..5u64, 0..3u32, prop::option::of((0..3u32).prop_map(WorkerIx))).prop_map(|(session, worker, from)| {
             CacheCommand::Bind { session, worker: WorkerIx(worker), from }
         }),
-        2 => (0..3u32, 0..4i64).prop_map(|(worker, requests)| CacheCommand::Correct {
-            worker: WorkerIx(worker),
-            extra: LoadSum { requests, decode_blocks: requests * 9, ..LoadSum::default() },
+        2 => (any_rank(), -4..4i64, any::<bool>()).prop_map(|(rank, requests, divided)| {
+            let whole = LoadSum { requests, decode_blocks: requests * 9, ..LoadSum::default() };
+            let ranks = if divided { vec![(rank.rank, whole)] } else { Vec::new() };
+            CacheCommand::Correct { worker: rank.worker, extra: Correction { whole, ranks } }
         }),
     ];
     (1..4u64, command).prop_map(|(id, command)| (ReplicaId(id), command))
@@ -492,7 +603,12 @@ fn any_control_command() -> impl Strategy<Value = (ReplicaId, ControlCommand)> {
             .map(|(i, age_ms)| Sign { id: WorkerId::parse(i).unwrap(), age_ms: *age_ms })
             .collect::<Vec<_>>()
     });
-    let source = prop_oneof![Just(WorkerSource::Node), Just(WorkerSource::Admin), Just(WorkerSource::Config)];
+    let source = prop_oneof![
+        Just(WorkerSource::Node),
+        Just(WorkerSource::Admin),
+        Just(WorkerSource::Config),
+        Just(WorkerSource::Name)
+    ];
     let command = prop_oneof![
         3 => (id.clone(), source, any::<bool>(), 1..4u32).prop_map(|(id, source, heartbeats, weight)| {
             let mut spec = spec(&id, source);
@@ -555,7 +671,8 @@ proptest! {
         prop_assert_eq!(a.state.digest(), b.state.digest());
         for worker in 0..6 {
             let total = a.state.total_load(WorkerIx(worker));
-            let sum: i64 = (1..4).map(|r| a.state.total_load(WorkerIx(worker)).minus(&a.state.peers_load(ReplicaId(r), WorkerIx(worker))).requests).sum();
+            let peers = |r| a.state.peers_load(ReplicaId(r), WorkerIx(worker)).map(|(_, load)| load.requests).sum::<i64>();
+            let sum: i64 = (1..4).map(|r| total.requests - peers(r)).sum();
             prop_assert_eq!(total.requests, sum, "the total is the sum of the columns");
         }
     }

@@ -62,6 +62,83 @@ impl WorkerRole {
     }
 }
 
+/// How an engine that does a part of a request hands the KV cache on, or gets it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum Connector {
+    /// vLLM's NIXL connectors, pulling or pushing: the prefill's answer says where its blocks are, for
+    /// the decode worker to see.
+    Nixl,
+    /// vLLM's Mooncake connector: both parts run at once, under an id that the router makes.
+    Mooncake,
+    /// vLLM's P2pNccl connector (before 0.24): the addresses of both are in the request's id.
+    P2pNccl,
+    /// vLLM's MoRI-IO connector: as NIXL, with an id that the router makes and both addresses in the
+    /// request's id.
+    Moriio,
+    /// A store that both know (LMCache, shared storage): nothing is said of it.
+    Shared,
+    /// SGLang: both parts run at once, under a room number that the router makes.
+    Sglang,
+}
+
+impl Connector {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Connector; 6] = [
+        Connector::Nixl,
+        Connector::Mooncake,
+        Connector::P2pNccl,
+        Connector::Moriio,
+        Connector::Shared,
+        Connector::Sglang,
+    ];
+
+    /// The name used in JSON, flags and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Connector::Nixl => "nixl",
+            Connector::Mooncake => "mooncake",
+            Connector::P2pNccl => "p2p-nccl",
+            Connector::Moriio => "moriio",
+            Connector::Shared => "shared",
+            Connector::Sglang => "sglang",
+        }
+    }
+
+    /// Whether an engine that decodes can do a whole request by itself: SGLang's asks for a room, and
+    /// P2pNccl for an id with addresses.
+    pub fn decodes_alone(self) -> bool {
+        !matches!(self, Connector::Sglang | Connector::P2pNccl)
+    }
+
+    /// Whether the engines' addresses for each other have to be registered.
+    pub fn wants_side_channel(self) -> bool {
+        matches!(self, Connector::P2pNccl | Connector::Moriio)
+    }
+}
+
+/// What is known of handing the KV cache on, of a worker that does a part of a request.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Debug, Default)]
+pub struct KvTransfer {
+    /// How; where left out, as the engine ordinarily does.
+    #[serde(default)]
+    pub connector: Option<Connector>,
+    /// Where decode workers find this prefill worker; where left out, the host of its URL.
+    #[serde(default)]
+    pub bootstrap_host: Option<String>,
+    /// ... and at which port; where left out, [`KvTransfer::BOOTSTRAP_PORT`].
+    #[serde(default)]
+    pub bootstrap_port: Option<u16>,
+    /// Its address for the engines it hands over to or gets from, where those are told it by the router.
+    #[serde(default)]
+    pub side_channel: Option<String>,
+}
+
+impl KvTransfer {
+    /// What SGLang and vLLM's Mooncake connector listen on where nobody says otherwise.
+    pub const BOOTSTRAP_PORT: u16 = 8998;
+}
+
 /// Who put a worker into the registry; a source may only take back what it put in itself.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Debug)]
 #[serde(rename_all = "lowercase")]
@@ -72,6 +149,8 @@ pub enum WorkerSource {
     Admin,
     /// `POST /v1/nodes`: the engine or its agent registered itself.
     Node,
+    /// `[[discover]]`: an endpoint of a name.
+    Name,
 }
 
 /// A model that a worker serves. Goes through [`crate::codec`]: no member may be skipped when
@@ -99,6 +178,14 @@ pub enum Liveness {
     Heartbeat,
 }
 
+/// The label that says where a worker's node agent is: `host:port`. It holds the worker's streams.
+pub const AGENT_LABEL: &str = "everline-agent";
+/// A label: the name that the agent's certificate has to show, where there are certificates.
+pub const AGENT_NAME_LABEL: &str = "everline-agent-name";
+
+/// A label of workers that are endpoints of a name: the name.
+pub const NAME_LABEL: &str = "everline-name";
+
 /// A worker as it was registered: everything that routing may want to know and that does not
 /// change from one second to the next.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Debug)]
@@ -116,6 +203,9 @@ pub struct WorkerSpec {
     /// Part of the request it does.
     #[serde(default)]
     pub role: WorkerRole,
+    /// How it hands the KV cache on, if it does but a part.
+    #[serde(default)]
+    pub transfer: KvTransfer,
     /// Data-parallel ranks behind this URL, 1 to 1024.
     #[serde(default = "one")]
     pub dp_ranks: u32,
@@ -155,8 +245,82 @@ fn hundred() -> u32 {
 }
 
 impl WorkerSpec {
+    /// Where its agent is reached, and the name that the certificate there has to show.
+    pub fn agent(&self) -> Option<(String, Option<String>)> {
+        Some((self.labels.get(AGENT_LABEL)?.clone(), self.labels.get(AGENT_NAME_LABEL).cloned()))
+    }
+
+    /// How it hands the KV cache on, if it does but a part of a request.
+    pub fn connector(&self) -> Connector {
+        self.transfer.connector.unwrap_or(match self.engine {
+            EngineKind::Vllm => Connector::Nixl,
+            EngineKind::Sglang => Connector::Sglang,
+            EngineKind::OpenaiCompatible => Connector::Shared,
+        })
+    }
+
+    /// Where decode workers find this prefill worker. An IPv6 address has its brackets.
+    pub fn bootstrap(&self) -> (&str, u16) {
+        let authority = self.url.split_once("://").map_or(self.url.as_str(), |(_, rest)| rest);
+        let host = match authority.rsplit_once(':') {
+            Some((host, port)) if !port.contains(']') => host,
+            _ => authority,
+        };
+        let transfer = &self.transfer;
+        let host = transfer.bootstrap_host.as_deref().unwrap_or(host);
+        (host, transfer.bootstrap_port.unwrap_or(KvTransfer::BOOTSTRAP_PORT))
+    }
+
+    /// Whether it can do a whole request by itself.
+    pub fn works_alone(&self) -> bool {
+        match self.role {
+            WorkerRole::Aggregated => true,
+            WorkerRole::Prefill => false,
+            WorkerRole::Decode => self.connector().decodes_alone(),
+        }
+    }
+
+    fn validate_transfer(&self) -> Result<(), String> {
+        let transfer = &self.transfer;
+        if self.role == WorkerRole::Aggregated {
+            if *transfer != KvTransfer::default() {
+                let text = "connector, bootstrap_host, bootstrap_port and side_channel are for workers of the role \
+                            prefill or decode";
+                return Err(text.to_owned());
+            }
+            return Ok(());
+        }
+        for (what, text) in
+            [("bootstrap_host", &transfer.bootstrap_host), ("side_channel", &transfer.side_channel)]
+        {
+            let Some(text) = text else { continue };
+            bound(what, text.len(), Self::MAX_TEXT)?;
+            // They become parts of headers, addresses and ids.
+            let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-._:,[]".contains(&b);
+            if text.is_empty() || !text.bytes().all(is_plain) || text.contains("___") {
+                return Err(format!("{what} {text:?} must be an address"));
+            }
+        }
+        if transfer.bootstrap_port == Some(0) {
+            return Err("bootstrap_port must be 1 to 65535".to_owned());
+        }
+        let connector = self.connector();
+        if (connector == Connector::Sglang) != (self.engine == EngineKind::Sglang) {
+            return Err(format!("engine {} does not go with connector {}", self.engine, connector.name()));
+        }
+        if connector.wants_side_channel() && transfer.side_channel.is_none() {
+            return Err(format!(
+                "connector {} needs side_channel, the engine's zmq_address",
+                connector.name()
+            ));
+        }
+        Ok(())
+    }
+
     /// Most models of one worker.
     pub const MAX_MODELS: usize = 256;
+    /// Most data-parallel ranks of one worker.
+    pub const MAX_RANKS: u32 = 1024;
     /// Most labels of one worker.
     pub const MAX_LABELS: usize = 64;
     /// Longest model name, label key, label value and URL, in bytes.
@@ -186,8 +350,8 @@ impl WorkerSpec {
         for (key, value) in &self.labels {
             bound("a label", key.len().max(value.len()), Self::MAX_TEXT)?;
         }
-        if !(1..=1024).contains(&self.dp_ranks) {
-            return Err(format!("dp_ranks must be 1 to 1024, this is {}", self.dp_ranks));
+        if !(1..=Self::MAX_RANKS).contains(&self.dp_ranks) {
+            return Err(format!("dp_ranks must be 1 to {}, this is {}", Self::MAX_RANKS, self.dp_ranks));
         }
         if !(1..=1000).contains(&self.weight) {
             return Err(format!("weight must be 1 to 1000, this is {}", self.weight));
@@ -197,7 +361,7 @@ impl WorkerSpec {
                 "block_size, capacity_blocks and max_requests must be greater than 0 where given".to_owned()
             );
         }
-        Ok(())
+        self.validate_transfer()
     }
 
     /// Whether a node with this token may speak for the worker.

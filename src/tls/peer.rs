@@ -17,21 +17,24 @@ use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{Acceptor, NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore,
     ServerConfig, SignatureScheme,
 };
 use tokio::net::TcpStream;
-use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use tokio_rustls::server::StartHandshake;
+use tokio_rustls::{LazyConfigAcceptor, TlsConnector, TlsStream};
 
 use super::name::MemberName;
 use super::reload::{Look, Reloading, Source};
 use super::{TlsError, files, provider};
 
 /// What the links speak; says no to a browser that strays here.
-const ALPN: &[u8] = b"h2";
+pub const ALPN: &[u8] = b"h2";
+/// The same, on connections for output streams.
+pub const ALPN_STREAMS: &[u8] = b"everline-streams";
 
 /// The files a replica's identity is made of.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -104,23 +107,35 @@ impl PeerTls {
     }
 
     /// Shows our certificate to whoever listens there and wants to see that of `member`, or of any
-    /// member of this cluster.
+    /// member of this cluster; to speak `alpn` with it.
     pub async fn connect(
         &self,
         stream: TcpStream,
         address: SocketAddr,
         member: Option<&str>,
+        alpn: &[u8],
     ) -> io::Result<TlsStream<TcpStream>> {
-        let config = self.material.get().client(member.map(str::to_owned)).map_err(io::Error::other)?;
+        let config = self.material.get().client(member.map(str::to_owned), alpn);
+        let config = config.map_err(io::Error::other)?;
         // An address sends no name: ours are not for others to read.
         let name = ServerName::IpAddress(address.ip().into());
         Ok(TlsConnector::from(Arc::new(config)).connect(name, stream).await?.into())
     }
 
-    /// Answers somebody who has connected, and says which member of this cluster it is.
-    pub async fn accept(&self, stream: TcpStream) -> io::Result<(TlsStream<TcpStream>, MemberName)> {
-        let acceptor = TlsAcceptor::from(Arc::clone(&self.material.get().server));
-        let stream = acceptor.accept(stream).await?;
+    /// Hears the first words of somebody who has connected, and whether it wants to speak of streams.
+    pub async fn hear(stream: TcpStream) -> io::Result<(StartHandshake<TcpStream>, bool)> {
+        let begun = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        // Of several it gets this one: it is the first of ours.
+        let streams = begun.client_hello().alpn().is_some_and(|mut all| all.any(|one| one == ALPN_STREAMS));
+        Ok((begun, streams))
+    }
+
+    /// Answers somebody who was heard, and says which member of this cluster it is.
+    pub async fn accept(
+        &self,
+        begun: StartHandshake<TcpStream>,
+    ) -> io::Result<(TlsStream<TcpStream>, MemberName)> {
+        let stream = begun.into_stream(Arc::clone(&self.material.get().server)).await?;
         let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         let name = shown.ok_or("no certificate".to_owned()).and_then(MemberName::of);
         // The verifier has seen it and agreed; there is no way here without one.
@@ -140,7 +155,7 @@ impl Material {
         let end_entity = &key.cert[0];
         let me = MemberName::of(end_entity).map_err(wrong)?;
         if me.member != name {
-            return Err(wrong(format!("is the certificate of {}, but this replica is {name}", me.member)));
+            return Err(wrong(format!("is the certificate of {}, but this process is {name}", me.member)));
         }
         let provider = provider();
         let verifier = Verifier::new(&roots, &me.cluster, None, &provider).map_err(wrong)?;
@@ -151,14 +166,14 @@ impl Material {
             .map_err(|e| wrong(e.to_string()))?
             .with_client_cert_verifier(Arc::new(verifier))
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&key))));
-        server.alpn_protocols = vec![ALPN.to_vec()];
+        server.alpn_protocols = vec![ALPN_STREAMS.to_vec(), ALPN.to_vec()];
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
         let expires = files::expires(&paths.cert, &key.cert)?;
         Ok(Self { roots, key, server: Arc::new(server), me, expires, provider })
     }
 
-    fn client(&self, member: Option<String>) -> Result<ClientConfig, rustls::Error> {
+    fn client(&self, member: Option<String>, alpn: &[u8]) -> Result<ClientConfig, rustls::Error> {
         let verifier = Verifier::new(&self.roots, &self.me.cluster, member, &self.provider)
             .map_err(rustls::Error::General)?;
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
@@ -166,7 +181,7 @@ impl Material {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))));
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = vec![alpn.to_vec()];
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
         Ok(config)
@@ -323,9 +338,10 @@ pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
 fn explain_tls(error: &rustls::Error) -> String {
     match error {
         rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(why))) => why.to_string(),
-        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
-            "the certificate is not of the cluster's authority".to_owned()
-        }
+        // An authority of the same name, as `everline certs` makes them all, shows by its signature.
+        rustls::Error::InvalidCertificate(
+            CertificateError::UnknownIssuer | CertificateError::BadSignature,
+        ) => "the certificate is not of the cluster's authority".to_owned(),
         rustls::Error::InvalidMessage(_) => "that is not TLS".to_owned(),
         other => other.to_string(),
     }

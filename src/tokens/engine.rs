@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
+use super::conversation::Dialect;
 use super::json::Json;
 use super::request::Chat;
 
@@ -31,6 +32,13 @@ pub trait Engines: Send + Sync + 'static {
     /// `POST /tokenize` with this JSON to any engine of `model`; the body of a 200, of at most
     /// [`MAX_ANSWER`] bytes. The future is dropped when it takes too long.
     fn tokenize<'a>(&'a self, model: &'a str, question: Bytes) -> Answer<'a>;
+
+    /// Whether there is nobody to ask: no engine of the model tells token ids, and none tells what it
+    /// has cached, which would be by token ids. Then all of them may be routed by text.
+    fn only_text(&self, model: &str) -> bool;
+
+    /// Whose idea of messages the engines of the model have, where all have the same.
+    fn dialect(&self, model: &str) -> Option<Dialect>;
 }
 
 /// A question, as JSON.
@@ -147,6 +155,16 @@ impl Asker {
             seed,
             counts: Default::default(),
         }
+    }
+
+    /// See [`Engines::only_text`].
+    pub(super) fn only_text(&self, model: &str) -> bool {
+        self.engines.as_ref().is_some_and(|engines| engines.only_text(model))
+    }
+
+    /// See [`Engines::dialect`].
+    pub(super) fn dialect(&self, model: &str) -> Option<Dialect> {
+        self.engines.as_ref()?.dialect(model)
     }
 
     /// Token ids, or `None` for one of the reasons that are counted.

@@ -9,15 +9,17 @@
 //!                    └──────── an engine, or plain text ───┘
 //! ```
 //!
-//! [`request`] reads what a route calls its prompt, [`conversation`] puts messages as the engine
+//! [`ids`] lifts long prompts of ids out of the body first. [`request`] reads what a route calls its prompt, [`conversation`] puts messages as the engine
 //! would, [`template`] renders them, [`tokenizer`] makes ids of the text with the help of
 //! [`segments`], and [`prompt`] has the hashes. [`Tokenizers`] puts it together for all models,
-//! on the threads of [`pool`]. A prompt that cannot be known exactly as the engine knows it is
+//! on the threads of [`pool`]. [`answer`] collects what comes behind a prompt. A prompt that cannot be known exactly as the engine knows it is
 //! known by less, never wrongly.
 
+pub mod answer;
 pub mod content;
 pub mod conversation;
 pub mod engine;
+pub mod ids;
 pub mod json;
 pub mod load;
 pub mod model;
@@ -29,6 +31,8 @@ pub mod template;
 pub mod tokenizer;
 
 mod anthropic;
+mod behind;
+mod native;
 mod responses;
 #[cfg(test)]
 mod tests;
@@ -41,9 +45,12 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 
+pub use self::answer::Collector;
+pub use self::behind::Answered;
 pub use self::content::ContentFormat;
 pub use self::conversation::Dialect;
 pub use self::engine::{AskFigures, AskOptions, Engines};
+pub use self::ids::{Lifted, lift};
 pub use self::load::LoadError;
 pub use self::model::{Mode, ModelFigures};
 pub use self::prompt::{Prompt, PromptKey, Source};
@@ -52,7 +59,7 @@ pub use self::segments::SegmentFigures;
 
 use self::engine::Asker;
 use self::json::Json;
-use self::model::{Model, Outcome};
+use self::model::{How, Model, Outcome};
 use self::pool::Pool;
 use self::prompt::estimate;
 use self::segments::Segments;
@@ -73,8 +80,8 @@ pub struct ModelOptions {
     pub content_format: Option<ContentFormat>,
     /// Variables that the engine sets in every template unless a request does.
     pub template_kwargs: Vec<(String, Json)>,
-    /// Whose idea of messages it is.
-    pub dialect: Dialect,
+    /// Whose idea of messages it is; where left out, that of the engines that serve it.
+    pub dialect: Option<Dialect>,
     /// Whether the engine leaves out tools when the client says `tool_choice: "none"`.
     pub exclude_tools_when_none: bool,
 }
@@ -122,6 +129,8 @@ pub struct Ask<'a> {
     pub form: Form,
     /// The body as it came.
     pub body: &'a Bytes,
+    /// The same without the ids of its prompt, which are at the top of it; if they were lifted.
+    pub lifted: Option<&'a Lifted>,
     /// What templates see as the time.
     pub now: SystemTime,
 }
@@ -187,30 +196,74 @@ impl Tokenizers {
     /// What is known of a request's prompt. Never fails: what cannot be known is left out, and
     /// counted.
     pub async fn prompt(&self, ask: Ask<'_>) -> Prompt {
-        let model = self.models.get(ask.model).unwrap_or(&self.other);
-        let outcome = if ask.body.len() <= self.inline_bytes {
-            let work = || model.prompt(ask.model, ask.form, ask.body, ask.lora, ask.now);
-            catch_unwind(AssertUnwindSafe(work)).ok()
-        } else {
-            let (model, body) = (Arc::clone(model), ask.body.clone());
-            let (form, lora, now) = (ask.form, ask.lora.map(str::to_owned), ask.now);
-            let name = ask.model.to_owned();
-            self.pool.run(move || model.prompt(&name, form, &body, lora.as_deref(), now)).await
-        };
+        let how = self.how(self.model(ask.model), ask.model);
+        self.known(ask, how).await
+    }
+
+    /// The same where there is no engine to be asked: of a model without files its text is known.
+    pub async fn prompt_unasked(&self, ask: Ask<'_>) -> Prompt {
+        let how = self.how(self.model(ask.model), ask.model);
+        let mode = if how.mode == Mode::Engine { Mode::Text } else { how.mode };
+        self.known(ask, How { mode, ..how }).await
+    }
+
+    fn model(&self, name: &str) -> &Arc<Model> {
+        self.models.get(name).unwrap_or(&self.other)
+    }
+
+    async fn known(&self, ask: Ask<'_>, how: How) -> Prompt {
+        let model = self.model(ask.model);
+        let outcome = self.read(model, &ask, how).await;
         let prompt = match outcome {
             Some(Outcome::Known(prompt)) => prompt,
-            Some(Outcome::Ask { question, seed, estimate, further }) => {
-                let ids = self.asker.ask(ask.model, question).await;
-                ids.map_or_else(
-                    || Prompt::unknown(estimate, seed),
-                    |ids| Prompt::of_ids(ids, seed, Source::Engine),
-                )
-                .and_further(further)
+            Some(Outcome::Ask { question, seed, estimate, others }) => {
+                match self.asker.ask(ask.model, question).await {
+                    Some(ids) => Prompt::of_ids(ids, seed, Source::Engine).with_others(others),
+                    // That is what was learnt by asking.
+                    None if self.asker.only_text(ask.model) => {
+                        match self.read(model, &ask, How { mode: Mode::Text, ..how }).await {
+                            Some(Outcome::Known(prompt)) => prompt,
+                            _ => Prompt::unknown(estimate, seed).with_others(others),
+                        }
+                    }
+                    None => Prompt::unknown(estimate, seed).with_others(others),
+                }
             }
             None => Prompt::unknown(estimate(ask.body.len()), Seed::new(ask.lora, None)),
         };
         model.count(prompt.source());
         prompt
+    }
+
+    /// What depends on the engines that serve the model now.
+    fn how(&self, model: &Model, name: &str) -> How {
+        let mode = match model.mode() {
+            Mode::Engine if self.asker.only_text(name) => Mode::Text,
+            mode => mode,
+        };
+        let by_engines = || self.asker.dialect(name).filter(|_| mode == Mode::Tokenizer);
+        How { mode, dialect: model.dialect().or_else(by_engines).unwrap_or_default() }
+    }
+
+    /// Reads the request here or on the threads, as long as it is. `None` if neither was possible.
+    async fn read(&self, model: &Arc<Model>, ask: &Ask<'_>, how: How) -> Option<Outcome> {
+        if let Some(lifted) = ask.lifted.filter(|it| it.rest.len() <= self.inline_bytes) {
+            let work = || model.lifted(ask.form, lifted, ask.lora);
+            let prompt = catch_unwind(AssertUnwindSafe(work)).ok()?;
+            // What is not understood by its ids has a beginning as text.
+            if how.mode != Mode::Text || prompt.source() != Source::Unknown {
+                return Some(Outcome::Known(prompt));
+            }
+        }
+        if ask.body.len() <= self.inline_bytes {
+            let work = || model.prompt(ask.model, ask.form, ask.body, ask.lora, ask.now, how);
+            catch_unwind(AssertUnwindSafe(work)).ok()
+        } else {
+            let (model, body) = (Arc::clone(model), ask.body.clone());
+            let (form, lora, now) = (ask.form, ask.lora.map(str::to_owned), ask.now);
+            let name = ask.model.to_owned();
+            self.pool.run(move || model.prompt(&name, form, &body, lora.as_deref(), now, how)).await
+        }
     }
 
     /// What it did so far.

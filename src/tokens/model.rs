@@ -10,6 +10,7 @@ use super::ModelOptions;
 use super::content::{ContentFormat, detect};
 use super::conversation::{Conversation, Dialect, MEDIA, normalise};
 use super::engine::Question;
+use super::ids::Lifted;
 use super::json::Json;
 use super::load::{LoadError, Loaded, load};
 use super::prompt::{Prompt, Source, estimate};
@@ -37,6 +38,15 @@ pub enum Mode {
     Text,
 }
 
+/// What of reading a request depends on the engines that serve the model now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct How {
+    /// Where token ids come from; [`Mode::Text`] too where no engine could be asked.
+    pub(super) mode: Mode,
+    /// Whose idea of messages it is.
+    pub(super) dialect: Dialect,
+}
+
 /// A request that was read, or a question to an engine.
 #[derive(Debug)]
 pub(super) enum Outcome {
@@ -46,8 +56,8 @@ pub(super) enum Outcome {
         seed: Seed,
         /// Tokens, if no engine answers.
         estimate: usize,
-        /// Tokens of the request's other prompts.
-        further: usize,
+        /// The request's other prompts.
+        others: Vec<Prompt>,
     },
 }
 
@@ -72,7 +82,12 @@ struct Local {
 #[derive(Debug)]
 struct Template {
     template: ChatTemplate,
-    format: ContentFormat,
+    /// As the operator said.
+    given: Option<ContentFormat>,
+    /// By vLLM's rule.
+    detected: ContentFormat,
+    /// SGLang takes any template that speaks of pictures for one that wants parts.
+    speaks_of_media: bool,
     knows_developers: bool,
 }
 
@@ -99,7 +114,7 @@ impl Model {
                 let template = options.chat_template.as_deref();
                 let mut loaded = load(&options.name, directory, template, Arc::clone(segments), seed)?;
                 let known = |template: Option<ChatTemplate>| {
-                    template.map(|template| Template::new(template, options.content_format, options.dialect))
+                    template.map(|template| Template::new(template, options.content_format))
                 };
                 let (default, tool_use) = (loaded.templates.default.take(), loaded.templates.tool_use.take());
                 Some(Local { loaded, default: known(default), tool_use: known(tool_use) })
@@ -123,8 +138,36 @@ impl Model {
         }
     }
 
+    pub(super) fn mode(&self) -> Mode {
+        self.options.mode
+    }
+
+    /// The dialect, if it is configured.
+    pub(super) fn dialect(&self) -> Option<Dialect> {
+        self.options.dialect
+    }
+
+    /// Ids of a text that stands behind a prompt.
+    pub(super) fn encode_behind(&self, text: &str) -> Option<Vec<u32>> {
+        let encoded = self.local.as_ref()?.loaded.tokenizer.encode_behind(text);
+        encoded.map_err(|error| self.failed(&error)).ok()
+    }
+
     pub(super) fn count(&self, source: Source) {
         self.sources[source as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Reads a request whose prompt's ids are read already: they need no tokenizer.
+    pub(super) fn lifted(&self, form: Form, lifted: &Lifted, lora: Option<&str>) -> Prompt {
+        let Request { input, salt } = read(form, &lifted.rest);
+        let seed = Seed::new(lora, salt.as_deref());
+        match input {
+            // That is where they were.
+            Input::Ids { ids, others } if ids.is_empty() && others.is_empty() => {
+                Prompt::of_ids(Arc::clone(&lifted.ids), seed, Source::Ids)
+            }
+            _ => Prompt::unknown(estimate(lifted.length), seed),
+        }
     }
 
     /// Reads a request and does all that can be done without asking anybody.
@@ -136,34 +179,51 @@ impl Model {
         body: &Bytes,
         lora: Option<&str>,
         now: SystemTime,
+        how: How,
     ) -> Outcome {
         let Request { input, salt } = read(form, body);
         let seed = Seed::new(lora, salt.as_deref());
         let known = match input {
+            Input::Opaque if how.mode == Mode::Text => {
+                let kept = body[..body.len().min(MAX_TEXT)].to_vec();
+                let length = kept.len();
+                Prompt::of_text(kept, seed).certain_up_to(length, estimate(body.len()))
+            }
             Input::Opaque => Prompt::unknown(estimate(body.len()), seed),
-            Input::Ids { ids, further } => Prompt::of_ids(ids, seed, Source::Ids).and_further(further),
-            Input::Text { text, special, further } => match (self.options.mode, &self.local) {
+            Input::Ids { ids, others } => {
+                let of = |ids: Vec<u32>| Prompt::of_ids(ids, seed, Source::Ids);
+                of(ids).with_others(others.into_iter().map(of).collect())
+            }
+            Input::Text { text, special, others } => match (how.mode, &self.local) {
                 (Mode::Tokenizer, Some(local)) => {
-                    let ids = local.loaded.tokenizer.encode(&text, special);
-                    let ids = ids.map(|ids| Prompt::of_ids(ids, seed, Source::Tokenizer));
-                    ids.unwrap_or_else(|error| {
-                        self.failed(&error);
-                        Prompt::of_text(bounded(text.into_bytes()), seed)
-                    })
-                    .and_further(further)
+                    let of = |text: String| {
+                        let ids = local.loaded.tokenizer.encode(&text, special);
+                        let ids = ids.map(|ids| Prompt::of_ids(ids, seed, Source::Tokenizer));
+                        ids.unwrap_or_else(|error| {
+                            self.failed(&error);
+                            Prompt::of_text(bounded(text.into_bytes()), seed)
+                        })
+                    };
+                    of(text).with_others(others.into_iter().map(of).collect())
                 }
                 (Mode::Engine, _) => {
                     let question = Question::of_text(name, &text, special);
-                    return Outcome::Ask { question, seed, estimate: estimate(text.len()), further };
+                    // One question a request: of the others only the length is reckoned with.
+                    let others =
+                        others.iter().map(|text| Prompt::unknown(estimate(text.len()), seed)).collect();
+                    return Outcome::Ask { question, seed, estimate: estimate(text.len()), others };
                 }
-                _ => of_text(text.into_bytes(), seed).and_further(further),
+                _ => {
+                    let of = |text: String| of_text(text.into_bytes(), seed);
+                    of(text).with_others(others.into_iter().map(of).collect())
+                }
             },
-            Input::Chat(chat) => match (self.options.mode, &self.local) {
-                (Mode::Tokenizer, Some(local)) => self.converse(local, &chat, seed, now),
+            Input::Chat(chat) => match (how.mode, &self.local) {
+                (Mode::Tokenizer, Some(local)) => self.converse(local, &chat, seed, now, how.dialect),
                 (Mode::Engine, _) if !has_media(&chat) => {
                     let estimate = estimate(flat(&chat).len());
                     let question = Question::of_chat(name, &chat);
-                    return Outcome::Ask { question, seed, estimate, further: 0 };
+                    return Outcome::Ask { question, seed, estimate, others: Vec::new() };
                 }
                 // Engines put other ids where pictures are than they tell.
                 (Mode::Engine, _) => Prompt::unknown(estimate(body.len()), seed),
@@ -173,8 +233,8 @@ impl Model {
         Outcome::Known(known)
     }
 
-    fn converse(&self, local: &Local, chat: &Chat, seed: Seed, now: SystemTime) -> Prompt {
-        match self.rendered(local, chat, seed, now) {
+    fn converse(&self, local: &Local, chat: &Chat, seed: Seed, now: SystemTime, dialect: Dialect) -> Prompt {
+        match self.rendered(local, chat, seed, now, dialect) {
             Ok(prompt) => prompt,
             Err(why) => {
                 self.failed(&why);
@@ -183,13 +243,20 @@ impl Model {
         }
     }
 
-    fn rendered(&self, local: &Local, chat: &Chat, seed: Seed, now: SystemTime) -> Result<Prompt, String> {
+    fn rendered(
+        &self,
+        local: &Local,
+        chat: &Chat,
+        seed: Seed,
+        now: SystemTime,
+        dialect: Dialect,
+    ) -> Result<Prompt, String> {
         let template = match (&local.tool_use, &chat.tools) {
             (Some(template), Some(_)) => template,
             _ => local.default.as_ref().ok_or("the model's directory has no chat template")?,
         };
         let Conversation { messages, mut tools } =
-            normalise(chat, template.format, self.options.dialect, template.knows_developers)
+            normalise(chat, template.format(dialect), dialect, template.knows_developers)
                 .ok_or("the conversation has a form that the engine's types do not know")?;
         if chat.no_tool_choice && self.options.exclude_tools_when_none {
             tools = None;
@@ -197,7 +264,7 @@ impl Model {
         // SGLang opens every answer, and puts what is to be continued behind it as ids.
         let mut shown = &messages[..];
         let mut behind = None;
-        let sglang = self.options.dialect == Dialect::Sglang;
+        let sglang = dialect == Dialect::Sglang;
         if let (true, Some((last, before))) = (sglang && chat.continue_final_message, shown.split_last())
             && last.text("role") == Some("assistant")
         {
@@ -242,19 +309,23 @@ impl Model {
 }
 
 impl Template {
-    fn new(template: ChatTemplate, format: Option<ContentFormat>, dialect: Dialect) -> Self {
+    fn new(template: ChatTemplate, given: Option<ContentFormat>) -> Self {
         let source = template.source();
-        // SGLang takes any template that speaks of pictures for one that wants parts.
-        let speaks = ["image", "audio", "video", "vision"].iter().any(|word| source.contains(word));
-        let detected = || match dialect {
-            Dialect::Sglang if speaks => ContentFormat::OpenAi,
-            _ => detect(source),
-        };
         Self {
-            format: format.unwrap_or_else(detected),
+            given,
+            detected: detect(source),
+            speaks_of_media: ["image", "audio", "video", "vision"].iter().any(|word| source.contains(word)),
             knows_developers: source.contains("\"developer\"") || source.contains("'developer'"),
             template,
         }
+    }
+
+    fn format(&self, dialect: Dialect) -> ContentFormat {
+        let found = match dialect {
+            Dialect::Sglang if self.speaks_of_media => ContentFormat::OpenAi,
+            _ => self.detected,
+        };
+        self.given.unwrap_or(found)
     }
 }
 

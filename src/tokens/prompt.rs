@@ -55,8 +55,8 @@ enum Content {
 
 /// A request's prompt as routing sees it. Cheap to clone.
 ///
-/// Of several prompts in one request, which go to one worker together, it is the longest one,
-/// with the length of all.
+/// Of several prompts in one request, which go to one worker together, the longest one stands for
+/// all: it is what is looked up, with the length of all. The others come with it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Prompt {
     content: Content,
@@ -64,6 +64,8 @@ pub struct Prompt {
     /// or the like, and the engine has other ids there.
     certain: usize,
     tokens: usize,
+    /// The request's other prompts; `tokens` are theirs, too.
+    others: Arc<[Prompt]>,
     /// Whether the certain ids are the whole prompt.
     whole: bool,
     seed: Seed,
@@ -74,7 +76,15 @@ impl Prompt {
     /// Of token ids, all of them certain.
     pub fn of_ids(ids: impl Into<Arc<[u32]>>, seed: Seed, source: Source) -> Self {
         let ids = ids.into();
-        Self { certain: ids.len(), tokens: ids.len(), content: Content::Ids(ids), whole: true, seed, source }
+        Self {
+            certain: ids.len(),
+            tokens: ids.len(),
+            others: Arc::default(),
+            content: Content::Ids(ids),
+            whole: true,
+            seed,
+            source,
+        }
     }
 
     /// Of a text that nobody tokenises.
@@ -83,6 +93,7 @@ impl Prompt {
         Self {
             certain: text.len(),
             tokens: estimate(text.len()),
+            others: Arc::default(),
             content: Content::Text(text),
             whole: false,
             seed,
@@ -92,7 +103,15 @@ impl Prompt {
 
     /// Of nothing but an estimated length.
     pub fn unknown(tokens: usize, seed: Seed) -> Self {
-        Self { content: Content::Nothing, certain: 0, tokens, whole: false, seed, source: Source::Unknown }
+        Self {
+            content: Content::Nothing,
+            certain: 0,
+            tokens,
+            others: Arc::default(),
+            whole: false,
+            seed,
+            source: Source::Unknown,
+        }
     }
 
     /// The same as the beginning of a longer one, of which the first `certain` ids (or bytes) are
@@ -105,12 +124,25 @@ impl Prompt {
         self
     }
 
-    /// The same, with `tokens` of further prompts of the request.
+    /// The same, with the other prompts of its request.
     #[must_use]
-    pub fn and_further(mut self, tokens: usize) -> Self {
-        self.tokens = self.tokens.saturating_add(tokens);
-        self.whole &= tokens == 0;
+    pub fn with_others(mut self, others: Vec<Prompt>) -> Self {
+        if !others.is_empty() {
+            self.tokens = others.iter().fold(self.tokens, |sum, other| sum.saturating_add(other.tokens));
+            self.whole = false;
+            self.others = others.into();
+        }
         self
+    }
+
+    /// The other prompts of its request.
+    pub fn others(&self) -> &[Prompt] {
+        &self.others
+    }
+
+    /// Tokens of the prompt that [`Prompt::key`] is of, without the other ones of the request.
+    pub fn own_tokens(&self) -> usize {
+        self.others.iter().fold(self.tokens, |rest, other| rest.saturating_sub(other.tokens))
     }
 
     fn certain_tokens(&self) -> usize {
@@ -149,6 +181,29 @@ impl Prompt {
         self.whole
     }
 
+    /// Whether what comes behind it is known to come behind all of it: it is one prompt, whole.
+    pub fn can_go_on(&self) -> bool {
+        match &self.content {
+            Content::Ids(_) => self.whole,
+            Content::Text(text) => self.certain == text.len() && self.tokens == estimate(text.len()),
+            Content::Nothing => false,
+        }
+    }
+
+    /// Hashes of the full blocks that `more` ids bring behind those of [`Prompt::key`], of a prompt
+    /// of ids that [can go on](Prompt::can_go_on). Reads the prompt's last block only.
+    pub fn key_behind(&self, more: &[u32], block_size: usize) -> Vec<LocalHash> {
+        let Content::Ids(ids) = &self.content else { return Vec::new() };
+        local_hashes(&behind(ids, more, block_size), block_size, self.seed)
+    }
+
+    /// The same for a prompt of text.
+    pub fn text_key_behind(&self, more: &[u8], block_size: usize) -> Vec<LocalHash> {
+        let Content::Text(text) = &self.content else { return Vec::new() };
+        let chunk = block_size.saturating_mul(BYTES_PER_TOKEN);
+        text_hashes(&behind(text, more, chunk), chunk, self.seed)
+    }
+
     /// Hashes for an engine with blocks of `block_size` tokens; none for 0. Costs one pass over
     /// the ids, some microseconds for thousands of tokens, and can be asked again for another
     /// size.
@@ -169,6 +224,12 @@ impl Prompt {
             source: self.source,
         }
     }
+}
+
+/// What of `whole` is in no full block, and `more`.
+fn behind<T: Copy>(whole: &[T], more: &[T], block: usize) -> Vec<T> {
+    let rest = whole.len().checked_rem(block).unwrap_or(0);
+    [&whole[whole.len() - rest..], more].concat()
 }
 
 /// The blocks of a prompt, for one block size.
@@ -212,6 +273,27 @@ mod tests {
         assert_eq!(cut.key(16).hashes, whole.hashes[..2]);
         assert_eq!(cut.tokens(), 900);
         assert!(!cut.is_exact());
+    }
+
+    #[test]
+    fn an_answer_goes_on_where_the_prompt_ends() {
+        let ids: Vec<u32> = (0..200).collect();
+        let text: Vec<u8> = (0..200).collect();
+        for cut in [0, 1, 15, 16, 17, 64, 199, 200] {
+            let prompt = Prompt::of_ids(&ids[..cut], Seed::new(Some("a"), None), Source::Ids);
+            let whole = Prompt::of_ids(&ids[..], Seed::new(Some("a"), None), Source::Ids).key(16).hashes;
+            let both = [prompt.key(16).hashes, prompt.key_behind(&ids[cut..], 16)].concat();
+            assert_eq!(both, whole, "{cut}");
+            let prompt = Prompt::of_text(&text[..cut], Seed::default());
+            let whole = Prompt::of_text(&text[..], Seed::default()).key(4).hashes;
+            let both = [prompt.key(4).hashes, prompt.text_key_behind(&text[cut..], 4)].concat();
+            assert_eq!(both, whole, "{cut}");
+            assert!(prompt.can_go_on() && prompt.key_behind(&ids, 16).is_empty());
+            assert!(!prompt.clone().with_others(vec![Prompt::unknown(9, Seed::default())]).can_go_on());
+        }
+        assert!(Prompt::of_ids(&ids[..], Seed::default(), Source::Ids).key_behind(&ids, 0).is_empty());
+        assert!(!Prompt::unknown(7, Seed::default()).can_go_on());
+        assert!(!Prompt::of_ids(&ids[..], Seed::default(), Source::Ids).certain_up_to(50, 300).can_go_on());
     }
 
     #[test]

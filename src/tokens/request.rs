@@ -12,7 +12,6 @@ use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::json::Json;
-use super::prompt::estimate;
 use super::{anthropic, responses};
 
 /// How a route writes its prompt.
@@ -34,6 +33,8 @@ pub enum Form {
     TokenIds,
     /// SGLang's `/generate`: `text` or `input_ids`.
     Generate,
+    /// KsanaLLM's `/generate`: `input_tokens`, `prompt` or `messages`. No path is this form's alone.
+    Ksana,
 }
 
 impl Form {
@@ -64,15 +65,15 @@ pub enum Input {
         text: String,
         /// Whether BOS and the like belong to it.
         special: bool,
-        /// Tokens of the request's other prompts, estimated.
-        further: usize,
+        /// The request's other prompts.
+        others: Vec<String>,
     },
     /// Token ids.
     Ids {
         /// They.
         ids: Vec<u32>,
-        /// Tokens of the request's other prompts.
-        further: usize,
+        /// The request's other prompts.
+        others: Vec<Vec<u32>>,
     },
     /// Nothing that can be known here: unreadable, embeddings, a template of the client's own,
     /// a prompt that the engine truncates or fetches.
@@ -180,6 +181,13 @@ struct Body<'a> {
     input_ids: Option<&'a RawValue>,
     #[serde(borrow, default)]
     token_ids: Option<&'a RawValue>,
+    // Of KsanaLLM's own route.
+    #[serde(borrow, default)]
+    input_tokens: Option<&'a RawValue>,
+    #[serde(default)]
+    use_chat_template: Option<bool>,
+    #[serde(default)]
+    input_refit_embedding: Option<IgnoredAny>,
     #[serde(borrow, default)]
     cache_salt: Option<Cow<'a, str>>,
     // Of responses.
@@ -226,6 +234,7 @@ fn input(form: Form, body: &Body<'_>) -> Option<Input> {
         Form::Embeddings => prompts(body.input?, body),
         Form::TokenIds => prompts(body.token_ids?, body),
         Form::Generate => prompts(body.input_ids.or(body.text)?, body),
+        Form::Ksana => ksana(body),
         Form::Responses => {
             if body.previous_response_id.is_some() || body.previous_input_messages.is_some() {
                 return None;
@@ -250,6 +259,24 @@ fn input(form: Form, body: &Body<'_>) -> Option<Input> {
             }
             Some(Input::Chat(chat))
         }
+    }
+}
+
+/// A prompt of KsanaLLM's own route. Ids count before text, text before messages.
+fn ksana(body: &Body<'_>) -> Option<Input> {
+    if body.input_refit_embedding.is_some() {
+        return None;
+    }
+    match (body.input_tokens, body.prompt) {
+        (Some(ids), _) => prompts(ids, body),
+        // The engine makes a conversation of it.
+        (None, Some(prompt)) if body.use_chat_template == Some(true) => {
+            let content: String = serde_json::from_str(prompt.get()).ok()?;
+            let message = [("role", Json::from("user")), ("content", Json::Text(content))];
+            Some(Input::Chat(Chat::new(vec![Json::object(message)])))
+        }
+        (None, Some(prompt)) => prompts(prompt, body),
+        (None, None) => chat(body),
     }
 }
 
@@ -303,25 +330,28 @@ fn kwargs(chat: &mut Chat, body: &Body<'_>) -> Option<()> {
 /// Most prompts of one request that are told apart.
 pub const MAX_BATCH: usize = 4096;
 
-/// One prompt, or several of which the longest one counts.
+/// One prompt, or several of which the longest one stands for all.
 fn prompts(raw: &RawValue, body: &Body<'_>) -> Option<Input> {
     let special = body.add_special_tokens.unwrap_or(true);
     Some(match serde_json::from_str::<Prompts<'_>>(raw.get()).ok()? {
-        Prompts::Text(text) => Input::Text { text: text.into_owned(), special, further: 0 },
-        Prompts::Ids(ids) => Input::Ids { ids, further: 0 },
+        Prompts::Text(text) => Input::Text { text: text.into_owned(), special, others: Vec::new() },
+        Prompts::Ids(ids) => Input::Ids { ids, others: Vec::new() },
         Prompts::Texts(texts) => {
-            let all: usize = texts.iter().map(|text| estimate(text.len())).sum();
-            let text = texts.into_iter().reduce(|a, b| if b.len() > a.len() { b } else { a })?;
-            let further = all - estimate(text.len());
-            Input::Text { text: text.into_owned(), special, further }
+            let (text, others) = longest(texts.into_iter().map(Cow::into_owned).collect(), String::len)?;
+            Input::Text { text, special, others }
         }
         Prompts::ManyIds(many) => {
-            let all: usize = many.iter().map(Vec::len).sum();
-            let ids = many.into_iter().reduce(|a, b| if b.len() > a.len() { b } else { a })?;
-            let further = all - ids.len();
-            Input::Ids { ids, further }
+            let (ids, others) = longest(many, Vec::len)?;
+            Input::Ids { ids, others }
         }
     })
+}
+
+/// The first of the longest ones, and the others.
+fn longest<T>(mut all: Vec<T>, length: fn(&T) -> usize) -> Option<(T, Vec<T>)> {
+    let at = (0..all.len()).rev().max_by_key(|at| length(&all[*at]))?;
+    let found = all.remove(at);
+    Some((found, all))
 }
 
 enum Prompts<'a> {
@@ -436,15 +466,22 @@ mod tests {
 
     #[test]
     fn completions_take_texts_ids_and_lists_of_both() {
-        let text = |text: &str, further| Input::Text { text: text.to_owned(), special: true, further };
+        let text = |text: &str, others: &[&str]| Input::Text {
+            text: text.to_owned(),
+            special: true,
+            others: others.iter().map(|other| (*other).to_owned()).collect(),
+        };
         let f = Form::Completions;
-        assert_eq!(text_of(f, r#"{"prompt":"a\nb"}"#), text("a\nb", 0));
-        assert_eq!(text_of(f, r#"{"prompt":["abcd","efghijkl","x"]}"#), text("efghijkl", 2));
-        assert_eq!(text_of(f, r#"{"prompt":[1,2,3]}"#), Input::Ids { ids: vec![1, 2, 3], further: 0 });
-        assert_eq!(text_of(f, r#"{"prompt":[[1],[2,3],[4,5]]}"#), Input::Ids { ids: vec![2, 3], further: 3 });
+        assert_eq!(text_of(f, r#"{"prompt":"a\nb"}"#), text("a\nb", &[]));
+        assert_eq!(text_of(f, r#"{"prompt":["abcd","efghijkl","x"]}"#), text("efghijkl", &["abcd", "x"]));
+        assert_eq!(text_of(f, r#"{"prompt":[1,2,3]}"#), Input::Ids { ids: vec![1, 2, 3], others: vec![] });
+        assert_eq!(
+            text_of(f, r#"{"prompt":[[1],[2,3],[4,5]]}"#),
+            Input::Ids { ids: vec![2, 3], others: vec![vec![1], vec![4, 5]] }
+        );
         assert_eq!(
             text_of(f, r#"{"prompt":"x","add_special_tokens":false}"#),
-            Input::Text { text: "x".to_owned(), special: false, further: 0 }
+            Input::Text { text: "x".to_owned(), special: false, others: vec![] }
         );
         for opaque in [
             r#"{"prompt":[1,"a"]}"#,
@@ -466,14 +503,20 @@ mod tests {
 
     #[test]
     fn every_route_names_its_prompt_its_own_way() {
-        let ids = Input::Ids { ids: vec![5, 6], further: 0 };
+        let ids = Input::Ids { ids: vec![5, 6], others: vec![] };
         assert_eq!(text_of(Form::Generate, r#"{"input_ids":[5,6],"text":null}"#), ids);
+        assert_eq!(text_of(Form::Ksana, r#"{"input_tokens":[5,6],"prompt":"x"}"#), ids);
         assert_eq!(text_of(Form::TokenIds, r#"{"token_ids":[5,6]}"#), ids);
         assert_eq!(text_of(Form::Embeddings, r#"{"input":[5,6]}"#), ids);
         assert_eq!(text_of(Form::Chat, r#"{"messages":[],"input_ids":[5,6]}"#), ids);
         assert_eq!(text_of(Form::Tokenize, r#"{"prompt":[5,6]}"#), ids);
-        let one = Input::Text { text: "t".to_owned(), special: true, further: 0 };
+        let one = Input::Text { text: "t".to_owned(), special: true, others: vec![] };
         assert_eq!(text_of(Form::Generate, r#"{"text":"t"}"#), one);
+        assert_eq!(text_of(Form::Ksana, r#"{"prompt":"t","input_tokens":null}"#), one);
+        for chat in [r#"{"prompt":"t","use_chat_template":true}"#, r#"{"messages":[]}"#] {
+            assert!(matches!(text_of(Form::Ksana, chat), Input::Chat(_)), "{chat}");
+        }
+        assert_eq!(text_of(Form::Ksana, r#"{"prompt":"t","input_refit_embedding":{}}"#), Input::Opaque);
         assert!(matches!(text_of(Form::Tokenize, r#"{"messages":[]}"#), Input::Chat(_)));
         assert_eq!(Form::of_path("/v1/responses"), Some(Form::Responses));
         assert_eq!(Form::of_path("/v1/models"), None);

@@ -53,6 +53,8 @@ struct Splitter {
     automaton: AhoCorasick,
     /// By pattern: the id of a token behind which a text may be cut.
     cuttable: Vec<Option<u32>>,
+    /// One of them, with its text.
+    one: (String, u32),
 }
 
 /// A piece of a text.
@@ -111,6 +113,18 @@ impl TextTokenizer {
             (_, false) => Vec::new(),
         };
         ids.extend(self.pieces(&text[..end])?);
+        Ok(ids)
+    }
+
+    /// Ids of a text that stands behind ids: with nothing that is done at the beginning of a text
+    /// only.
+    pub fn encode_behind(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
+        let Some(Splitter { one: (token, id), .. }) = &self.splitter else { return self.whole(text, false) };
+        let mut ids = self.whole(&[token, text].concat(), false)?;
+        if ids.first() != Some(id) {
+            return Err(EncodeError("a token that splits did not split".to_owned()));
+        }
+        ids.remove(0);
         Ok(ids)
     }
 
@@ -197,14 +211,13 @@ fn splitter(tokenizer: &Tokenizer) -> Option<Splitter> {
             (plain && edges && alone()?.get_ids() == [*id]).then_some(*id)
         })
         .collect();
-    if cuttable.iter().all(Option::is_none) {
-        return None;
-    }
+    let one =
+        tokens.iter().zip(&cuttable).find_map(|((_, token), id)| Some((token.content.clone(), (*id)?)))?;
     let automaton = AhoCorasick::builder()
         .match_kind(MatchKind::LeftmostLongest)
         .build(tokens.iter().map(|(_, token)| token.content.as_str()))
         .ok()?;
-    Some(Splitter { automaton, cuttable })
+    Some(Splitter { automaton, cuttable, one })
 }
 
 /// What the tokenizer puts around every text, tried out with some; `None` if it differs.

@@ -1,16 +1,18 @@
 //! As much of ZeroMQ's wire protocol (ZMTP 3.0, NULL mechanism) as engines' event feeds need.
 //!
 //! A [`Link`] is one connection between two sockets, of which we can be a SUB or a DEALER (the
-//! router's side) or a PUB or a ROUTER (the simulated engine's). What ZeroMQ does behind one's back, a
+//! router's side) or a PUB or a ROUTER (the simulated engine's, and a node agent's). What ZeroMQ does behind one's back, a
 //! caller does here in the open: connecting again, queues, what happens when they are full. An
 //! [`Endpoint`] is `tcp://…` or `ipc://…`; addresses are asked of a [`Resolve`] that says which may be
-//! connected to. [`Publisher`] is a PUB socket with a bounded queue for each subscriber.
+//! connected to. [`Publisher`] is a PUB socket with a bounded queue for each subscriber, [`Router`] a
+//! ROUTER that answers each of its connections.
 //!
 //! Everything a peer sends is bounded ([`Limits`]) before it is kept. Names nothing else of ours.
 
 mod endpoint;
 mod link;
 mod publisher;
+mod router;
 mod wire;
 
 use std::io;
@@ -18,6 +20,7 @@ use std::io;
 pub use endpoint::{AnyAddress, Endpoint, Listener, Resolve, Resolved};
 pub use link::{HANDSHAKE_TIMEOUT, Incoming, Limits, Link};
 pub use publisher::{Publisher, PublisherStats};
+pub use router::Router;
 
 /// Parts of one message.
 pub type Parts = Vec<bytes::Bytes>;

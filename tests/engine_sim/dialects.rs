@@ -1,5 +1,7 @@
 //! Routes beside chat and completions: Responses as recorded, Anthropic's Messages, scores.
 
+use everline::engines::sim::events::EventFormat;
+
 use crate::support::{Shape, call, golden, golden_request, post, quick, start};
 use serde_json::{Value, json};
 
@@ -52,6 +54,57 @@ async fn a_response_has_the_recorded_envelope() {
         {"role": "user", "content": [{"type": "input_text", "text": "def main(): return 1"}]}]});
     let listed = post(sim.address(), "/v1/responses", listed).await.json();
     assert_eq!(listed["output"][0]["content"][0]["text"], text);
+}
+
+#[tokio::test]
+async fn sglangs_own_route_says_what_completions_say_whole_in_full_events_and_in_new_ones() {
+    let prompt: Vec<u32> = (100..140).collect();
+    let vllm = start(quick()).await;
+    assert_eq!(post(vllm.address(), "/generate", json!({"input_ids": prompt})).await.status(), 404);
+    for incremental in [false, true] {
+        let mut args = quick();
+        args.kv_events_format = EventFormat::Sglang;
+        args.incremental_streaming_output = incremental;
+        args.no_coalesce = true;
+        let sim = start(args).await;
+        let completion =
+            json!({"prompt": prompt, "max_tokens": 9, "return_token_ids": true, "temperature": 0});
+        let choice = post(sim.address(), "/v1/completions", completion).await.json()["choices"][0].clone();
+        let mut body = json!({"input_ids": prompt, "rid": "r1",
+            "sampling_params": {"max_new_tokens": 9, "temperature": 0}});
+        let whole = post(sim.address(), "/generate", body.clone()).await.json();
+        assert_eq!((&whole["text"], &whole["output_ids"]), (&choice["text"], &choice["token_ids"]));
+        let info = json!({"id": "r1", "finish_reason": {"type": "length", "length": 9}, "prompt_tokens": 40,
+            "weight_version": "default", "completion_tokens": 9, "cached_tokens": 32});
+        assert_eq!(whole["meta_info"], info);
+
+        body["stream"] = true.into();
+        let reply = post(sim.address(), "/generate", body.clone()).await.body();
+        let mut events: Vec<&str> = reply.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        assert_eq!(events.pop(), Some("[DONE]"));
+        let events: Vec<Value> = events.iter().map(|data| serde_json::from_str(data).unwrap()).collect();
+        assert_eq!(events.len(), 9);
+        assert_eq!(events[8]["meta_info"], info);
+        let ids = |event: &Value| event["output_ids"].as_array().unwrap().clone();
+        let all = ids(&whole);
+        for (at, event) in events.iter().enumerate() {
+            assert_eq!(ids(event), all[if incremental { at } else { 0 }..=at]);
+            assert_eq!(event["meta_info"]["completion_tokens"], at + 1);
+        }
+        let texts: Vec<&str> = events.iter().map(|event| event["text"].as_str().unwrap()).collect();
+        let text = if incremental { texts.concat() } else { texts[8].to_owned() };
+        assert_eq!(text, choice["text"]);
+
+        for wrong in [
+            json!({}),
+            json!({"text": "x", "input_ids": [5]}),
+            json!({"text": 5}),
+            json!({"text": "x", "sampling_params": [1]}),
+            json!({"text": "x", "sampling_params": {"n": 0}}),
+        ] {
+            assert_eq!(post(sim.address(), "/generate", wrong.clone()).await.status(), 400, "{wrong}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -204,8 +204,8 @@ async fn metrics_have_the_names_labels_and_help_of_the_recording() {
     let reply = get(sim.address(), "/metrics").await;
     let recorded = golden_text("vllm_metrics_idle.txt");
     let name_of = |line: &str| line.rsplit_once(' ').unwrap().0.to_owned();
-    let samples: Vec<String> =
-        recorded.lines().filter(|line| line.starts_with("vllm:")).map(name_of).collect();
+    let is_sample = |line: &&str| line.starts_with("vllm:") || line.starts_with("process_");
+    let samples: Vec<String> = recorded.lines().filter(is_sample).map(name_of).collect();
     let comments: Vec<&str> = recorded.lines().filter(|line| line.starts_with("# ")).collect();
     let body = reply.body();
     assert!(body.lines().count() > 100);

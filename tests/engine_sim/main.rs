@@ -3,4 +3,9 @@
 mod behaviour;
 mod dialects;
 mod golden;
+mod ksana;
+mod model_files;
+mod nixl;
+mod ranks;
+mod rooms;
 mod support;

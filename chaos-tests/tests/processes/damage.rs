@@ -10,7 +10,7 @@ use chaos_tests::load::{Answers, Load};
 use chaos_tests::wait::{check, until};
 use chaos_tests::writes::{Manner, Writers};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).expect("a folder can be read").map(|e| e.expect("an entry").path());

@@ -18,7 +18,7 @@ async fn a_frozen_leader_is_replaced_and_never_answers_from_the_past() {
         let frozen = fleet.leader().await;
         let others = fleet.others(&[frozen]);
         let load = Load::start(&fleet.targets(&others), 3, &answers, seed + freeze, true);
-        let manner = Manner { limit: Duration::from_secs(8), ..Manner::default() };
+        let manner = Manner { limit: Duration::from_secs(20), ..Manner::default() };
         let writers = Writers::start(&format!("f{freeze}"), &fleet.endpoints(&others), manner);
         tokio::time::sleep(Duration::from_millis(300)).await;
         fleet.replicas[frozen].sigstop();

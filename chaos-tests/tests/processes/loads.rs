@@ -27,7 +27,8 @@ async fn sees(replica: &Endpoint, wanted: i64) -> Result<(), String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_load_of_a_killed_replica_is_gone_from_every_view() {
-    let mut fleet = Fleet::of(3).engines(4).start().await;
+    // Streams are held, and booked, where their clients are.
+    let mut fleet = Fleet::of(3).engines(4).set("streams.durability=local").start().await;
     let (mut of_leader, mut of_follower) = (Figures::default(), Figures::default());
     for kill in 0..KILLS {
         let leader = fleet.leader().await;

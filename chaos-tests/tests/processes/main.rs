@@ -1,9 +1,15 @@
 //! What Everline promises, tried on real processes.
 
+mod agents;
+mod answers;
+mod bounds;
+mod browser;
+mod choices;
 mod cli;
 mod damage;
 mod dead_worker;
 mod demo;
+mod edges;
 mod foreign;
 mod frozen;
 mod h2_attacks;
@@ -11,16 +17,27 @@ mod hijack;
 mod hostile_clients;
 mod hostile_workers;
 mod keys;
+mod ksana;
+mod ksana_nodes;
 mod kv;
 mod leader_kill;
 mod liveness;
+mod lives;
 mod loads;
+mod pd;
+mod profiles;
+mod prompts;
 mod quorum;
 mod real_engine;
+mod real_pd;
+mod real_streams;
 mod rolling;
 mod sdk;
 mod seen;
 mod smuggling;
+mod streams;
+mod tier_tls;
+mod tiers;
 mod total_kill;
 mod wiped;
 

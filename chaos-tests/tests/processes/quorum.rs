@@ -19,9 +19,10 @@ async fn the_last_of_three_keeps_proxying_and_refuses_writes_until_quorum_is_bac
     let (promises, _) = writers.stop().await;
 
     for last in [0, 2] {
-        let load = Load::start(&fleet.targets(&[last]), 4, &answers, seed, true);
         let dead = fleet.others(&[last]);
         dead.iter().for_each(|at| fleet.replicas[*at].kill9());
+        // Not before: a stream that was held by one of the dead waits for a quorum to go on.
+        let load = Load::start(&fleet.targets(&[last]), 4, &answers, seed, true);
 
         // Neither the first refusal nor those after it are early, late or of another kind.
         for attempt in 0..2 {

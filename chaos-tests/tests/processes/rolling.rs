@@ -8,7 +8,7 @@ use chaos_tests::load::{Answers, Load};
 use chaos_tests::wait::{check, until};
 use chaos_tests::writes::{Manner, Promises, Writers, longest_gap};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rolling_restart_fails_no_request_and_no_write() {
@@ -96,6 +96,7 @@ async fn behind_a_balancer_a_rolling_restart_fails_no_request_and_cuts_no_stream
     tokio::time::sleep(Duration::from_millis(500)).await;
     let (kept, fresh) = (kept.stop().await, fresh.stop().await);
     println!("kept connections: {}; fresh ones: {}", kept.figures(), fresh.figures());
-    kept.assert_all_good(50);
-    fresh.assert_all_good(200);
+    // Each of the four clients in each of the three restarts.
+    kept.assert_all_good(12);
+    fresh.assert_all_good(48);
 }

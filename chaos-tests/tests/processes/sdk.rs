@@ -4,19 +4,10 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use chaos_tests::fleet::{Fleet, MODEL};
+use chaos_tests::programs::has;
 
 /// How long a script may take.
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// Whether a program can load what a script needs; says what to do if not.
-fn has(program: &str, args: &[&str], remedy: &str) -> bool {
-    let tried = std::process::Command::new(program).args(args).output();
-    let has = tried.is_ok_and(|output| output.status.success());
-    if !has {
-        println!("SKIPPED: {program} {} fails; {remedy}", args.join(" "));
-    }
-    has
-}
 
 /// Runs a script; it must end well and have nothing to say on standard error.
 async fn run(program: &str, args: &[&str]) {

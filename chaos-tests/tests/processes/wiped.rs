@@ -6,7 +6,7 @@ use chaos_tests::fleet::{Fleet, ready};
 use chaos_tests::wait::{check, until};
 use chaos_tests::writes::{Manner, Writers};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_whose_folder_is_deleted_rejoins_and_votes_again() {

@@ -41,9 +41,9 @@ pub(super) async fn watch(
     for look in 0_u32.. {
         ticks.tick().await;
         for (name, status) in children.newly_ended() {
-            let note = match layout.replicas.iter().find(|r| r.name == name) {
+            let note = match layout.restart_command(&name) {
                 _ if restart => "starting it again".to_owned(),
-                Some(replica) => format!("bring it back: {}", layout.restart_command(replica)),
+                Some(command) => format!("bring it back: {command}"),
                 None => format!("its log is {}", layout.log(&name).display()),
             };
             say(out, &format!("{name} ended ({status}); {note}"))?;
@@ -137,12 +137,13 @@ fn line(
 mod tests {
     use super::super::super::status::tests::sample;
     use super::super::plan::Plan;
+    use super::super::profile::Profile;
     use super::*;
 
     #[test]
     fn the_line_says_who_is_up_and_what_is_going_on() {
         let folder = tempfile::tempdir().unwrap();
-        let plan = Plan::new(3, 1, 0, Some(folder.path())).unwrap();
+        let plan = Plan::new(3, 0, 1, 0, Profile::Plain, Some(folder.path())).unwrap();
         let replies = [Some(sample()), Some(sample()), None];
         assert_eq!(
             line(&plan.replicas, &replies, &BTreeSet::from(["e1".to_owned()]), 96_422),

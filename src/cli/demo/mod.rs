@@ -1,11 +1,12 @@
 //! `everline demo`: a whole cluster of child processes on this machine.
 //!
-//! [`plan`] decides on ports and files, [`child`] keeps the processes, [`ready`] waits for them
+//! [`plan`] decides on ports and files, [`profile`] on what the engines are told, [`child`] keeps the processes, [`ready`] waits for them
 //! and [`live`] watches them.
 
 mod child;
 mod live;
 mod plan;
+mod profile;
 mod ready;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use super::client::block_on;
 use super::output::{Failure, Out};
 use child::Children;
 use plan::Plan;
+use profile::Profile;
 
 /// Run a whole cluster on this machine: replicas, simulated engines and a balancer
 ///
@@ -27,13 +29,21 @@ use plan::Plan;
 /// Examples:
 ///   everline demo
 ///   everline demo --replicas 5 --engines 8 --port 0
+///   everline demo --edges 2
+///   everline demo --profile vllm-pd      prompts on one half of the engines, texts on the other
 ///   everline demo --run-for 60 --state-file demo.json     for scripts: addresses and pids as JSON
 #[derive(clap::Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Args {
+    /// What kind of engines: ones that answer by themselves, or fleets of prefill and decode engines
+    #[arg(long, value_enum, default_value_t = Profile::Plain)]
+    profile: Profile,
     /// Replicas to start
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=9))]
     replicas: u8,
+    /// Edges to start: the balancer then sends clients to them instead of the replicas
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=9))]
+    edges: u8,
     /// Simulated engines to start
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
     engines: u8,
@@ -68,7 +78,14 @@ impl Args {
             // One left by a demo that was killed would be taken for this one's.
             let _ = std::fs::remove_file(path);
         }
-        let plan = Plan::new(self.replicas, self.engines, self.port, self.data_dir.as_deref())?;
+        let plan = Plan::new(
+            self.replicas,
+            self.edges,
+            self.engines,
+            self.port,
+            self.profile,
+            self.data_dir.as_deref(),
+        )?;
         let mut children = Children::default();
         let result = tokio::select! {
             result = self.drive(plan, &mut children, out) => result,
@@ -88,13 +105,18 @@ impl Args {
 
     async fn drive(&self, plan: Plan, children: &mut Children, out: &mut Out) -> Result<(), Failure> {
         out.line(&format!(
-            "starting {} replicas, {} engines and a balancer; data and logs in {}",
+            "starting {} replicas, {}{} engines and a balancer; data and logs in {}",
             plan.replicas.len(),
+            if plan.edges.is_empty() { String::new() } else { format!("{} edges, ", plan.edges.len()) },
             plan.engines.len(),
             plan.folder.display()
         ))?;
         let layout = plan.start(children)?;
-        ready::wait(&layout, children, out).await?;
+        if layout.profile.engines_register() {
+            ready::wait(&layout, ready::Phase::Replicas, children, out).await?;
+            layout.start_engines(children)?;
+        }
+        ready::wait(&layout, ready::Phase::All, children, out).await?;
         self.write_state(&layout, children)?;
         out.write(&welcome(&layout, children, out))?;
         let watch = live::watch(&layout, children, out, self.restart, self.state_file.as_deref());
@@ -131,7 +153,8 @@ fn eprintln_quietly(text: &str) {
 fn welcome(layout: &plan::Layout, children: &Children, out: &Out) -> String {
     let paint = out.paint();
     let url = format!("http://{}", layout.balancer);
-    let model = plan::MODEL;
+    let exe = plan::shown(&layout.exe);
+    let inside = layout.profile.inside().map(|command| format!("  {exe} {command}"));
     let pids: Vec<String> = layout
         .replicas
         .iter()
@@ -144,12 +167,57 @@ fn welcome(layout: &plan::Layout, children: &Children, out: &Out) -> String {
             )
         })
         .collect();
+    let edges = layout.edges.iter().map(|edge| {
+        format!("  kill -9 {:<8} # {}  {}", children.pid(&edge.name), edge.name, edge.admin_url())
+    });
+    let pids: Vec<String> = pids.into_iter().chain(edges).collect();
+    let victims = if layout.edges.is_empty() { "a replica" } else { "a replica or an edge" };
     let admin = layout.replicas[0].admin_url();
     format!(
         "
 {banner}
 
-Endpoint   {url}/v1   (any API key, model {model})
+{how}
+
+Look inside:
+  export EVERLINE_SERVER={admin}
+  {exe} status --watch
+{inside}
+
+Now kill {victims} and go on asking:
+{pids}
+
+Ctrl-C stops everything.
+
+",
+        banner = paint
+            .yellow("DEV MODE: loopback only, no authentication, simulated engines. Not for production."),
+        how = how(layout.profile, &url),
+        inside = inside.join("\n"),
+        exe = exe,
+        pids = pids.join("\n"),
+    )
+}
+
+/// How to use a demo's cluster at `url`.
+fn how(profile: Profile, url: &str) -> String {
+    let model = plan::MODEL;
+    if profile == Profile::Ksana {
+        return format!(
+            "Endpoint   {url}/generate, {url}/v1   (KsanaLLM's; nodes register at the same address)
+
+Stream something, frame by frame, each with all so far:
+  curl -N {url}/generate -H 'content-type: application/json' \\
+    -d '{{\"prompt\":\"Tell me a story\",\"sampling_config\":{{\"max_new_tokens\":50}}}}' | tr '\\0' '\\n'
+
+As OpenAI's clients do:
+  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{\"model\":\"{model}\",\"stream\":true,\"max_tokens\":200,
+         \"messages\":[{{\"role\":\"user\",\"content\":\"Tell me a story\"}}]}}'"
+        );
+    }
+    format!(
+        "Endpoint   {url}/v1   (any API key, model {model})
 
 Stream something:
   curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\
@@ -166,22 +234,6 @@ From Python:
 See where a prompt goes, and why; the same once more goes where it is cached:
   curl -s -o /dev/null -D - {url}/v1/chat/completions -H 'content-type: application/json' -H 'Everline-Trace: 1' \\
     -d '{{\"model\":\"{model}\",\"max_tokens\":4,\"messages\":[{{\"role\":\"user\",
-         \"content\":\"Once upon a time there was a router that knew who had read this very sentence before, and it remembered well\"}}]}}'
-
-Look inside:
-  export EVERLINE_SERVER={admin}
-  {exe} status --watch
-  {exe} index stats
-  {exe} explain --model {model} --prompt 'Tell me a story'
-
-Now kill a replica and go on asking:
-{pids}
-
-Ctrl-C stops everything.
-
-",
-        banner = paint.yellow("DEV MODE: loopback only, no authentication, simulated engines. Not for production."),
-        exe = plan::shown(&layout.exe),
-        pids = pids.join("\n"),
+         \"content\":\"Once upon a time there was a router that knew who had read this very sentence before, and it remembered well\"}}]}}'"
     )
 }

@@ -10,6 +10,8 @@ use super::super::client::Client;
 use super::super::output::{Failure, Out};
 use super::child::{Children, tail};
 use super::plan::{BALANCER, Layout, MODEL};
+use super::profile::Part;
+use crate::admin_types::ksana::{KsanaPair, KsanaReply};
 
 /// How long everything may take together.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -18,9 +20,23 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How long one look may take.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// Returns when all engines listen, all replicas are ready and the model is listed through the
-/// balancer.
-pub(super) async fn wait(layout: &Layout, children: &mut Children, out: &mut Out) -> Result<(), Failure> {
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Replicas that can be registered with.
+    Replicas,
+    /// Everything.
+    All,
+}
+
+/// Returns when all engines listen, all replicas and edges are ready and requests would be answered through
+/// the balancer; of the engines nothing is said in the phase before they are there.
+pub(super) async fn wait(
+    layout: &Layout,
+    phase: Phase,
+    children: &mut Children,
+    out: &mut Out,
+) -> Result<(), Failure> {
     let started = Instant::now();
     let mut said = String::new();
     loop {
@@ -31,7 +47,7 @@ pub(super) async fn wait(layout: &Layout, children: &mut Children, out: &mut Out
                 tail(&log)
             )));
         }
-        let missing = missing(layout).await?;
+        let missing = missing(layout, phase).await?;
         if missing.is_empty() {
             return Ok(());
         }
@@ -63,9 +79,9 @@ struct Missing {
     why: String,
 }
 
-async fn missing(layout: &Layout) -> Result<Vec<Missing>, Failure> {
+async fn missing(layout: &Layout, phase: Phase) -> Result<Vec<Missing>, Failure> {
     let mut missing = Vec::new();
-    for engine in &layout.engines {
+    for engine in layout.engines.iter().filter(|_| phase == Phase::All) {
         if let Err(e) = TcpStream::connect(engine.address).await {
             missing.push(Missing {
                 name: engine.name.clone(),
@@ -78,6 +94,17 @@ async fn missing(layout: &Layout) -> Result<Vec<Missing>, Failure> {
             missing.push(Missing { name: replica.name.clone(), why });
         }
     }
+    for edge in &layout.edges {
+        if let Err(why) = look(&edge.admin_url(), "/readyz", "").await? {
+            missing.push(Missing { name: edge.name.clone(), why });
+        }
+    }
+    if layout.profile.engines_register() {
+        if missing.is_empty() && phase == Phase::All {
+            missing.extend(missing_pairs(layout).await?);
+        }
+        return Ok(missing);
+    }
     // Through the balancer there is nothing to see before a replica is ready.
     if missing.is_empty()
         && let Err(why) = look(&format!("http://{}", layout.balancer), "/v1/models", MODEL).await?
@@ -85,6 +112,29 @@ async fn missing(layout: &Layout) -> Result<Vec<Missing>, Failure> {
         missing.push(Missing { name: BALANCER.to_owned(), why });
     }
     Ok(missing)
+}
+
+/// What keeps KsanaLLM's pairs from being used: each prefill engine is to be joined with each decode engine.
+async fn missing_pairs(layout: &Layout) -> Result<Option<Missing>, Failure> {
+    let prefills = layout.engines.iter().filter(|engine| engine.part == Part::Prefill).count();
+    let wanted = prefills * (layout.engines.len() - prefills);
+    for replica in &layout.replicas {
+        let client = Client::new(&replica.admin_url())?.with_timeout(LOOK);
+        let ready = match client.get::<KsanaReply>("/v1/admin/ksana").await {
+            Ok(reply) => {
+                let is_ready =
+                    |pair: &&KsanaPair| pair.is_active && pair.has_comm_id && pair.blocked_by.is_none();
+                reply.pairs.iter().filter(is_ready).count()
+            }
+            Err(Failure::Unreachable(_)) => 0,
+            Err(other) => return Err(other),
+        };
+        if ready < wanted {
+            let why = format!("{} knows {ready} of {wanted} pairs to be ready", replica.name);
+            return Ok(Some(Missing { name: "pairs".to_owned(), why }));
+        }
+    }
+    Ok(None)
 }
 
 /// Whether `GET` answers 200 with `wanted` somewhere in it; otherwise what it answers.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::super::output::Paint;
 use super::super::table::{Column, count, cut, duration, flow, render, render_within};
 use super::survey::Survey;
-use crate::admin_types::{BreakerState, Known, StatusReply, WorkerStatus};
+use crate::admin_types::{BreakerState, Known, StatusReply, StreamNumbers, WorkerStatus};
 use crate::cluster::api::{ClusterStatus, GroupStatus, MemberStatus};
 
 /// Most lines of errors.
@@ -29,6 +29,9 @@ pub(super) fn page(survey: &Survey, paint: Paint, width: Option<usize>) -> Strin
     } else {
         workers(survey, paint, width)
     });
+    parts
+        .extend(survey.asked.name_troubles.iter().map(|text| paint.yellow(&format!("name service: {text}"))));
+    parts.extend(streams(survey, width));
     parts.extend(errors(survey, paint, width));
     parts.join("\n\n") + "\n"
 }
@@ -304,6 +307,27 @@ fn blocks(worker: &WorkerStatus) -> String {
 }
 
 /// The newest errors of all replicas; what one says several times is one line.
+/// Output streams, over all replicas that answered.
+fn streams(survey: &Survey, width: Option<usize>) -> Option<String> {
+    let all: Vec<_> = survey.replies().filter_map(|reply| reply.streams).collect();
+    let sum = |read: fn(&StreamNumbers) -> u64| all.iter().map(read).sum::<u64>();
+    if sum(|streams| streams.opened + streams.held + streams.copies + streams.kept) == 0 {
+        return None;
+    }
+    let facts = [
+        format!("streams: {} running", sum(|streams| streams.held)),
+        format!("{} copies", sum(|streams| streams.copies)),
+        format!("{} kept", sum(|streams| streams.kept)),
+        format!("{:.1} MiB", sum(|streams| streams.bytes) as f64 / 1_048_576.0),
+        format!("since the start {} opened", sum(|streams| streams.opened)),
+        format!("{} resumed", sum(|streams| streams.resumed)),
+        format!("{} taken over", sum(|streams| streams.taken_over)),
+        format!("{} continued", sum(|streams| streams.continued)),
+        format!("{} lost", sum(|streams| streams.lost)),
+    ];
+    Some(flow(&facts, "  ", width))
+}
+
 fn errors(survey: &Survey, paint: Paint, width: Option<usize>) -> Option<String> {
     let mut seen: BTreeMap<(&str, &str), (u64, usize)> = BTreeMap::new();
     for reply in survey.replies() {

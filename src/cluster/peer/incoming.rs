@@ -1,4 +1,5 @@
-//! Connections of peers as they come in: plain, or after a handshake that says which member it is.
+//! Connections of peers as they come in: plain, or after a handshake that says which member it is. Those
+//! for streams are handed to the threads that generate them.
 
 use std::collections::HashMap;
 use std::io;
@@ -12,16 +13,22 @@ use futures_util::{Stream, StreamExt as _};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_rustls::TlsStream;
+use tokio_rustls::server::StartHandshake;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::{Connected, TcpIncoming};
+use tonic::transport::Server;
+use tonic::transport::server::Connected;
 
+use super::purpose::Purpose;
 use super::seldom::Seldom;
+use crate::cluster::node::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::tls::peer::{PeerTls, explain};
 
-/// How long a handshake may take; a peer gives up after half a second.
+/// How long a caller may take to say what for, handshake included; a peer gives up after half a second.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Handshakes going on at once. One more is closed: whoever meant it tries again.
 const HANDSHAKES: usize = 256;
@@ -55,30 +62,73 @@ impl Connected for PeerIo {
     }
 }
 
-/// Connections as they come in. Ends when `stop` is cancelled (with TLS) or its reader goes away.
-pub fn incoming(
-    listener: TcpListener,
-    tls: Option<Arc<PeerTls>>,
-    stop: CancellationToken,
-) -> Pin<Box<dyn Stream<Item = io::Result<PeerIo>> + Send>> {
-    let Some(tls) = tls else {
-        let plain = TcpIncoming::from(listener).with_nodelay(Some(true));
-        return Box::pin(plain.map(|accepted| accepted.map(PeerIo::Plain)));
-    };
-    let (ready, incoming) = mpsc::channel(READY);
-    tokio::spawn(async move {
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = accept(listener, tls, ready) => {}
-        }
-    });
-    Box::pin(ReceiverStream::new(incoming).map(Ok))
+/// Requests that a peer may have given up before this process looked at them, waiting on one connection. One
+/// that was frozen or busy for seconds finds as many as its peers gave up meanwhile, which is no attack:
+/// with HTTP/2's usual bound of 20, every link to it would be closed at that moment. They are a few
+/// hundred bytes each, and strangers do not get here where there are certificates.
+const GIVEN_UP: usize = 4096;
+
+/// A server for what comes in there: notices callers that have vanished.
+pub fn server() -> Server {
+    Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(5)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(2)))
+        .http2_max_pending_accept_reset_streams(Some(GIVEN_UP))
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
 }
 
-async fn accept(listener: TcpListener, tls: Arc<PeerTls>, ready: mpsc::Sender<PeerIo>) {
-    let going_on = Arc::new(GoingOn::default());
-    while !ready.is_closed() {
-        let (stream, peer) = match listener.accept().await {
+/// Connections that are ready to be served.
+pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<PeerIo>> + Send>>;
+
+/// Connections as they come in, whatever for. Ends when `stop` is cancelled or its reader goes away.
+pub fn incoming(listener: TcpListener, tls: Option<Arc<PeerTls>>, stop: CancellationToken) -> Incoming {
+    let (door, incoming) = Door::new(Handle::current());
+    tokio::spawn(accept(listener, tls, Doors { cluster: door, streams: None }, stop));
+    incoming
+}
+
+/// The same, and, apart from them, those that are for streams, which are driven by the runtime `streams`.
+pub fn incoming_apart(
+    listener: TcpListener,
+    tls: Option<Arc<PeerTls>>,
+    streams: Handle,
+    stop: CancellationToken,
+) -> (Incoming, Incoming) {
+    let (cluster, incoming) = Door::new(Handle::current());
+    let (streams, incoming_streams) = Door::new(streams);
+    tokio::spawn(accept(listener, tls, Doors { cluster, streams: Some(streams) }, stop));
+    (incoming, incoming_streams)
+}
+
+/// Where connections of one kind go.
+struct Door {
+    ready: mpsc::Sender<PeerIo>,
+    going_on: Arc<GoingOn>,
+    runtime: Handle,
+}
+
+struct Doors {
+    /// Whoever has not said what it is for counts here.
+    cluster: Door,
+    /// `None`: the same.
+    streams: Option<Door>,
+}
+
+/// A caller who has said what the connection is for.
+enum Begun {
+    Plain(TcpStream),
+    Tls(Arc<PeerTls>, Box<StartHandshake<TcpStream>>),
+}
+
+async fn accept(listener: TcpListener, tls: Option<Arc<PeerTls>>, doors: Doors, stop: CancellationToken) {
+    let doors = Arc::new(doors);
+    while !doors.cluster.ready.is_closed() {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::debug!(%error, "accept failed on the peer listener");
@@ -86,27 +136,97 @@ async fn accept(listener: TcpListener, tls: Arc<PeerTls>, ready: mpsc::Sender<Pe
                 continue;
             }
         };
-        let Some(place) = GoingOn::enter(&going_on, peer.ip()) else {
-            going_on.say(peer.ip(), "too many handshakes at once");
-            continue;
-        };
-        let (tls, ready) = (Arc::clone(&tls), ready.clone());
-        // Ends with the handshake, or its time.
+        let Some(place) = doors.cluster.place(peer.ip()) else { continue };
+        let (tls, doors) = (tls.clone(), Arc::clone(&doors));
+        // Ends with the first words, or their time.
         tokio::spawn(async move {
-            let shake = async {
-                stream.set_nodelay(true)?;
-                tls.accept(stream).await
-            };
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, shake).await {
-                Ok(Ok((stream, name))) => {
-                    let io = PeerIo::Tls(Box::new(stream), name.member.into());
-                    // Held while it waits: a queue that is full shows as too many handshakes.
-                    let _ = ready.send(io).await;
-                }
-                Ok(Err(error)) => place.going_on.say(peer.ip(), &explain(&error)),
-                Err(_) => place.going_on.say(peer.ip(), "no handshake in time"),
+            let until = Instant::now() + HANDSHAKE_TIMEOUT;
+            if let Some((purpose, begun)) = place.within(until, hear(stream, tls)).await {
+                doors.let_in(purpose, begun, until, place);
             }
         });
+    }
+}
+
+/// Until a caller has said what for.
+async fn hear(mut stream: TcpStream, tls: Option<Arc<PeerTls>>) -> io::Result<(Purpose, Begun)> {
+    stream.set_nodelay(true)?;
+    let Some(tls) = tls else {
+        let purpose = Purpose::heard(&mut stream).await?;
+        return Ok((purpose, Begun::Plain(stream)));
+    };
+    let (begun, streams) = PeerTls::hear(stream).await?;
+    let purpose = if streams { Purpose::Streams } else { Purpose::Cluster };
+    Ok((purpose, Begun::Tls(tls, Box::new(begun))))
+}
+
+impl Doors {
+    /// The rest is done where the connection is served, and counts there: what is slow at one door keeps
+    /// nobody from the other.
+    fn let_in(&self, purpose: Purpose, begun: Begun, until: Instant, place: Place) {
+        let (door, begun, place) = match (&self.streams, purpose) {
+            (Some(streams), Purpose::Streams) => {
+                let Some(there) = streams.place(place.ip) else { return };
+                match begun.moved(&streams.runtime) {
+                    Ok(begun) => (streams, begun, there),
+                    Err(error) => return there.going_on.say(place.ip, &error.to_string()),
+                }
+            }
+            _ => (&self.cluster, begun, place),
+        };
+        let ready = door.ready.clone();
+        // Ends with the handshake, or its time; and when it is taken up.
+        door.runtime.spawn(async move {
+            if let Some(io) = place.within(until, begun.finish()).await {
+                // Held while it waits: a queue that is full shows as too many handshakes.
+                let _ = ready.send(io).await;
+            }
+        });
+    }
+}
+
+impl Door {
+    fn new(runtime: Handle) -> (Self, Incoming) {
+        let (ready, incoming) = mpsc::channel(READY);
+        let door = Self { ready, going_on: Arc::default(), runtime };
+        (door, Box::pin(ReceiverStream::new(incoming).map(Ok)))
+    }
+
+    fn place(&self, ip: IpAddr) -> Option<Place> {
+        let place = GoingOn::enter(&self.going_on, ip);
+        if place.is_none() {
+            self.going_on.say(ip, "too many handshakes at once");
+        }
+        place
+    }
+}
+
+impl Begun {
+    /// Driven by another runtime from now on.
+    fn moved(self, to: &Handle) -> io::Result<Self> {
+        let moved = |stream: TcpStream| {
+            let stream = stream.into_std()?;
+            let _entered = to.enter();
+            TcpStream::from_std(stream)
+        };
+        Ok(match self {
+            Begun::Plain(stream) => Begun::Plain(moved(stream)?),
+            Begun::Tls(tls, begun) => {
+                let begun = *begun;
+                let stream = moved(begun.io)?;
+                Begun::Tls(tls, Box::new(StartHandshake::from_parts(begun.accepted, stream)))
+            }
+        })
+    }
+
+    async fn finish(self) -> io::Result<PeerIo> {
+        match self {
+            Begun::Plain(stream) => Ok(PeerIo::Plain(stream)),
+            Begun::Tls(tls, begun) => {
+                let (stream, name) = tls.accept(*begun).await?;
+                Ok(PeerIo::Tls(Box::new(stream), name.member.into()))
+            }
+        }
     }
 }
 
@@ -141,6 +261,18 @@ impl GoingOn {
         if self.refused.is_time("") {
             tracing::warn!(%peer, why, "a connection to the peer listener was refused");
         }
+    }
+}
+
+impl Place {
+    /// Says why, where it is not done.
+    async fn within<T>(&self, until: Instant, doing: impl Future<Output = io::Result<T>>) -> Option<T> {
+        match tokio::time::timeout_at(until, doing).await {
+            Ok(Ok(done)) => return Some(done),
+            Ok(Err(error)) => self.going_on.say(self.ip, &explain(&error)),
+            Err(_) => self.going_on.say(self.ip, "no handshake in time"),
+        }
+        None
     }
 }
 
@@ -202,24 +334,4 @@ impl AsyncWrite for PeerIo {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn handshakes_are_bounded_in_all_and_by_address() {
-        let going_on = Arc::new(GoingOn::default());
-        let enter = |last: u8| GoingOn::enter(&going_on, IpAddr::from([10, 0, 0, last]));
-        let mut held: Vec<_> = (0..HANDSHAKES_PER_IP).map(|_| enter(1).unwrap()).collect();
-        assert!(enter(1).is_none(), "one address has its share");
-        for last in 2.. {
-            let before = held.len();
-            held.extend(std::iter::from_fn(|| enter(last)));
-            if held.len() == before {
-                break;
-            }
-        }
-        assert_eq!(held.len(), HANDSHAKES);
-        held.clear();
-        assert!(enter(1).is_some() && going_on.by_ip.lock().is_empty());
-    }
-}
+mod tests;

@@ -11,6 +11,7 @@ use tonic::transport::Channel;
 use super::dial::Dialer;
 use super::proto::Request;
 use super::proto::peer_client::PeerClient;
+use super::purpose::Purpose;
 use super::wire::{CLUSTER, Call, FROM, MAX_MESSAGE, Reply, TO};
 use crate::cluster::types::PeerNode;
 use crate::codec;
@@ -24,7 +25,7 @@ pub async fn call_address(
     call: &Call,
     within: Duration,
 ) -> Result<Reply, String> {
-    let mut client = PeerClient::new(dialer.channel(peer, member)?);
+    let mut client = PeerClient::new(dialer.channel(peer, member, Purpose::Cluster)?);
     call_client(&mut client, tonic::Request::new(request(call)), within).await
 }
 
@@ -118,7 +119,7 @@ impl Links {
         }
         // Members that Everline knows of have names; those of a test may not.
         let name = Some(node.name.as_str()).filter(|name| !name.is_empty());
-        let channel = self.dialer.channel(&node.peer, name)?;
+        let channel = self.dialer.channel(&node.peer, name, Purpose::Cluster)?;
         let link = Arc::new(Link { cluster: self.cluster, from: self.me, to: id, channel });
         // A member that moved leaves its old address behind.
         links.retain(|(other, _), _| *other != id);

@@ -1,5 +1,6 @@
 //! The engine task: takes requests in, steps the scheduler at the pace of the timing model.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,7 +14,8 @@ use super::events::KvPublisher;
 use super::faults::{FaultChange, FaultState, Faults};
 use super::kv::KvEvent;
 use super::options::EngineSimArgs;
-use super::outbox::Outbox;
+use super::outbox::{Failure, Outbox};
+use super::pd::Desk;
 use super::scheduler::{Scheduler, Submission};
 use super::stats::Stats;
 
@@ -34,6 +36,9 @@ pub struct KvEventBatch {
     pub events: Vec<KvEvent>,
 }
 
+/// Something to do with the scheduler, at this time since the start.
+type AtScheduler = Box<dyn FnOnce(&mut Scheduler, Duration) + Send>;
+
 enum Command {
     Submit(Vec<Submission>),
     AbortAll,
@@ -42,6 +47,7 @@ enum Command {
     ResetPrefixCache(oneshot::Sender<bool>),
     IndexedBlocks(oneshot::Sender<Vec<u64>>),
     WakeReaders,
+    With(AtScheduler),
 }
 
 /// Why a request was not accepted.
@@ -55,10 +61,12 @@ pub enum Refusal {
 pub struct Engine {
     /// The flags it was started with.
     pub args: EngineSimArgs,
+    /// Which data-parallel rank it is.
+    pub rank: u32,
     /// What it counted.
     pub stats: Arc<Stats>,
-    /// Seconds since the epoch at the start.
-    pub started: u64,
+    /// Time since the epoch at the start.
+    pub started: Duration,
     faults: Faults,
     /// Bound: the queue limit for submissions; the rest are operator's commands.
     inbox: Mutex<Vec<Command>>,
@@ -67,15 +75,19 @@ pub struct Engine {
     cancellations: Arc<AtomicU64>,
     kv_events: broadcast::Sender<Arc<KvEventBatch>>,
     kv_publisher: OnceLock<KvPublisher>,
+    desk: OnceLock<Arc<Desk>>,
+    /// Ids of SGLang's requests in flight. Bound: as many as there are requests.
+    pub(super) rids: Mutex<HashSet<String>>,
 }
 
 impl Engine {
     /// A handle; [`Engine::drive`] has to run for anything to happen.
-    pub fn new(args: EngineSimArgs) -> Arc<Self> {
+    pub fn new(args: EngineSimArgs, rank: u32) -> Arc<Self> {
         Arc::new(Self {
             args,
+            rank,
             stats: Arc::default(),
-            started: unix_time().as_secs(),
+            started: unix_time(),
             faults: Faults::default(),
             inbox: Mutex::default(),
             wake: Notify::new(),
@@ -83,6 +95,8 @@ impl Engine {
             cancellations: Arc::default(),
             kv_events: broadcast::channel(KV_EVENT_BACKLOG).0,
             kv_publisher: OnceLock::new(),
+            desk: OnceLock::new(),
+            rids: Mutex::default(),
         })
     }
 
@@ -94,14 +108,11 @@ impl Engine {
     /// Hands the sequences of one request over.
     pub fn submit(&self, sequences: Vec<Submission>) -> Result<(), Refusal> {
         if self.faults.get().engine_dead {
-            sequences.iter().for_each(|sequence| sequence.outbox.fail());
+            sequences.iter().for_each(|sequence| sequence.outbox.fail(Failure::EngineDead));
             return Ok(());
         }
         let mut inbox = self.inbox.lock();
-        let arriving: usize = inbox
-            .iter()
-            .map(|command| if let Command::Submit(sequences) = command { sequences.len() } else { 0 })
-            .sum();
+        let arriving = arriving(&inbox);
         let free_slots = u64::from(self.args.max_running).saturating_sub(self.stats.running.get());
         let limit = u64::from(self.args.max_waiting) + free_slots;
         if self.stats.waiting.get() + (arriving + sequences.len()) as u64 > limit {
@@ -112,6 +123,11 @@ impl Engine {
         drop(inbox);
         self.wake.notify_one();
         Ok(())
+    }
+
+    /// Sequences that were handed over and that the engine task has not seen yet.
+    pub fn arriving(&self) -> usize {
+        arriving(&self.inbox.lock())
     }
 
     /// Drops a request whose client is gone, within a step.
@@ -183,6 +199,22 @@ impl Engine {
         self.kv_events.subscribe()
     }
 
+    /// Hands requests over and takes them on by this; once, before [`Engine::drive`].
+    pub fn hand_over_by(&self, desk: Arc<Desk>) {
+        // Set once, by who started the engine.
+        let _ = self.desk.set(desk);
+    }
+
+    /// What it hands requests over by, if it does.
+    pub fn desk(&self) -> Option<&Arc<Desk>> {
+        self.desk.get()
+    }
+
+    /// Does something between two steps.
+    pub(super) fn with_scheduler(&self, act: impl FnOnce(&mut Scheduler, Duration) + Send + 'static) {
+        self.command(Command::With(Box::new(act)));
+    }
+
     fn command(&self, command: Command) {
         self.inbox.lock().push(command);
         self.wake.notify_one();
@@ -194,7 +226,13 @@ impl Engine {
         let start = Instant::now();
         let (running, batched) = (args.max_running, args.max_batched_tokens);
         let mut scheduler =
-            Scheduler::new(args.blocks, args.block_size, running, batched, self.stats.clone());
+            Scheduler::new(args.blocks, args.block_size, running, batched, self.stats.clone())
+                .with_host(args.host_blocks);
+        let desk = self.desk.get().cloned();
+        if let Some(desk) = &desk {
+            scheduler = scheduler.with_handover(desk.handover());
+        }
+        let mut next_heartbeat = Duration::ZERO;
         let mut next_batch = 0;
         let mut cancellations = 0;
         let mut deadline = Instant::now();
@@ -207,9 +245,14 @@ impl Engine {
             }
             let plan = if self.faults.get().hang { None } else { scheduler.plan(start.elapsed()) };
             self.publish(&mut scheduler, &mut next_batch, plan.is_some());
+            let mut look_again = None;
+            if let Some(desk) = &desk {
+                look_again = self.attend(desk, &mut scheduler, start.elapsed(), &mut next_heartbeat);
+            }
             let Some(plan) = plan else {
                 tokio::select! {
                     () = self.wake.notified() => {}
+                    () = sleep_until(look_again.map(|at| start + at)) => {}
                     () = stop.cancelled() => return,
                 }
                 deadline = Instant::now();
@@ -240,7 +283,7 @@ impl Engine {
             match command {
                 // Sent just before the engine died.
                 Command::Submit(sequences) if self.faults.get().engine_dead => {
-                    sequences.iter().for_each(|sequence| sequence.outbox.fail());
+                    sequences.iter().for_each(|sequence| sequence.outbox.fail(Failure::EngineDead));
                 }
                 Command::Submit(sequences) => {
                     sequences.into_iter().for_each(|sequence| scheduler.submit(sequence, now));
@@ -263,11 +306,32 @@ impl Engine {
                     let _ = reply.send(scheduler.kv().clear());
                 }
                 Command::WakeReaders => scheduler.wake_readers(),
+                Command::With(act) => act(scheduler, now),
             }
         }
         if self.closed.load(Ordering::Acquire) && !scheduler.is_empty() {
             scheduler.abort(|_| true);
         }
+    }
+
+    /// Does what hand-overs need beside the steps, and says when that is next needed.
+    fn attend(
+        self: &Arc<Self>,
+        desk: &Arc<Desk>,
+        scheduler: &mut Scheduler,
+        now: Duration,
+        next_heartbeat: &mut Duration,
+    ) -> Option<Duration> {
+        for happening in scheduler.take_happenings() {
+            desk.react(self, happening);
+        }
+        let missed = desk.give_up(scheduler).map(|at| now + at.saturating_duration_since(Instant::now()));
+        let expiry = scheduler.expire(now);
+        if now >= *next_heartbeat && desk.heartbeat(scheduler) {
+            *next_heartbeat = now + desk.heartbeat_interval();
+        }
+        let heartbeat = (*next_heartbeat > now).then_some(*next_heartbeat);
+        expiry.into_iter().chain(heartbeat).chain(missed).min()
     }
 
     /// Publishes the events of a step. Without a step they stay queued, as in the real engine.
@@ -287,6 +351,21 @@ impl Engine {
         // Nobody may be subscribed.
         let _ = self.kv_events.send(Arc::new(batch));
     }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn arriving(inbox: &[Command]) -> usize {
+    let sequences = |command: &Command| match command {
+        Command::Submit(sequences) => sequences.len(),
+        _ => 0,
+    };
+    inbox.iter().map(sequences).sum()
 }
 
 /// Time since the epoch; zero on a clock set before it.

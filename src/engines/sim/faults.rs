@@ -54,6 +54,13 @@ pub struct FaultChange {
     pub abort_all: bool,
 }
 
+impl FaultChange {
+    /// The engine process dies.
+    pub fn death() -> Self {
+        Self { engine_dead: Some(true), ..Self::default() }
+    }
+}
+
 fn present<'de, D, T>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
 where
     D: serde::Deserializer<'de>,

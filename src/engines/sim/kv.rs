@@ -7,11 +7,27 @@
 //! **Invariant:** a block is in the free queue exactly when nobody holds it; a block with a hash is
 //! in the index under that hash. The same content may stand in two blocks; each of them is announced
 //! when stored and again when removed.
+//!
+//! With a [host tier](super::host) behind it, what falls out of the cache is found there, and brought
+//! back when a sequence needs it.
+
+mod reserve;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3;
+
+use super::host::{Content, HostTier};
+
+/// Where a block is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Medium {
+    /// In the memory of the GPU.
+    Gpu,
+    /// In that of its host.
+    Host,
+}
 
 /// What happened in the cache, in order; the material of vLLM's KV events.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,11 +48,15 @@ pub enum KvEvent {
         cache_salt: Option<Arc<str>>,
         /// For each block what else went into its hash: the adapter, and the salt at the first block.
         extra_keys: Vec<Option<Vec<Arc<str>>>>,
+        /// Where they are now, too.
+        medium: Medium,
     },
     /// A block was given to something else.
     Removed {
         /// One hash: there is one event for each block.
         block_hashes: Vec<u64>,
+        /// Where they are no longer.
+        medium: Medium,
     },
     /// The whole cache was emptied on request.
     Cleared,
@@ -59,6 +79,8 @@ pub struct SequenceBlocks {
     hashes: Vec<u64>,
     /// How many leading blocks are in the index.
     indexed: usize,
+    /// Whether they are nobody else's: neither found nor left to be found.
+    private: bool,
 }
 
 impl SequenceBlocks {
@@ -96,6 +118,8 @@ const NONE: u32 = u32::MAX;
 struct Block {
     holders: u32,
     hash: Option<u64>,
+    /// What the host tier needs to know, if there is one.
+    content: Option<Arc<Content>>,
     previous: u32,
     next: u32,
 }
@@ -110,6 +134,8 @@ pub struct KvCache {
     tail: u32,
     free: usize,
     index: HashMap<u64, Vec<u32>>,
+    /// What is behind it; with room for nothing, unless the flags say so.
+    host: HostTier,
     events: Vec<KvEvent>,
 }
 
@@ -119,15 +145,26 @@ impl KvCache {
         let count = blocks.max(1);
         let mut cache = Self {
             block_size: block_size.max(1),
-            blocks: vec![Block { holders: 0, hash: None, previous: NONE, next: NONE }; count as usize],
+            blocks: vec![
+                Block { holders: 0, hash: None, content: None, previous: NONE, next: NONE };
+                count as usize
+            ],
             head: NONE,
             tail: NONE,
             free: 0,
             index: HashMap::new(),
+            host: HostTier::default(),
             events: Vec::new(),
         };
         (0..count).for_each(|block| cache.append_free(block));
         cache
+    }
+
+    /// The same with a host tier of so many blocks.
+    #[must_use]
+    pub fn with_host(mut self, blocks: u32) -> Self {
+        self.host = HostTier::new(blocks as usize);
+        self
     }
 
     /// Share of the blocks that sequences hold, 0 to 1.
@@ -143,9 +180,13 @@ impl KvCache {
     /// How many leading ids of a new sequence are in the cache: whole blocks, and never all of
     /// the ids, because the last one has to be computed for the next token to come out.
     pub fn cached_tokens(&self, sequence: &mut SequenceBlocks, tokens: &[u32]) -> usize {
+        if sequence.private {
+            return 0;
+        }
         sequence.hash_full_blocks(tokens, self.block_size);
         let usable = tokens.len().saturating_sub(1) / self.block_size;
-        let hits = sequence.hashes.iter().take(usable).take_while(|hash| self.index.contains_key(hash));
+        let is_there = |hash: &&u64| self.index.contains_key(hash) || self.host.has(**hash);
+        let hits = sequence.hashes.iter().take(usable).take_while(is_there);
         hits.count() * self.block_size
     }
 
@@ -159,28 +200,61 @@ impl KvCache {
         upto: usize,
     ) -> bool {
         debug_assert!(sequence.blocks.is_empty(), "a sequence is admitted once");
-        let hits: Vec<u32> = sequence.hashes[..cached / self.block_size]
-            .iter()
-            .filter_map(|hash| self.index.get(hash).and_then(|blocks| blocks.first().copied()))
-            .collect();
-        let idle_hits = hits.iter().filter(|block| self.blocks[**block as usize].holders == 0).count();
-        if upto.div_ceil(self.block_size) - hits.len() > self.free - idle_hits {
+        let here = |hash: &u64| self.index.get(hash).and_then(|blocks| blocks.first().copied());
+        let hits: Vec<Option<u32>> = sequence.hashes[..cached / self.block_size].iter().map(here).collect();
+        let held: Vec<u32> = hits.iter().copied().flatten().collect();
+        let idle_hits = held.iter().filter(|block| self.blocks[**block as usize].holders == 0).count();
+        if upto.div_ceil(self.block_size) - held.len() > self.free - idle_hits {
             return false;
         }
-        for &block in &hits {
+        for &block in &held {
             if self.blocks[block as usize].holders == 0 {
                 self.unlink_free(block);
             }
             self.blocks[block as usize].holders += 1;
         }
-        sequence.indexed = hits.len();
-        sequence.blocks = hits;
+        // Before room is made for them, which may push them out of the host tier.
+        let missing = hits.iter().zip(&sequence.hashes).filter(|(hit, _)| hit.is_none());
+        let contents: Vec<_> = missing.filter_map(|(_, hash)| self.host.take_up(*hash)).collect();
+        let mut contents = contents.into_iter();
+        sequence.blocks = Vec::with_capacity(upto.div_ceil(self.block_size));
+        for (place, hit) in hits.into_iter().enumerate() {
+            let block = match hit {
+                Some(block) => block,
+                None => self.bring_back(sequence.hashes[place], contents.next()),
+            };
+            sequence.blocks.push(block);
+        }
+        sequence.indexed = sequence.blocks.len();
         self.grow(sequence, tokens, upto)
+    }
+
+    /// A free block with what the host tier had, announced as any block that can be found again.
+    fn bring_back(&mut self, hash: u64, content: Option<Arc<Content>>) -> u32 {
+        let block = self.take_free();
+        if let Some(content) = content {
+            self.events.push(content.stored(hash, Medium::Gpu));
+            self.blocks[block as usize].content = Some(content);
+        }
+        self.blocks[block as usize].hash = Some(hash);
+        self.index.entry(hash).or_default().push(block);
+        block
     }
 
     /// Makes room for ids up to `upto` and indexes the blocks that are full by then. Changes
     /// nothing and returns false if there is no room.
     pub fn grow(&mut self, sequence: &mut SequenceBlocks, tokens: &[u32], upto: usize) -> bool {
+        if !self.make_room(sequence, upto) {
+            return false;
+        }
+        let full = upto / self.block_size;
+        if full > sequence.indexed && !sequence.private {
+            self.index_blocks(sequence, tokens, full);
+        }
+        true
+    }
+
+    fn make_room(&mut self, sequence: &mut SequenceBlocks, upto: usize) -> bool {
         let missing = upto.div_ceil(self.block_size).saturating_sub(sequence.blocks.len());
         if missing > self.free {
             return false;
@@ -188,10 +262,6 @@ impl KvCache {
         for _ in 0..missing {
             let block = self.take_free();
             sequence.blocks.push(block);
-        }
-        let full = upto / self.block_size;
-        if full > sequence.indexed {
-            self.index_blocks(sequence, tokens, full);
         }
         true
     }
@@ -203,6 +273,15 @@ impl KvCache {
             let (block, hash) = (sequence.blocks[place], sequence.hashes[place]);
             self.blocks[block as usize].hash = Some(hash);
             self.index.entry(hash).or_default().push(block);
+            if self.host.has_room_for_any() {
+                self.blocks[block as usize].content = Some(Arc::new(Content {
+                    parent: place.checked_sub(1).map(|parent| sequence.hashes[parent]),
+                    tokens: tokens[place * self.block_size..(place + 1) * self.block_size].to_vec(),
+                    lora: sequence.namespace.lora.clone(),
+                    salt: sequence.namespace.salt.clone(),
+                    extra_keys: sequence.namespace.extra_keys(place),
+                }));
+            }
         }
         self.events.push(KvEvent::Stored {
             block_hashes: sequence.hashes[new.clone()].to_vec(),
@@ -212,6 +291,7 @@ impl KvCache {
             lora_name: sequence.namespace.lora.clone(),
             cache_salt: sequence.namespace.salt.clone(),
             extra_keys: new.map(|place| sequence.namespace.extra_keys(place)).collect(),
+            medium: Medium::Gpu,
         });
         sequence.indexed = full;
     }
@@ -234,15 +314,17 @@ impl KvCache {
             return false;
         }
         self.index.clear();
-        self.blocks.iter_mut().for_each(|block| block.hash = None);
+        self.host.clear();
+        self.blocks.iter_mut().for_each(|block| (block.hash, block.content) = (None, None));
         self.events.push(KvEvent::Cleared);
         true
     }
 
     /// Hashes of all blocks that can be found again, in order.
     pub fn indexed(&self) -> Vec<u64> {
-        let mut hashes: Vec<u64> = self.index.keys().copied().collect();
+        let mut hashes: Vec<u64> = self.index.keys().copied().chain(self.host.hashes()).collect();
         hashes.sort_unstable();
+        hashes.dedup();
         hashes
     }
 
@@ -263,7 +345,8 @@ impl KvCache {
     }
 
     fn unlink_free(&mut self, block: u32) {
-        let Block { previous, next, .. } = self.blocks[block as usize];
+        let Block { previous, next, .. } = &self.blocks[block as usize];
+        let (previous, next) = (*previous, *next);
         match previous {
             NONE => self.head = next,
             previous => self.blocks[previous as usize].next = next,
@@ -287,7 +370,10 @@ impl KvCache {
                     self.index.remove(&hash);
                 }
             }
-            self.events.push(KvEvent::Removed { block_hashes: vec![hash] });
+            if let Some(content) = self.blocks[block as usize].content.take() {
+                self.host.put(hash, content, &mut self.events);
+            }
+            self.events.push(KvEvent::Removed { block_hashes: vec![hash], medium: Medium::Gpu });
         }
         block
     }
@@ -344,8 +430,8 @@ mod tests {
         // The block without a hash was given back first, then the tail, then the root.
         let (_other, _) = admit(&mut cache, &[9, 9, 9, 9, 9, 9]).unwrap();
         let removed: Vec<_> = cache.take_events();
-        assert_eq!(removed[0], KvEvent::Removed { block_hashes: b.clone() });
-        assert_eq!(removed[1], KvEvent::Removed { block_hashes: a.clone() });
+        assert_eq!(removed[0], KvEvent::Removed { block_hashes: b.clone(), medium: Medium::Gpu });
+        assert_eq!(removed[1], KvEvent::Removed { block_hashes: a.clone(), medium: Medium::Gpu });
     }
 
     #[test]
@@ -372,7 +458,94 @@ mod tests {
         assert_eq!(admit(&mut cache, &[1, 2, 3]).unwrap().1, 0);
     }
 
+    #[test]
+    fn what_falls_out_is_found_in_the_host_tier_and_brought_back() {
+        let mut cache = KvCache::new(2, 2).with_host(2);
+        let (first, second) = ([1, 2, 3, 4], [5, 6, 7, 8]);
+        let ask = |cache: &mut KvCache, tokens: &[u32]| {
+            let (mut sequence, cached) = admit(cache, tokens).unwrap();
+            cache.release(&mut sequence);
+            (cached, cache.take_events())
+        };
+        assert_eq!(ask(&mut cache, &first).0, 0);
+        let (_, events) = ask(&mut cache, &second);
+        let moved: Vec<_> = events
+            .iter()
+            .filter_map(|event| match event {
+                KvEvent::Stored { medium, token_ids, .. } => Some((true, *medium, token_ids.clone())),
+                KvEvent::Removed { medium, .. } => Some((false, *medium, Vec::new())),
+                KvEvent::Cleared => None,
+            })
+            .collect();
+        // It is in the one place before it leaves the other; the tail goes first.
+        assert_eq!(
+            moved,
+            [
+                (true, Medium::Host, vec![3, 4]),
+                (false, Medium::Gpu, vec![]),
+                (true, Medium::Host, vec![1, 2]),
+                (false, Medium::Gpu, vec![]),
+                (true, Medium::Gpu, vec![5, 6, 7, 8]),
+            ]
+        );
+        // Its last id has to be computed, so that only its first block is of use.
+        let (cached, events) = ask(&mut cache, &first);
+        assert_eq!(cached, 2);
+        let is_back = |event: &KvEvent| match event {
+            KvEvent::Stored { medium: Medium::Gpu, token_ids, parent_block_hash, .. } => {
+                *token_ids == [1, 2] && parent_block_hash.is_none()
+            }
+            _ => false,
+        };
+        assert!(events.iter().any(is_back), "{events:?}");
+    }
+
     proptest! {
+        /// What is told of both tiers is what can be found in them.
+        #[test]
+        fn events_of_two_tiers_replayed_equal_what_is_in_them(
+            steps in proptest::collection::vec((0u32..5, 1usize..14), 1..80)
+        ) {
+            let mut cache = KvCache::new(7, 2).with_host(5);
+            // The same content may be in two blocks of the GPU, and is on the host once.
+            let mut tiers = [HashMap::<u64, usize>::new(), HashMap::new()];
+            for (family, length) in steps {
+                let tokens: Vec<u32> = (0..length as u32).map(|at| if at < 3 { at } else { at * 10 + family }).collect();
+                let mut sequence = SequenceBlocks::default();
+                let cached = cache.cached_tokens(&mut sequence, &tokens);
+                let is_told = |hash: &&u64| tiers.iter().any(|tier| tier.contains_key(*hash));
+                let told = sequence.hashes.iter().take((length - 1) / 2).take_while(is_told).count();
+                prop_assert_eq!(cached, told * 2);
+                if cache.admit(&mut sequence, &tokens, cached, length) {
+                    prop_assert_eq!(sequence.blocks.len(), length.div_ceil(2));
+                    cache.release(&mut sequence);
+                }
+                for event in cache.take_events() {
+                    let (hashes, medium, here) = match event {
+                        KvEvent::Stored { block_hashes, medium, token_ids, .. } => {
+                            prop_assert_eq!(token_ids.len(), block_hashes.len() * 2);
+                            (block_hashes, medium, true)
+                        }
+                        KvEvent::Removed { block_hashes, medium } => (block_hashes, medium, false),
+                        KvEvent::Cleared => unreachable!("nobody cleared it"),
+                    };
+                    let tier = &mut tiers[usize::from(medium == Medium::Host)];
+                    for hash in hashes {
+                        let copies = tier.entry(hash).or_default();
+                        *copies = if here { *copies + 1 } else { copies.checked_sub(1).expect("it was there") };
+                        if *copies == 0 {
+                            tier.remove(&hash);
+                        }
+                    }
+                }
+                let on_gpu: HashMap<u64, usize> =
+                    cache.index.iter().map(|(hash, blocks)| (*hash, blocks.len())).collect();
+                prop_assert_eq!(&tiers[0], &on_gpu);
+                prop_assert_eq!(&tiers[1], &cache.host.hashes().map(|hash| (hash, 1)).collect());
+                prop_assert_eq!(cache.free, 7);
+            }
+        }
+
         /// A listener that replays the events knows exactly what can be hit.
         #[test]
         fn events_replayed_equal_the_index(
@@ -396,7 +569,7 @@ mod tests {
                             prop_assert!(parent_block_hash.is_none_or(|parent| known.contains_key(&parent)));
                             block_hashes.iter().for_each(|hash| *known.entry(*hash).or_default() += 1);
                         }
-                        KvEvent::Removed { block_hashes } => {
+                        KvEvent::Removed { block_hashes, .. } => {
                             let copies = known.get_mut(&block_hashes[0]).expect("only what was stored is removed");
                             *copies -= 1;
                             if *copies == 0 {

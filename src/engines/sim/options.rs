@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use super::events::{EventFormat, KvEventsConfig, ReplayLayout};
+use super::pd::PdArgs;
 use crate::zmtp::Endpoint;
 
 /// What happens to running requests when the engine is told to stop.
@@ -31,12 +32,21 @@ pub struct EngineSimArgs {
     /// Name of a LoRA adapter of the model; repeatable.
     #[arg(long = "lora")]
     pub loras: Vec<String>,
+    /// Data-parallel ranks behind the one address. Each has KV blocks, a batch and a queue of its
+    /// own, and publishes its events at ports that count up from those given.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub dp: u32,
     /// Tokens in a KV block.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub block_size: u32,
-    /// KV blocks of the engine.
+    /// KV blocks of the engine; of each rank.
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     pub blocks: u32,
+    /// KV blocks in the memory of the host, of each rank: what falls out of the engine's is kept there,
+    /// the newest first, and brought back for nothing when it is needed. 0 keeps nothing.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=16_777_216))]
+    pub host_blocks: u32,
+
     /// Sequences in a batch; more than this wait.
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_running: u32,
@@ -84,6 +94,14 @@ pub struct EngineSimArgs {
     /// How KV events are written.
     #[arg(long, value_enum, default_value_t = EventFormat::VllmMap)]
     pub kv_events_format: EventFormat,
+    /// Have `/metrics` with `--kv-events-format sglang`, as SGLang has it only with this flag.
+    #[arg(long)]
+    pub enable_metrics: bool,
+
+    /// Events of `/generate`, which there is with `--kv-events-format sglang`, have what is new; otherwise
+    /// all so far.
+    #[arg(long)]
+    pub incremental_streaming_output: bool,
     /// How the replay socket answers.
     #[arg(long, value_enum, default_value_t = ReplayLayout::Topic)]
     pub kv_replay_layout: ReplayLayout,
@@ -97,6 +115,9 @@ pub struct EngineSimArgs {
     /// Publish the load over ZeroMQ, as SGLang does, at this endpoint.
     #[arg(long, value_name = "ENDPOINT", value_parser = endpoint)]
     pub load_publish_endpoint: Option<Endpoint>,
+    /// How requests are split with other engines.
+    #[command(flatten)]
+    pub pd: PdArgs,
     /// What happens to running requests on shutdown.
     #[arg(long, value_enum, default_value_t = ShutdownMode::Abort)]
     pub shutdown: ShutdownMode,

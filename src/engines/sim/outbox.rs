@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
+
+use super::pd::Told;
 
 /// What made a sequence end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +56,24 @@ pub struct Delta {
     pub created_tokens: usize,
     /// Set on the last delta of the choice.
     pub finish: Option<(FinishReason, Option<StopReason>)>,
+    /// On the last delta of a prefill leg: what the decode engine is to be told.
+    pub transfer: Option<Arc<Told>>,
+}
+
+/// Why a request came to nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The engine process is gone.
+    EngineDead,
+    /// The KV that it was to have from elsewhere did not come, in vLLM.
+    NoTransfer,
+    /// SGLang ended it, with this status and these words.
+    Aborted {
+        /// HTTP status, where none was sent yet.
+        status: u16,
+        /// What it says.
+        message: String,
+    },
 }
 
 /// What a reader gets.
@@ -61,8 +81,8 @@ pub struct Delta {
 pub enum Output {
     /// Tokens, or an end.
     Delta(Delta),
-    /// The engine died under the request.
-    EngineDead,
+    /// There is no more to come.
+    Failed(Failure),
 }
 
 /// One request's outbox, written by the engine task and read by the connection.
@@ -72,7 +92,14 @@ pub enum Output {
 pub struct Outbox {
     queue: Mutex<VecDeque<Delta>>,
     reader: AtomicWaker,
-    dead: AtomicBool,
+    /// What is ready to be attached to the last delta of a choice.
+    transfers: Mutex<Vec<(usize, Arc<Told>)>>,
+    failed: AtomicBool,
+    failure: Mutex<Option<Failure>>,
+    /// Choices whose words are not to be read before something else happened.
+    held: AtomicUsize,
+    /// Choices that have said all but are not to end yet.
+    lingering: AtomicUsize,
     cancelled: AtomicBool,
     cancellations: Arc<AtomicU64>,
     merge: bool,
@@ -85,7 +112,11 @@ impl Outbox {
         Self {
             queue: Mutex::default(),
             reader: AtomicWaker::new(),
-            dead: AtomicBool::new(false),
+            transfers: Mutex::default(),
+            failed: AtomicBool::new(false),
+            failure: Mutex::default(),
+            held: AtomicUsize::new(0),
+            lingering: AtomicUsize::new(0),
             cancelled: AtomicBool::new(false),
             cancellations,
             merge,
@@ -126,10 +157,45 @@ impl Outbox {
         self.reader.wake();
     }
 
-    /// Tells the reader that the engine is gone.
-    pub fn fail(&self) {
-        self.dead.store(true, Ordering::Release);
+    /// Tells the reader that no more comes, and why; the first reason stands.
+    pub fn fail(&self, failure: Failure) {
+        self.failure.lock().get_or_insert(failure);
+        self.failed.store(true, Ordering::Release);
         self.reader.wake();
+    }
+
+    /// Says what the last delta of a choice, which is still to be pushed, goes with.
+    pub fn attach(&self, choice: usize, transfer: Arc<Told>) {
+        self.transfers.lock().push((choice, transfer));
+    }
+
+    /// Keeps everything from the reader until [`Outbox::let_go`] was called as often.
+    pub fn hold(&self) {
+        self.held.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Undoes one [`Outbox::hold`].
+    pub fn let_go(&self) {
+        self.held.fetch_sub(1, Ordering::AcqRel);
+        self.reader.wake();
+    }
+
+    /// Has the reader wait at its end until [`Outbox::part`] was called as often.
+    pub fn linger(&self) {
+        self.lingering.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Undoes one [`Outbox::linger`].
+    pub fn part(&self) {
+        self.lingering.fetch_sub(1, Ordering::AcqRel);
+        self.reader.wake();
+    }
+
+    /// Whether whoever has read everything may end. Nobody waits for what has failed.
+    pub fn poll_parted(&self, context: &mut Context<'_>) -> Poll<()> {
+        self.reader.register(context.waker());
+        let is_over = self.lingering.load(Ordering::Acquire) == 0 || self.failed.load(Ordering::Acquire);
+        if is_over { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Makes the reader look again, at the fault switches for instance.
@@ -140,10 +206,20 @@ impl Outbox {
     /// What came next; what was written before the engine died comes out first.
     pub fn poll_next(&self, context: &mut Context<'_>) -> Poll<Output> {
         self.reader.register(context.waker());
-        if let Some(delta) = self.queue.lock().pop_front() {
+        let is_held = self.held.load(Ordering::Acquire) > 0;
+        if !is_held && let Some(mut delta) = self.queue.lock().pop_front() {
+            if delta.finish.is_some() {
+                let mut transfers = self.transfers.lock();
+                let at = transfers.iter().position(|(choice, _)| *choice == delta.choice);
+                delta.transfer = at.map(|at| transfers.swap_remove(at).1);
+            }
             return Poll::Ready(Output::Delta(delta));
         }
-        if self.dead.load(Ordering::Acquire) { Poll::Ready(Output::EngineDead) } else { Poll::Pending }
+        if self.failed.load(Ordering::Acquire) {
+            let failure = self.failure.lock().clone();
+            return Poll::Ready(Output::Failed(failure.unwrap_or(Failure::EngineDead)));
+        }
+        Poll::Pending
     }
 
     /// The client is gone: the engine drops the request in its next step.
@@ -160,6 +236,7 @@ impl Outbox {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pd::{Lender, Mode};
     use super::*;
 
     fn read(outbox: &Outbox) -> Option<Delta> {
@@ -183,12 +260,38 @@ mod tests {
     }
 
     #[test]
+    fn what_is_held_back_is_read_once_it_is_let_go_and_never_if_it_fails() {
+        let outbox = Outbox::new(true, Arc::default());
+        outbox.hold();
+        let (identity, lease) = (Default::default(), std::time::Duration::ZERO);
+        let told = Arc::new(Lender { identity, host: "h".into(), port: 1, lease }.params(
+            Mode::Pull,
+            "r",
+            &[0],
+            1,
+            0,
+        ));
+        outbox.attach(0, Arc::clone(&told));
+        outbox.push(0, "a", Some(1), Some((FinishReason::Length, None)), 0, 0);
+        assert!(read(&outbox).is_none());
+        outbox.let_go();
+        let delta = read(&outbox).unwrap();
+        assert_eq!((delta.text.as_str(), delta.transfer), ("a", Some(told)));
+        outbox.hold();
+        outbox.push(0, "b", Some(2), None, 0, 0);
+        outbox.fail(Failure::NoTransfer);
+        outbox.fail(Failure::EngineDead);
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        assert!(matches!(outbox.poll_next(&mut context), Poll::Ready(Output::Failed(Failure::NoTransfer))));
+    }
+
+    #[test]
     fn what_was_written_before_the_engine_died_is_read_first() {
         let outbox = Outbox::new(true, Arc::default());
         outbox.push(0, "a", Some(1), None, 0, 0);
-        outbox.fail();
+        outbox.fail(Failure::EngineDead);
         assert_eq!(read(&outbox).map(|delta| delta.text), Some("a".into()));
         let mut context = Context::from_waker(std::task::Waker::noop());
-        assert!(matches!(outbox.poll_next(&mut context), Poll::Ready(Output::EngineDead)));
+        assert!(matches!(outbox.poll_next(&mut context), Poll::Ready(Output::Failed(Failure::EngineDead))));
     }
 }

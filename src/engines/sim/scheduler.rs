@@ -5,13 +5,17 @@
 //! Running sequences come first; while tokens and batch slots are left, waiting ones follow in the
 //! order of arrival. If blocks run out, the youngest running sequence goes back to the queue's head.
 
+mod handover;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::handover::Marks;
+pub use self::handover::{Came, Contents, Handover, Happening, Leg, Loan, Meeting};
 use super::detok::Detokenizer;
 use super::kv::{KvCache, Namespace, SequenceBlocks};
-use super::outbox::{FinishReason, Outbox, StopReason};
+use super::outbox::{Failure, FinishReason, Outbox, StopReason};
 use super::stats::{LogEntry, Stats};
 use super::text::TextState;
 use super::tokenizer::EOS;
@@ -52,6 +56,10 @@ pub struct Submission {
     pub text: TextState,
     /// When it ends.
     pub rules: StopRules,
+    /// What it has to do with another engine, if anything; nothing in an engine without `--pd`.
+    pub leg: Option<Leg>,
+    /// Whether its blocks are nobody else's.
+    pub private: bool,
 }
 
 #[derive(Debug)]
@@ -71,6 +79,12 @@ struct Sequence {
     outbox: Arc<Outbox>,
     arrived: Duration,
     last_token: Option<Duration>,
+    leg: Option<Leg>,
+    /// Whether the KV of its prompt has come.
+    has_fetched: bool,
+    /// Whether it holds them while it waits.
+    holds_fetched: bool,
+    marks: Option<Box<Marks>>,
 }
 
 impl Sequence {
@@ -83,7 +97,7 @@ impl Sequence {
     }
 
     /// Generates one id and tells the reader; returns why that was the last one.
-    fn advance(&mut self) -> Option<FinishReason> {
+    fn advance(&mut self, handover: Option<&Handover>) -> Option<FinishReason> {
         let rules = &self.rules;
         let position = self.generated() + 1;
         let may_end = position > rules.min_tokens;
@@ -106,6 +120,9 @@ impl Sequence {
             finish = Some((FinishReason::Stop, Some(StopReason::Text(rules.stop[index].clone()))));
         }
         let reason = finish.as_ref().map(|(reason, _)| *reason);
+        if let Some(lent) = reason.and_then(|reason| handover?.lent(self, reason)) {
+            self.outbox.attach(self.choice, Arc::new(lent));
+        }
         let text = self.detok.take(finish.is_some());
         self.outbox.push(self.choice, text, Some(id), finish, self.cached.unwrap_or(0), self.created);
         reason
@@ -130,6 +147,8 @@ pub struct Scheduler {
     max_running: usize,
     max_batched_tokens: usize,
     block_size: usize,
+    host_blocks: u32,
+    handover: Option<Handover>,
     stats: Arc<Stats>,
 }
 
@@ -149,8 +168,18 @@ impl Scheduler {
             max_running: max_running as usize,
             max_batched_tokens: max_batched_tokens as usize,
             block_size: block_size as usize,
+            host_blocks: 0,
+            handover: None,
             stats,
         }
+    }
+
+    /// The same with a host tier of so many blocks behind the cache.
+    #[must_use]
+    pub fn with_host(mut self, blocks: u32) -> Self {
+        self.kv = self.kv.with_host(blocks);
+        self.host_blocks = blocks;
+        self
     }
 
     /// The cache, for its events and for clearing it.
@@ -160,10 +189,13 @@ impl Scheduler {
 
     /// Puts a sequence at the end of the queue.
     pub fn submit(&mut self, submission: Submission, now: Duration) {
-        let Submission { id, prompt, choice, outbox, namespace, mut text, rules } = submission;
+        let Submission { id, prompt, choice, outbox, namespace, mut text, rules, leg, private } = submission;
+        let start = text.hash();
         prompt.iter().for_each(|id| text.push(*id));
         self.stats.requests.add(1);
-        self.waiting.push_back(Sequence {
+        let blocks =
+            if private { SequenceBlocks::private(namespace) } else { SequenceBlocks::new(namespace) };
+        let mut sequence = Sequence {
             id,
             prompt_len: prompt.len(),
             tokens: prompt.to_vec(),
@@ -171,7 +203,7 @@ impl Scheduler {
             scheduled: 0,
             cached: None,
             created: 0,
-            blocks: SequenceBlocks::new(namespace),
+            blocks,
             text,
             detok: Detokenizer::new(&prompt, &rules.stop, rules.include_stop, rules.skip_special),
             rules,
@@ -179,7 +211,15 @@ impl Scheduler {
             outbox,
             arrived: now,
             last_token: None,
-        });
+            leg,
+            has_fetched: false,
+            holds_fetched: false,
+            marks: None,
+        };
+        match self.prepare(&mut sequence, start) {
+            true => self.await_meeting(sequence),
+            false => self.waiting.push_back(sequence),
+        }
         self.update_gauges();
     }
 
@@ -198,6 +238,9 @@ impl Scheduler {
                 if sequence.computed < sequence.prompt_len {
                     prefill_tokens += wanted;
                 }
+                if let Some(handover) = &self.handover {
+                    handover.computes(sequence, self.block_size);
+                }
                 budget -= wanted;
                 at += 1;
                 continue;
@@ -207,12 +250,31 @@ impl Scheduler {
             if let Some(mut victim) = self.running.pop() {
                 self.kv.release(&mut victim.blocks);
                 victim.computed = 0;
+                victim.holds_fetched = false;
                 self.stats.preemptions.add(1);
                 self.waiting.push_front(victim);
             }
         }
         while !preempted && budget > 0 && self.running.len() < self.max_running {
             let Some(next) = self.waiting.front_mut() else { break };
+            if next.wants_to_fetch() {
+                match self.ask_for_kv(now) {
+                    true => continue,
+                    false => break,
+                }
+            }
+            if next.holds_fetched {
+                let Some(mut next) = self.waiting.pop_front() else { break };
+                next.holds_fetched = false;
+                next.scheduled = (next.tokens.len() - next.computed).min(budget);
+                if let Some(handover) = &self.handover {
+                    handover.computes(&mut next, self.block_size);
+                }
+                prefill_tokens += next.scheduled;
+                budget -= next.scheduled;
+                self.running.push(next);
+                continue;
+            }
             let cached = self.kv.cached_tokens(&mut next.blocks, &next.tokens);
             let wanted = (next.tokens.len() - cached).min(budget);
             if !self.kv.admit(&mut next.blocks, &next.tokens, cached, cached + wanted) {
@@ -221,6 +283,10 @@ impl Scheduler {
             let Some(mut next) = self.waiting.pop_front() else { break };
             next.computed = cached;
             next.scheduled = wanted;
+            if let Some(handover) = &self.handover {
+                handover.check(&mut next, 0, cached, self.block_size);
+                handover.computes(&mut next, self.block_size);
+            }
             if next.cached.is_none() {
                 self.first_admission(&mut next, cached, now);
             }
@@ -251,14 +317,14 @@ impl Scheduler {
     pub fn complete(&mut self, now: Duration) {
         let stats = self.stats.clone();
         let mut histograms = stats.histograms.lock();
-        let kv = &mut self.kv;
+        let (kv, handover) = (&mut self.kv, &mut self.handover);
         let mut generated = 0;
         self.running.retain_mut(|sequence| {
             sequence.computed += std::mem::take(&mut sequence.scheduled);
             if sequence.computed < sequence.tokens.len() {
                 return true;
             }
-            let reason = sequence.advance();
+            let reason = sequence.advance(handover.as_ref());
             generated += 1;
             match sequence.last_token.replace(now) {
                 Some(last) => histograms.inter_token_latency.observe(now.saturating_sub(last).as_secs_f64()),
@@ -267,6 +333,9 @@ impl Scheduler {
                 }
             }
             let Some(reason) = reason else { return true };
+            if let Some(handover) = handover.as_mut() {
+                handover.keep(sequence, reason, now);
+            }
             kv.release(&mut sequence.blocks);
             stats.finished[reason as usize].add(1);
             histograms.prompt_tokens.observe(sequence.prompt_len as f64);
@@ -291,6 +360,7 @@ impl Scheduler {
                 log(&stats, sequence, "disconnect");
             },
         );
+        self.drop_unread();
     }
 
     /// Ends with `finish_reason` `abort` whatever the filter says.
@@ -314,21 +384,24 @@ impl Scheduler {
             |_| true,
             |sequence| {
                 stats.finished[3].add(1);
-                sequence.outbox.fail();
+                sequence.outbox.fail(Failure::EngineDead);
                 log(&stats, sequence, "error");
             },
         );
-        self.kv = KvCache::new(u32::try_from(self.kv.free_blocks()).unwrap_or(u32::MAX), self.block_size);
+        self.forget_kept();
+        let blocks = u32::try_from(self.kv.free_blocks()).unwrap_or(u32::MAX);
+        self.kv = KvCache::new(blocks, self.block_size).with_host(self.host_blocks);
     }
 
     /// Makes all readers look again.
     pub fn wake_readers(&self) {
-        self.running.iter().chain(&self.waiting).for_each(|sequence| sequence.outbox.wake());
+        let parked = self.parked();
+        self.running.iter().chain(&self.waiting).chain(parked).for_each(|sequence| sequence.outbox.wake());
     }
 
     /// Number of sequences that run or wait.
     pub fn len(&self) -> usize {
-        self.running.len() + self.waiting.len()
+        self.running.len() + self.waiting.len() + self.deferred()
     }
 
     /// Whether nothing runs or waits.
@@ -337,23 +410,28 @@ impl Scheduler {
     }
 
     fn remove(&mut self, wanted: impl Fn(&Sequence) -> bool, mut each: impl FnMut(&mut Sequence)) {
+        self.remove_parked(&wanted, &mut each);
         let kv = &mut self.kv;
+        let mut left = Vec::new();
         let mut keep = |sequence: &mut Sequence| {
             if !wanted(sequence) {
                 return true;
             }
             kv.release(&mut sequence.blocks);
+            left.extend(sequence.leg.take());
             each(sequence);
             false
         };
         self.running.retain_mut(&mut keep);
         self.waiting.retain_mut(&mut keep);
+        self.leave(left);
         self.update_gauges();
     }
 
     fn update_gauges(&self) {
         self.stats.running.set(self.running.len());
-        self.stats.waiting.set(self.waiting.len());
+        self.stats.waiting.set(self.waiting.len() + self.deferred());
+        self.stats.deferred.set(self.deferred());
         self.stats.kv_usage_ppm.set((self.kv.usage() * 1e6).round() as usize);
     }
 }
@@ -394,6 +472,8 @@ mod tests {
                 ignore_eos: false,
                 skip_special: true,
             },
+            leg: None,
+            private: false,
         }
     }
 
@@ -411,6 +491,20 @@ mod tests {
         let prefill: Vec<usize> = (0..4).map(|_| step(&mut scheduler).unwrap().prefill_tokens).collect();
         // One token of every later step goes to the short one's decoding.
         assert_eq!(prefill, [1 + 7, 7, 6, 0]);
+    }
+
+    #[test]
+    fn what_one_sequence_computes_in_a_step_the_next_in_that_step_can_begin_with() {
+        let handover = Handover::new(Contents::new(100), None);
+        let mut scheduler = scheduler(100, 10).with_handover(handover);
+        for id in ["a", "b"] {
+            scheduler.submit(sequence(id, vec![1, 2, 3, 4, 5], 9), Duration::ZERO);
+        }
+        // Five ids of the first, and the last one of the second.
+        assert_eq!(step(&mut scheduler).unwrap().prefill_tokens, 6);
+        (0..4).for_each(|_| assert!(step(&mut scheduler).is_some()));
+        let [a, b] = &scheduler.running[..] else { panic!("{}", scheduler.running.len()) };
+        assert_eq!((a.tokens.len(), &a.tokens), (10, &b.tokens));
     }
 
     #[test]

@@ -21,10 +21,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::engine::Engine;
-use super::events::{KvPublisher, LoadPublisher};
+use super::events::{EventFormat, KvPublisher, LoadPublisher};
 use super::http::serve;
 use super::http::stream::ResetFlag;
+use super::ksana::Node;
 use super::options::{EngineSimArgs, ShutdownMode};
+use super::pd::bootstrap::Bootstrap;
+use super::pd::{Desk, Protocol};
+use super::ranks::Ranks;
 
 /// Pause after a failed accept, so that a lack of file descriptors does not become a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
@@ -45,38 +49,61 @@ pub async fn run(
 /// A running engine with its listener; dropping it cuts everything off.
 pub struct Simulator {
     address: SocketAddr,
-    engine: Arc<Engine>,
+    ranks: Arc<Ranks>,
     /// Ends the accept loop.
     closing: CancellationToken,
     /// Ends connections and the engine.
     cut: CancellationToken,
     connections: TaskTracker,
     accept_task: JoinHandle<()>,
-    load: Option<LoadPublisher>,
+    /// Of the ranks, if they publish their load.
+    loads: Vec<LoadPublisher>,
 }
 
 impl Simulator {
     /// Binds and starts.
-    pub async fn start(args: EngineSimArgs) -> anyhow::Result<Self> {
+    pub async fn start(mut args: EngineSimArgs) -> anyhow::Result<Self> {
+        if args.pd.protocol == Some(Protocol::Sglang) {
+            args.kv_events_format = EventFormat::Sglang;
+        }
         anyhow::ensure!(!args.models.is_empty(), "engine-sim needs at least one --model");
         let listen = args.listen;
         let listener = TcpListener::bind(listen).await.with_context(|| {
             format!("engine-sim cannot listen on {listen}; choose another --listen address")
         })?;
         let address = listener.local_addr().context("engine-sim cannot tell its own address")?;
-        let engine = Engine::new(args);
-        let load = LoadPublisher::start(&engine, address.ip()).await?;
-        let load_endpoint = load.as_ref().map(|load| load.endpoint().clone());
-        if let Some(publisher) = KvPublisher::start(&engine.args, address.ip(), load_endpoint).await? {
-            engine.publish_through(publisher);
+        let ranks = Ranks::new(&args);
+        let mut loads = Vec::new();
+        for engine in ranks.iter() {
+            let load = LoadPublisher::start(engine, address.ip()).await?;
+            let load_endpoint = load.as_ref().map(|load| load.endpoint().clone());
+            loads.extend(load);
+            if let Some(publisher) = KvPublisher::start(engine, address.ip(), load_endpoint).await? {
+                engine.publish_through(publisher);
+            }
+            if let Some(desk) = Desk::start(engine, address.ip()).await? {
+                engine.hand_over_by(desk);
+            }
+        }
+        if args.pd.has_bootstrap() {
+            let desks = ranks.iter().filter_map(|engine| engine.desk().cloned());
+            ranks.have_bootstrap(Bootstrap::start(&args, address, desks.collect()).await?);
+        }
+        if args.pd.protocol == Some(Protocol::Ksana)
+            && let Some(desk) = ranks.first().desk()
+        {
+            anyhow::ensure!(args.dp == 1, "a KsanaLLM node has one rank; leave --dp out");
+            desk.be(Node::new(&args, address, desk.side_channel())?);
         }
         let closing = CancellationToken::new();
         let cut = CancellationToken::new();
         let connections = TaskTracker::new();
-        tokio::spawn(engine.clone().drive(cut.clone()));
+        for engine in ranks.iter() {
+            tokio::spawn(engine.clone().drive(cut.clone()));
+        }
         let accept_task =
-            tokio::spawn(accept(listener, engine.clone(), closing.clone(), cut.clone(), connections.clone()));
-        Ok(Self { address, engine, closing, cut, connections, accept_task, load })
+            tokio::spawn(accept(listener, ranks.clone(), closing.clone(), cut.clone(), connections.clone()));
+        Ok(Self { address, ranks, closing, cut, connections, accept_task, loads })
     }
 
     /// Where it listens.
@@ -84,26 +111,32 @@ impl Simulator {
         self.address
     }
 
-    /// Where its load is published, if it is.
-    pub fn load_endpoint(&self) -> Option<&crate::zmtp::Endpoint> {
-        self.load.as_ref().map(LoadPublisher::endpoint)
+    /// Where the load of each rank is published, by rank; nowhere if it is not.
+    pub fn load_endpoints(&self) -> impl Iterator<Item = &crate::zmtp::Endpoint> {
+        self.loads.iter().map(LoadPublisher::endpoint)
     }
 
-    /// The engine behind it.
+    /// The engine behind it; rank 0, if it has several.
     pub fn engine(&self) -> &Arc<Engine> {
-        &self.engine
+        self.ranks.first()
+    }
+
+    /// All of its ranks.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
     }
 
     /// Stops listening, ends running requests as `--shutdown` says, waits for connections to close.
     pub async fn stop(self) {
         self.closing.cancel();
-        match self.engine.args.shutdown {
-            ShutdownMode::Abort => self.engine.close(),
+        let args = &self.ranks.first().args;
+        match args.shutdown {
+            ShutdownMode::Abort => self.ranks.close(),
             ShutdownMode::Drain => {}
             ShutdownMode::Drop => self.cut.cancel(),
         }
         self.connections.close();
-        let grace = Duration::from_millis(self.engine.args.shutdown_grace_ms);
+        let grace = Duration::from_millis(args.shutdown_grace_ms);
         // Past the grace period, whoever is left is cut off.
         let _ = tokio::time::timeout(grace, self.connections.wait()).await;
     }
@@ -114,15 +147,13 @@ impl Drop for Simulator {
         self.closing.cancel();
         self.cut.cancel();
         self.accept_task.abort();
-        if let Some(publisher) = self.engine.kv_publisher() {
-            publisher.close();
-        }
+        self.ranks.iter().filter_map(|engine| engine.kv_publisher()).for_each(KvPublisher::close);
     }
 }
 
 async fn accept(
     listener: TcpListener,
-    engine: Arc<Engine>,
+    ranks: Arc<Ranks>,
     closing: CancellationToken,
     cut: CancellationToken,
     connections: TaskTracker,
@@ -134,8 +165,8 @@ async fn accept(
         };
         match accepted {
             Ok((stream, _)) => {
-                let (engine, closing, cut) = (engine.clone(), closing.clone(), cut.clone());
-                connections.spawn(Box::pin(connection(stream, engine, closing, cut)));
+                let (ranks, closing, cut) = (ranks.clone(), closing.clone(), cut.clone());
+                connections.spawn(Box::pin(connection(stream, ranks, closing, cut)));
             }
             Err(error) => {
                 tracing::warn!(%error, "engine-sim could not accept a connection");
@@ -147,7 +178,7 @@ async fn accept(
 
 async fn connection(
     stream: TcpStream,
-    engine: Arc<Engine>,
+    ranks: Arc<Ranks>,
     closing: CancellationToken,
     cut: CancellationToken,
 ) {
@@ -156,7 +187,7 @@ async fn connection(
     }
     let reset = ResetFlag::default();
     let io = TokioIo::new(Socket { stream, reset: reset.clone() });
-    let service = service_fn(move |request| serve(engine.clone(), reset.clone(), request));
+    let service = service_fn(move |request| serve(ranks.clone(), reset.clone(), request));
     // Half-closing counts as leaving, as it does for the real engine; that is hyper's default.
     let builder = auto::Builder::new(TokioExecutor::new());
     let connection = builder.serve_connection(io, service);

@@ -152,6 +152,18 @@ pub struct Stats {
     pub cached_tokens: Counter,
     /// Ids looked up in the prefix cache.
     pub cache_queries: Counter,
+    /// Prompt ids whose KV came from another engine.
+    pub external_tokens: Counter,
+    /// Prompt ids that another engine was asked for, or might have been.
+    pub external_queries: Counter,
+    /// Prompt ids that were computed although their KV had come: the last one of each prompt.
+    pub recomputed_tokens: Counter,
+    /// Sequences that wait for another engine; among `waiting`.
+    pub deferred: Counter,
+    /// Prefilled requests whose KV nobody fetched in time.
+    pub transfers_expired: Counter,
+    /// Transfers from another engine that failed.
+    pub transfers_failed: Counter,
     /// Steps made.
     pub steps: Counter,
     /// HTTP handlers at work on inference.
@@ -178,6 +190,12 @@ impl Default for Stats {
             prefill_tokens: zero(),
             cached_tokens: zero(),
             cache_queries: zero(),
+            external_tokens: zero(),
+            external_queries: zero(),
+            recomputed_tokens: zero(),
+            deferred: zero(),
+            transfers_expired: zero(),
+            transfers_failed: zero(),
             steps: zero(),
             server_load: zero(),
             histograms: Mutex::new(Histograms {

@@ -25,19 +25,55 @@ pub struct TextState {
     pending: [u8; 4],
     pending_len: usize,
     draw: u64,
+    /// What tells the choices of a request apart, by their first token only: behind it each goes on by itself,
+    /// and so does whoever continues it. The length of the prompt, and which choice.
+    first: (usize, u64),
+    pushed: usize,
     eos_every: u64,
+    /// What is wrong with the KV that the text is computed on; 0 if nothing is.
+    twist: u64,
 }
 
 impl TextState {
     /// An empty sequence. `weights` stands for the model (and adapter), `draw` for the sampling
     /// seed (0 is greedy); one in `eos_every` tokens ends the text, 0 means none does.
     pub fn new(weights: u64, draw: u64, eos_every: u64) -> Self {
-        Self { hash: mix(weights), pending: [0; 4], pending_len: 0, draw, eos_every }
+        Self {
+            hash: mix(weights),
+            pending: [0; 4],
+            pending_len: 0,
+            draw,
+            first: (0, 0),
+            pushed: 0,
+            eos_every,
+            twist: 0,
+        }
+    }
+
+    /// Of the choice of this number, behind a prompt of this length.
+    pub fn of_choice(self, choice: u64, prompt: usize) -> Self {
+        Self { first: (prompt, choice), ..self }
+    }
+
+    /// The hash of what was appended so far: what the KV of the last id stands for.
+    pub fn hash(&self) -> u64 {
+        self.hash
+    }
+
+    /// That hash with one more id.
+    pub fn step(hash: u64, id: u32) -> u64 {
+        mix(hash ^ u64::from(id))
+    }
+
+    /// Computes on from KV that is not what it should be, by this difference; 0 is none.
+    pub fn twist(&mut self, difference: u64) {
+        self.twist = difference;
     }
 
     /// Appends an id, of the prompt or generated.
     pub fn push(&mut self, id: u32) {
-        self.hash = mix(self.hash ^ u64::from(id));
+        self.hash = Self::step(self.hash, id);
+        self.pushed += 1;
         let byte = id.checked_sub(FIRST_BYTE).and_then(|byte| u8::try_from(byte).ok());
         match byte {
             Some(lead @ 0xc2..=0xf4) => {
@@ -59,7 +95,8 @@ impl TextState {
 
     /// The token that comes next; without `eos_allowed` never the end of the sequence.
     pub fn next(&self, eos_allowed: bool) -> u32 {
-        let dice = mix(self.hash ^ mix(self.draw));
+        let choice = if self.pushed == self.first.0 { self.first.1 } else { 0 };
+        let dice = mix(self.hash ^ self.twist ^ mix(self.draw.wrapping_add(choice)));
         if self.pending_len > 0 {
             return FIRST_BYTE + u32::from(self.continuation_byte(dice));
         }

@@ -76,6 +76,10 @@ fn next_token(rest: &[u8], byte: u8) -> (u32, usize) {
             return (if space == 1 { SPACED_WORDS } else { BARE_WORDS } + index, space + letters);
         }
         let take = letters.min(3);
+        // A text goes by one id, whatever follows it.
+        if let Some(index) = word_ids().get(&word[..take]) {
+            return (if space == 1 { SPACED_WORDS } else { BARE_WORDS } + index, space + take);
+        }
         let code = word[..take].iter().fold(0, |code, letter| code * 26 + u32::from(letter - b'a'));
         let base = match (take, space) {
             (3, 0) => BARE_3,

@@ -45,8 +45,8 @@ fn by_route(scale: &'static Scale) -> [Histogram; ROUTES] {
 impl Default for Counts {
     fn default() -> Self {
         Self {
-            requests: Default::default(),
-            in_flight: Default::default(),
+            requests: array::from_fn(|_| Default::default()),
+            in_flight: array::from_fn(|_| AtomicI64::default()),
             duration: by_route(&ANSWER),
             first_byte: by_route(&ANSWER),
             overhead: by_route(&OVERHEAD),
@@ -61,6 +61,11 @@ impl Default for Counts {
 impl Counts {
     pub(super) fn begun(&self, route: Route) {
         self.in_flight[route as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Was not for here.
+    pub(super) fn withdrawn(&self, route: Route) {
+        self.in_flight[route as usize].fetch_sub(1, Ordering::Relaxed);
     }
 
     pub(super) fn sent(&self, route: Route, after: Duration) {

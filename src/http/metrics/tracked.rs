@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::models::ModelCounts;
 use super::{Metrics, Outcome, Retry, Route};
 use crate::http::keys::Caller;
-use crate::ids::WorkerId;
+use crate::ids::{StreamId, WorkerId};
 use crate::telemetry::histogram::{BETWEEN_TOKENS, Local};
 use crate::telemetry::trace::RequestSpan;
 
@@ -49,6 +49,7 @@ pub struct Tracked {
     span: Option<Box<RequestSpan>>,
     request_id: Option<http::HeaderValue>,
     worker: Option<WorkerId>,
+    prefill_worker: Option<WorkerId>,
     caller: Caller,
     finished: bool,
 }
@@ -79,6 +80,7 @@ impl Tracked {
             span: None,
             request_id: None,
             worker: None,
+            prefill_worker: None,
             caller: Caller::default(),
             finished: false,
         }
@@ -103,6 +105,23 @@ impl Tracked {
             }
         }
         self.span = Some(Box::new(span));
+    }
+
+    /// What is measured is an attempt at a stream.
+    pub(in crate::http) fn set_stream(&mut self, id: StreamId, attempt: u32) {
+        let Some(span) = &mut self.span else { return };
+        span.set("everline.stream", id.to_string());
+        span.set("everline.attempt", i64::from(attempt));
+        if attempt > 1 {
+            self.seam("holder");
+        }
+    }
+
+    /// The stream goes on elsewhere, because what it had is lost: a `holder` or a `worker`.
+    pub(in crate::http) fn seam(&mut self, lost: &'static str) {
+        if let Some(span) = &mut self.span {
+            span.event("takeover", "everline.lost", lost);
+        }
     }
 
     /// Headers that name the span as the parent, in place of the client's. None without traces:
@@ -183,6 +202,11 @@ impl Tracked {
         self.worker = Some(id);
     }
 
+    /// The worker that does the prefill for the one that answers.
+    pub(in crate::http) fn set_prefill_worker(&mut self, id: Option<WorkerId>) {
+        self.prefill_worker = id;
+    }
+
     /// The answer is an event stream: its pieces are tokens.
     pub fn set_events(&mut self) {
         let local = Local::new(&BETWEEN_TOKENS);
@@ -215,6 +239,19 @@ impl Tracked {
                 model.between_tokens.merge(&mut stream.local);
             }
         }
+    }
+
+    /// The request goes on as a stream, and is counted again where that is generated: nothing is
+    /// counted here. The headers name what was measured so far as the parent of that.
+    pub(in crate::http) fn pass_to_stream(&mut self) -> (Route, http::HeaderMap) {
+        if !std::mem::replace(&mut self.finished, true) {
+            self.metrics.counts.withdrawn(self.route);
+        }
+        let mut span = self.span.take();
+        if let Some(span) = &mut span {
+            span.set("everline.outcome", "stream");
+        }
+        (self.route, span.map(|span| span.headers()).unwrap_or_default())
     }
 
     /// Ended, as well as its status says.
@@ -253,6 +290,9 @@ impl Tracked {
         if let Some(worker) = &self.worker {
             span.set("everline.worker", worker.as_str().to_owned());
         }
+        if let Some(worker) = &self.prefill_worker {
+            span.set("everline.prefill_worker", worker.as_str().to_owned());
+        }
         if let Some(id) = self.request_id.as_ref().and_then(|id| id.to_str().ok()) {
             span.set("everline.request_id", id.to_owned());
         }
@@ -279,6 +319,7 @@ impl Tracked {
                     request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok()),
                     key = self.caller.key_id(),
                     worker = self.worker.as_ref().map(WorkerId::as_str),
+                    prefill_worker = self.prefill_worker.as_ref().map(WorkerId::as_str),
                     model = self.model.as_ref().map(|model| model.name.as_str()),
                     retries = self.retries,
                     first_byte_ms = self.first_byte.map(|t| t.as_millis() as u64),

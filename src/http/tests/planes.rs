@@ -72,6 +72,36 @@ async fn registration_asks_the_worker_and_fills_in_what_was_not_given() {
 }
 
 #[tokio::test]
+async fn an_sglang_without_metrics_says_what_it_is_and_is_told_the_rank_on_its_own_route() {
+    use crate::engines::sim::events::EventFormat;
+    use crate::engines::sim::{EngineSimArgs, Simulator};
+    let mut args = EngineSimArgs::defaults();
+    (args.instant, args.kv_events_format) = (true, EventFormat::Sglang);
+    (args.dp, args.block_size, args.blocks) = (3, 64, 50);
+    let engine = Simulator::start(args).await.unwrap();
+    let front = start(FrontConfig::default());
+    let told = json!({"url": format!("http://{}", engine.address()), "id": "w"});
+    assert_eq!(status(&send(&front, "POST", "/v1/nodes", told).await), 201);
+    let spec = front.cluster.worker("w").unwrap().record.spec.clone();
+    assert_eq!((spec.block_size, spec.capacity_blocks), (Some(64), Some(150)));
+    assert_eq!((spec.dp_ranks, spec.engine), (3, EngineKind::Sglang));
+    for rank in [2, 0, 2, 2] {
+        let body = json!({"model": "sim-model", "input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 1},
+                          "everline": {"worker": format!("w/{rank}")}});
+        let answer = send(&front, "POST", "/generate", body).await;
+        assert_eq!(status(&answer), 200, "{answer}");
+    }
+    let prompts = engine.ranks().iter().map(|rank| rank.stats.prompt_tokens.get());
+    assert_eq!(prompts.collect::<Vec<_>>(), [3, 0, 9]);
+    // What is said counts.
+    let told =
+        json!({"url": format!("http://{}", engine.address()), "id": "x", "dp_ranks": 1, "block_size": 32});
+    assert_eq!(status(&send(&front, "POST", "/v1/nodes", told).await), 201);
+    let spec = front.cluster.worker("x").unwrap().record.spec.clone();
+    assert_eq!((spec.dp_ranks, spec.block_size), (1, Some(32)));
+}
+
+#[tokio::test]
 async fn a_worker_that_does_not_answer_is_not_registered_unless_told_so() {
     let front = start(FrontConfig::default());
     let url = format!("http://{}", refusing().await);

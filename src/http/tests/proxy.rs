@@ -9,7 +9,8 @@ use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::support::*;
-use crate::http::FrontConfig;
+use crate::http::retry::RetryOptions;
+use crate::http::{FrontConfig, ProxyOptions};
 use crate::state::load::LoadSum;
 
 const SSE_HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n\
@@ -234,6 +235,29 @@ async fn a_refused_connection_is_retried_elsewhere_and_remembered() {
     let is_marked = |id: &str| front.cluster.worker(id).unwrap().live.unreachable.load(Ordering::Relaxed);
     assert!(is_marked("dead") && !is_marked("live"));
     assert!(front.front.metrics.retries() >= 1);
+}
+
+#[tokio::test]
+async fn several_that_are_dead_at_once_leave_the_one_that_is_well_its_request() {
+    for _ in 0..4 {
+        let front = start(FrontConfig::default());
+        for dead in 0..6 {
+            front.cluster.add(&format!("dead{dead}"), refusing().await);
+        }
+        front.cluster.add("live", answering(ok("application/json", "{}")).await);
+        let response = exchange(front.address, chat()).await;
+        assert_eq!((status(&response), header(&response, "everline-worker")), (200, Some("live")));
+    }
+    // Whoever wants no retries has none.
+    let retry = RetryOptions { attempts: 0, ..RetryOptions::default() };
+    let front = start(FrontConfig {
+        proxy: ProxyOptions { retry, ..ProxyOptions::default() },
+        ..FrontConfig::default()
+    });
+    front.cluster.add("dead", refusing().await);
+    front.cluster.add("dead too", refusing().await);
+    assert_eq!(status(&exchange(front.address, chat()).await), 502);
+    assert_eq!(front.front.metrics.retries(), 0);
 }
 
 #[tokio::test]

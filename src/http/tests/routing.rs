@@ -4,13 +4,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
+use tokio::sync::Semaphore;
 
 use super::support::*;
 use crate::cluster::api::ControlPlane as _;
 use crate::http::FrontConfig;
-use crate::kv::hash::{Seed, local_hashes};
+use crate::kv::hash::{LocalHash, Seed, local_hashes};
 use crate::kv::types::{EngineHash, KvOp, RankIx, Tier};
 use crate::routing::policy::by_name;
+use crate::state::command::CacheCommand;
 use crate::tokens::{Options, Tokenizers};
 
 /// The ids of four blocks and a half.
@@ -63,6 +66,7 @@ async fn an_answer_says_which_worker_it_is_of_and_what_was_cached_there() {
     let answer = send(&front, "", &json!({})).await;
     assert_eq!(header(&answer, "everline-worker"), Some("b"), "{answer}");
     assert_eq!(header(&answer, "everline-cached-tokens"), Some("48"), "{answer}");
+    assert_eq!(header(&answer, "everline-overlap-blocks"), Some("3"), "{answer}");
     assert_eq!(header(&answer, "everline-trace"), None, "nobody asked");
     let pinned = send(&front, "everline-worker: a\r\n", &json!({})).await;
     assert_eq!(header(&pinned, "everline-worker"), Some("a"), "{pinned}");
@@ -79,6 +83,10 @@ async fn a_trace_has_the_candidates_best_first_and_is_bounded() {
     let best = &trace["candidates"][0];
     assert_eq!(best["worker"], "b");
     assert_eq!(best["overlap"], json!({"gpu": 2, "host": 1, "disk": 0}));
+    assert_eq!(trace["chosen"], json!({"worker": "b", "rank": 0}));
+    assert_eq!(best["not_chosen"], Value::Null);
+    let why = trace["candidates"][1]["not_chosen"].as_str().unwrap();
+    assert!(why.starts_with("costs ") && why.ends_with(" more than b"), "{why}");
     // 3.3 a block: two whole, and three quarters of one.
     assert_eq!(best["terms"]["credit"], json!(9.075));
 
@@ -232,4 +240,145 @@ async fn choices_caches_and_feeds_are_counted() {
         assert!(text.lines().any(|line| line == sample), "{sample} is missing in\n{text}");
     }
     assert_eq!(text.matches("everline_feed_connected{").count(), 1, "a worker that is gone has no label");
+}
+
+/// Waits for a permit before each answer.
+async fn slow() -> (SocketAddr, Arc<Semaphore>) {
+    let permits = Arc::new(Semaphore::new(0));
+    let go = permits.clone();
+    let address = worker(move |mut stream| {
+        let go = go.clone();
+        async move {
+            while read_message(&mut stream).await.is_some() {
+                go.acquire().await.unwrap().forget();
+                let _ = stream.write_all(ok("application/json", "{}").as_bytes()).await;
+            }
+        }
+    })
+    .await;
+    (address, permits)
+}
+
+#[tokio::test]
+async fn what_was_sent_is_coming_until_the_answer_begins_or_fails_and_no_more_after_two_turns() {
+    let (front, _) = knowing().await;
+    let admin = admin_of(&front);
+    let (address, permits) = slow().await;
+    front.cluster.add("c", address);
+    front.cluster.worker("c").unwrap().live.set_ranks(vec![RankIx(2)]);
+    let question = json!({"route": "/v1/completions", "headers": {"everline-worker": "c"},
+        "body": {"model": "m", "prompt": ids()}});
+    let coming = || async {
+        let reply = explained(admin, &question).await;
+        let candidates = reply["candidates"].as_array().unwrap();
+        candidates.iter().find(|c| c["worker"] == "c").unwrap()["coming"].as_u64().unwrap()
+    };
+    let recent = || &front.cluster.blocks().recent;
+    for fails in [false, true] {
+        assert_eq!(coming().await, 0);
+        let sending = tokio::spawn(exchange(
+            front.address,
+            request("POST", "/v1/completions", "everline-worker: c\r\n", &completion(&json!({}))),
+        ));
+        let load = || front.cluster.worker("c").unwrap().live.load().requests;
+        eventually("sent", || load() == 1).await;
+        assert_eq!(coming().await, 4);
+        for _ in 0..4 {
+            assert_eq!(recent().turn().len(), 1, "it waits, and the others are told so");
+            assert_eq!(coming().await, 4, "however long it takes");
+        }
+        if fails {
+            sending.abort();
+            eventually("given up", || load() == 0).await;
+        } else {
+            permits.add_permits(1);
+            assert_eq!(status(&sending.await.unwrap()), 200);
+        }
+        eventually("freed", || load() == 0).await;
+        assert!(recent().turn().is_empty(), "nothing waits");
+        recent().turn();
+    }
+    assert_eq!(coming().await, 0);
+}
+
+#[tokio::test]
+async fn a_prompt_that_is_asked_again_stays_with_an_engine_that_tells_nothing() {
+    let (front, addresses) = knowing().await;
+    front.cluster.add("c", addresses[0]);
+    front.cluster.change("c", |record| record.spec.capacity_blocks = Some(6));
+    let live = front.cluster.worker("c").unwrap().live.clone();
+    live.set_ranks(vec![RankIx(2)]);
+    live.set_reckoned(true);
+    // As the state would on every replica.
+    let apply = || {
+        let told = std::mem::take(&mut *front.cluster.told.lock());
+        let index = front.cluster.blocks().index.load();
+        let routed = told.iter().filter_map(|command| match command {
+            CacheCommand::Routed { seed, locals, capacity: Some(capacity), .. } => {
+                let hashes = locals.as_chunks::<8>().0.iter();
+                let hashes: Vec<LocalHash> = hashes.map(|b| LocalHash(u64::from_le_bytes(*b))).collect();
+                Some(index.predict(RankIx(2), *seed, &hashes, *capacity))
+            }
+            _ => None,
+        });
+        routed.count()
+    };
+    let ids = |from: u32| (from..from + 48).collect::<Vec<u32>>();
+    let ask_for = async |prompt: Value| {
+        let body = json!({"model": "m", "prompt": prompt});
+        let asked = request("POST", "/v1/completions", "everline-worker: c\r\n", &body.to_string());
+        let answer = exchange(front.address, asked).await;
+        (header(&answer, "everline-cached-tokens").map(str::to_owned), apply())
+    };
+    let ask = async |from: u32| ask_for(json!(ids(from))).await;
+    let (hit, miss) = (Some("32".to_owned()), Some("0".to_owned()));
+    assert_eq!(ask(1000).await, (miss.clone(), 1));
+    assert_eq!(ask(2000).await, (miss.clone(), 1), "the cache is full of these two");
+    assert_eq!(ask(1000).await, (hit.clone(), 0), "that it was used was said in this turn");
+    front.cluster.blocks().recent.turn();
+    assert_eq!(ask(1000).await, (hit.clone(), 1), "and is said again in the next");
+    assert_eq!(ask(3000).await, (miss.clone(), 1), "the other one, used less lately, goes");
+    assert_eq!(ask(1000).await.0, hit);
+    assert_eq!(ask(2000).await.0, miss);
+
+    // Of several prompts in one request it has all.
+    let batch = json!([ids(4000), ids(5000)]);
+    assert_eq!(ask_for(batch.clone()).await, (miss, 2));
+    assert_eq!(ask_for(batch).await, (hit.clone(), 0), "all is known already");
+    for from in [4000, 5000] {
+        assert_eq!(ask(from).await, (hit.clone(), 0));
+    }
+}
+
+#[tokio::test]
+async fn of_several_prompts_no_more_is_foretold_than_the_one_that_is_known_can_have() {
+    let (front, _) = knowing().await;
+    let prompts = |first: u32| json!([(0..first).collect::<Vec<u32>>(), (500..520).collect::<Vec<u32>>()]);
+    for (length, cached) in [(32, "16"), (48, "32"), (49, "48"), (60, "48")] {
+        let answer = send(&front, "everline-worker: b\r\n", &json!({"prompt": prompts(length)})).await;
+        assert_eq!(header(&answer, "everline-cached-tokens"), Some(cached), "{length}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn an_explanation_says_of_every_policy_why_another_one_is_chosen() {
+    let (front, _) = knowing().await;
+    let admin = admin_of(&front);
+    for (policy, why) in [
+        ("kv_cost", " more than b"),
+        ("cache_aware", "holds 48 tokens of the prompt fewer than b"),
+        ("least_loaded", "blocks of work more than b"),
+    ] {
+        let _booked = (policy == "least_loaded").then(|| {
+            let worker = front.cluster.worker("a").unwrap();
+            front.cluster.bookings().book(worker, 160, 10)
+        });
+        let question = json!({"route": "/v1/completions", "headers": {"everline-policy": policy},
+            "body": {"model": "m", "prompt": ids()}});
+        let reply = explained(admin, &question).await;
+        let candidates = reply["candidates"].as_array().unwrap();
+        assert_eq!((&candidates[0]["worker"], &candidates[0]["not_chosen"]), (&json!("b"), &Value::Null));
+        let told = candidates[1]["not_chosen"].as_str().unwrap_or_default();
+        assert!(told.contains(why), "{policy}: {told:?}");
+    }
 }

@@ -19,13 +19,18 @@ use crate::cluster::api::{
 };
 use crate::cluster::stats::GroupCounters;
 use crate::http::{Front, FrontConfig, Metrics, bind, serve_admin, serve_client};
-use crate::ids::{Group, Incarnation, ReplicaId, WorkerId, WorkerIx};
+use crate::ids::{Group, Incarnation, ReplicaId, StreamId, WorkerId, WorkerIx};
 use crate::kv::feed::Cursor;
 use crate::routing::blocks::Blocks;
 use crate::routing::book::{Booking, Bookings, Tentative};
+use crate::routing::groups::Groups;
 use crate::routing::view::{RegistryView, WorkerLive, WorkerView};
 use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome, ReplicaInfo};
+use crate::state::control::ControlState;
+use crate::state::ksana::{KsanaCommand, KsanaState, Rules};
 use crate::state::ranks::{RankKey, Ranks};
+use crate::state::replicated::State as _;
+use crate::state::streams::StreamRecord;
 use crate::state::worker::{Liveness, ServedModel, WorkerRecord, WorkerSource, WorkerSpec};
 
 /// Applies commands to a map and publishes views, as the real cluster does after a commit.
@@ -41,11 +46,24 @@ pub(super) struct MemoryCluster {
     pub(super) probes: Mutex<Vec<(WorkerId, bool)>>,
     pub(super) barriers: AtomicUsize,
     pub(super) without_quorum: AtomicBool,
+    /// Nothing is decided, and nobody says so.
+    pub(super) leaderless: AtomicBool,
+    /// This replica leads.
+    pub(super) leads: AtomicBool,
     pub(super) joined: AtomicBool,
+    /// The stream directory.
+    pub(super) streams: Mutex<BTreeMap<StreamId, StreamRecord>>,
     /// Reservations that somebody else was faster than, from now on.
     pub(super) too_late: AtomicUsize,
     /// Reservations are never decided about.
     pub(super) undecided: AtomicBool,
+    /// KsanaLLM's tables.
+    pub(super) control: Mutex<ControlState>,
+    /// KsanaLLM's groups, as last looked at.
+    groups: Mutex<Arc<Groups>>,
+    group_lives: Mutex<BTreeMap<WorkerIx, Arc<WorkerLive>>>,
+    /// Heartbeats of KsanaLLM's nodes that changed nothing.
+    pub(super) ksana_heard: Mutex<Vec<String>>,
 }
 
 impl MemoryCluster {
@@ -62,9 +80,16 @@ impl MemoryCluster {
             probes: Mutex::default(),
             barriers: AtomicUsize::new(0),
             without_quorum: AtomicBool::new(false),
+            leaderless: AtomicBool::new(false),
+            leads: AtomicBool::new(false),
             joined: AtomicBool::new(true),
+            streams: Mutex::default(),
             too_late: AtomicUsize::new(0),
             undecided: AtomicBool::new(false),
+            control: Mutex::default(),
+            groups: Mutex::default(),
+            group_lives: Mutex::default(),
+            ksana_heard: Mutex::default(),
         })
     }
 
@@ -77,7 +102,10 @@ impl MemoryCluster {
         self.view.store(Arc::new(RegistryView::new(index, workers)));
     }
 
-    fn apply(&self, command: ControlCommand) -> ControlOutcome {
+    pub(super) fn apply(&self, command: ControlCommand) -> ControlOutcome {
+        if matches!(command, ControlCommand::Ksana(_) | ControlCommand::Tick { .. }) {
+            return self.control.lock().apply(ReplicaId(1), command);
+        }
         let mut records = self.records.lock();
         let outcome = match command {
             ControlCommand::RegisterWorker { spec, heartbeats } => {
@@ -120,6 +148,26 @@ impl MemoryCluster {
         outcome
     }
 
+    fn apply_to_streams(&self, command: &CacheCommand) -> CacheOutcome {
+        let mut streams = self.streams.lock();
+        match command {
+            CacheCommand::OpenStream { id, record } => {
+                if let Some(stands) = streams.get(id) {
+                    return CacheOutcome::Stream(Box::new(stands.clone()));
+                }
+                streams.insert(*id, record.clone());
+            }
+            CacheCommand::EndStream { id, how, .. } => {
+                if let Some(record) = streams.get_mut(id) {
+                    record.ended = Some(*how);
+                }
+            }
+            CacheCommand::PurgeStream { id } => drop(streams.remove(id)),
+            _ => {}
+        }
+        CacheOutcome::Done
+    }
+
     /// Registers a worker that serves `m`.
     pub(super) fn add(&self, id: &str, address: SocketAddr) {
         let model = ServedModel { name: "m".into(), lora_of: None, max_model_len: Some(2048) };
@@ -130,6 +178,7 @@ impl MemoryCluster {
             engine: Default::default(),
             models: vec![model, adapter],
             role: Default::default(),
+            transfer: Default::default(),
             dp_ranks: 1,
             block_size: Some(16),
             capacity_blocks: None,
@@ -162,6 +211,9 @@ impl MemoryCluster {
 
 impl ControlPlane for MemoryCluster {
     fn propose(&self, command: ControlCommand) -> Answer<ControlOutcome> {
+        if self.leaderless.load(Ordering::Relaxed) {
+            return Box::pin(std::future::pending());
+        }
         let answer = if self.without_quorum.load(Ordering::Relaxed) {
             Err(ClusterError::Unavailable { waited: Duration::from_secs(3) })
         } else {
@@ -172,7 +224,32 @@ impl ControlPlane for MemoryCluster {
 
     fn read_barrier(&self, _: Group) -> Answer<()> {
         self.barriers.fetch_add(1, Ordering::Relaxed);
+        if self.leaderless.load(Ordering::Relaxed) {
+            return Box::pin(std::future::pending());
+        }
         Box::pin(async { Ok(()) })
+    }
+
+    fn ksana(&self, look: &mut dyn FnMut(&KsanaState, u64)) -> bool {
+        let control = self.control.lock();
+        look(control.ksana(), control.now_ms());
+        true
+    }
+
+    fn ksana_groups(&self) -> Arc<Groups> {
+        let (control, mut groups) = (self.control.lock(), self.groups.lock());
+        if !groups.are_of(control.ksana()) {
+            let mut lives = self.group_lives.lock();
+            let live = |ix| Arc::clone(lives.entry(ix).or_default());
+            *groups = Arc::new(Groups::of(control.ksana(), live));
+        }
+        Arc::clone(&groups)
+    }
+
+    fn ksana_heard(&self, node: &str, rules: Rules) {
+        self.ksana_heard.lock().push(node.to_owned());
+        let nodes = vec![(node.to_owned(), 0)];
+        self.apply(ControlCommand::Ksana(KsanaCommand::Heard { nodes, rules }));
     }
 
     fn heartbeat(&self, worker: &WorkerId) -> bool {
@@ -212,12 +289,31 @@ impl ControlPlane for MemoryCluster {
     }
 
     fn propose_cache(&self, command: CacheCommand) -> Answer<CacheOutcome> {
+        let outcome = self.apply_to_streams(&command);
         self.told.lock().push(command);
-        Box::pin(async { Ok(CacheOutcome::Done) })
+        Box::pin(async { Ok(outcome) })
     }
 
     fn tell_cache(&self, command: CacheCommand) {
         self.told.lock().push(command);
+    }
+
+    fn stream(&self, id: StreamId) -> Option<StreamRecord> {
+        self.streams.lock().get(&id).cloned()
+    }
+
+    fn streams(
+        &self,
+        wanted: &mut dyn FnMut(StreamId, &StreamRecord) -> bool,
+        most: usize,
+    ) -> Vec<(StreamId, StreamRecord)> {
+        let streams = self.streams.lock();
+        let found = streams.iter().filter(|(id, record)| wanted(**id, record));
+        found.take(most).map(|(id, record)| (*id, record.clone())).collect()
+    }
+
+    fn stream_secret(&self) -> Option<[u8; 32]> {
+        Some([7; 32])
     }
 
     fn blocks(&self) -> &Blocks {
@@ -265,7 +361,12 @@ impl ControlPlane for MemoryCluster {
             incarnation: Incarnation(1),
             quorum: !self.without_quorum.load(Ordering::Relaxed),
             down: None,
-            groups: vec![GroupStatus { quorum_age_ms: Some(5), ..Default::default() }],
+            groups: match self.leads.load(Ordering::Relaxed) {
+                true => {
+                    vec![GroupStatus { group: "control".into(), role: "leader".into(), ..Default::default() }]
+                }
+                false => vec![GroupStatus { quorum_age_ms: Some(5), ..Default::default() }],
+            },
             members: vec![MemberStatus {
                 id: ReplicaId(2),
                 info: ReplicaInfo { name: "r2".into(), ..Default::default() },

@@ -21,7 +21,7 @@ const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "b7ad6b7169203331";
 
 /// A collector that keeps what it is sent.
-async fn collector() -> (String, mpsc::UnboundedReceiver<(String, ExportTraceServiceRequest)>) {
+pub(super) async fn collector() -> (String, mpsc::UnboundedReceiver<(String, ExportTraceServiceRequest)>) {
     let (tell, told) = mpsc::unbounded_channel();
     let address = worker(move |mut stream| {
         let tell = tell.clone();
@@ -55,14 +55,14 @@ async fn telling(answer: String) -> (std::net::SocketAddr, mpsc::UnboundedReceiv
     (address, told)
 }
 
-fn traced(variables: &[(&str, &str)]) -> Running {
+pub(super) fn traced(variables: &[(&str, &str)]) -> Running {
     let owned = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     let options = TraceOptions::from_variables(owned).unwrap().unwrap();
     let tracing = Tracing::start(options, "r1").unwrap();
     start_with(FrontConfig::default(), MemoryCluster::new(), Metrics::default().with_tracing(Some(tracing)))
 }
 
-async fn flush(front: &Running) {
+pub(super) async fn flush(front: &Running) {
     let metrics = Arc::clone(&front.front.metrics);
     tokio::task::spawn_blocking(move || metrics.flush_spans()).await.unwrap();
 }
@@ -91,7 +91,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn texts(attributes: &[KeyValue]) -> BTreeMap<String, String> {
+pub(super) fn texts(attributes: &[KeyValue]) -> BTreeMap<String, String> {
     let text = |value: &Value| match value {
         Value::StringValue(text) => text.clone(),
         Value::IntValue(number) => number.to_string(),
@@ -109,7 +109,7 @@ fn texts(attributes: &[KeyValue]) -> BTreeMap<String, String> {
         .collect()
 }
 
-fn spans(exported: &ExportTraceServiceRequest) -> Vec<&Span> {
+pub(super) fn spans(exported: &ExportTraceServiceRequest) -> Vec<&Span> {
     let scopes = exported.resource_spans.iter().flat_map(|resource| &resource.scope_spans);
     scopes.flat_map(|scope| &scope.spans).collect()
 }
@@ -260,4 +260,35 @@ async fn a_collector_behind_tls_is_believed_by_its_authority_only() {
         flush(&front).await;
         assert_eq!(collected.try_recv().is_ok(), trusts, "{name}");
     }
+}
+
+#[tokio::test]
+async fn an_attempt_at_a_stream_is_a_span_in_its_clients_trace() {
+    let (endpoint, mut collected) = collector().await;
+    let front = traced(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)]);
+    super::streams::keep(&front, crate::relay::Options::default());
+    let said: String = super::streams::chat_events(2).iter().map(|event| format!("{event}\n\n")).collect();
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+    let (address, mut heads) = telling(format!("{head}{:x}\r\n{said}\r\n0\r\n\r\n", said.len())).await;
+    front.cluster.add("w", address);
+    let response = exchange(front.address, with_parent()).await;
+    let id = header(&response, "everline-stream").expect(&response).to_owned();
+    let ended = || front.cluster.streams.lock().values().any(|record| record.ended.is_some());
+    eventually("the attempt is over", ended).await;
+    flush(&front).await;
+
+    let (_, exported) = collected.recv().await.unwrap();
+    let all = spans(&exported);
+    let is_attempt = |span: &&&Span| texts(&span.attributes).contains_key("everline.stream");
+    let attempt = all.iter().find(is_attempt).expect("a span of the attempt");
+    let attributes = texts(&attempt.attributes);
+    assert_eq!((&*attributes["everline.stream"], &*attributes["everline.attempt"]), (&*id, "1"));
+    assert_eq!(&*attributes["everline.outcome"], "ok");
+    // Client, then where it was let in, then where it is generated, then the worker.
+    let entry = all.iter().find(|span| hex(&span.parent_span_id) == PARENT).expect("a span of the client's");
+    assert_eq!(attempt.parent_span_id, entry.span_id);
+    assert!(all.iter().all(|span| hex(&span.trace_id) == TRACE));
+    let seen = heads.recv().await.unwrap();
+    let expected = format!("00-{TRACE}-{}-01", hex(&attempt.span_id));
+    assert_eq!(header(&seen, "traceparent"), Some(&*expected), "{seen}");
 }

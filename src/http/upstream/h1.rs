@@ -271,6 +271,11 @@ impl H1Body {
         }
     }
 
+    /// Whether it comes in chunks.
+    pub(super) fn is_chunked(&self) -> bool {
+        matches!(self.left, Left::Chunked(_))
+    }
+
     /// Whether nothing more comes.
     pub(super) fn is_end(&self) -> bool {
         self.conn.is_none()

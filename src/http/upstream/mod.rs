@@ -7,6 +7,7 @@ mod endpoint;
 mod h1;
 mod h2;
 mod head;
+mod pair;
 mod request;
 
 use std::collections::HashMap;
@@ -32,6 +33,7 @@ use crate::routing::view::WorkerView;
 
 pub use self::connect::WorkerTls;
 pub(super) use self::endpoint::{Endpoint, EndpointError};
+pub(super) use self::pair::{Drain, PairBody};
 pub(super) use self::request::{HeadersToWorker, Outgoing};
 
 /// Bounds of a pool.
@@ -157,8 +159,13 @@ impl Slot {
     }
 }
 
-/// What tells one registration of a worker from another: a slot lives as long as it.
-type SlotKey = (WorkerIx, u64);
+/// What tells one registration of a worker from another: a slot lives as long as it. Or a replica's
+/// client listener, which an edge sends to.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum SlotKey {
+    Worker(WorkerIx, u64),
+    Replica(String),
+}
 
 /// Connections to workers, owned by one shard.
 #[derive(Debug)]
@@ -186,13 +193,25 @@ impl Pool {
 
     /// The connections of a worker.
     pub(super) fn slot(&self, worker: &WorkerView) -> Result<Arc<Slot>, EndpointError> {
-        let key = (worker.record.ix, worker.record.generation);
+        let key = SlotKey::Worker(worker.record.ix, worker.record.generation);
         let mut slots = self.slots.lock();
         if let Some(slot) = slots.by_worker.get(&key) {
             return Ok(Arc::clone(slot));
         }
         let spec = &worker.record.spec;
         let slot = Slot::new(Endpoint::parse(&spec.url, spec.http2)?, spec.id.as_str(), &self.options);
+        slots.by_worker.insert(key, Arc::clone(&slot));
+        Ok(slot)
+    }
+
+    /// The connections to a replica's client listener.
+    pub(super) fn slot_of_replica(&self, name: &str, url: &str) -> Result<Arc<Slot>, EndpointError> {
+        let key = SlotKey::Replica(url.to_owned());
+        let mut slots = self.slots.lock();
+        if let Some(slot) = slots.by_worker.get(&key) {
+            return Ok(Arc::clone(slot));
+        }
+        let slot = Slot::new(Endpoint::parse(url, false)?, name, &self.options);
         slots.by_worker.insert(key, Arc::clone(&slot));
         Ok(slot)
     }
@@ -358,6 +377,23 @@ pub(super) enum UpstreamBody {
     H1(H1Body),
     /// Read by hyper.
     H2(Incoming),
+    /// Made here, of an answer that was read to its end.
+    Whole(Option<Bytes>),
+    /// Of two workers.
+    Pair(Box<PairBody>),
+}
+
+impl UpstreamBody {
+    /// Whether nobody knows beforehand how long it is, and its end is marked all the same. To be asked
+    /// before it is read.
+    pub(super) fn is_chunked(&self) -> bool {
+        match self {
+            UpstreamBody::H1(body) => body.is_chunked(),
+            UpstreamBody::H2(body) => body.size_hint().exact().is_none(),
+            UpstreamBody::Whole(_) => false,
+            UpstreamBody::Pair(body) => body.is_chunked(),
+        }
+    }
 }
 
 impl Body for UpstreamBody {
@@ -377,6 +413,8 @@ impl Body for UpstreamBody {
                     other => return Poll::Ready(other.map(|frame| frame.map_err(io::Error::other))),
                 }
             },
+            UpstreamBody::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            UpstreamBody::Pair(body) => body.poll(cx),
         }
     }
 
@@ -384,6 +422,8 @@ impl Body for UpstreamBody {
         match self {
             UpstreamBody::H1(body) => body.is_end(),
             UpstreamBody::H2(body) => body.is_end_stream(),
+            UpstreamBody::Whole(bytes) => bytes.is_none(),
+            UpstreamBody::Pair(body) => body.is_end(),
         }
     }
 
@@ -391,6 +431,8 @@ impl Body for UpstreamBody {
         match self {
             UpstreamBody::H1(body) => body.size_hint(),
             UpstreamBody::H2(body) => body.size_hint(),
+            UpstreamBody::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
+            UpstreamBody::Pair(body) => body.size(),
         }
     }
 }

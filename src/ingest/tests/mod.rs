@@ -77,6 +77,21 @@ async fn a_feed_has_what_the_engine_has_through_drops_and_restarts() {
 }
 
 #[tokio::test]
+async fn what_is_lost_long_after_the_last_message_is_missed_too() {
+    let mut args = args(json!({}));
+    args.drop_frames_every = 1;
+    let sim = start(args).await;
+    let sink = Sink::default();
+    let feed = follow(&sim, &sink);
+    for round in 0..3 {
+        traffic(&sim, round * 10, 5).await;
+        // An engine that is silent is asked again and again.
+        sink.equals(&sim, "what was never sent").await;
+    }
+    assert_eq!(feed.counters().messages, 0);
+}
+
+#[tokio::test]
 async fn a_feed_that_is_handed_over_loses_and_repeats_nothing() {
     let sim = start(args(json!({}))).await;
     let sink = Sink::default();
@@ -140,6 +155,21 @@ async fn replays_that_break_off_are_continued() {
     let kept = sink.kept.lock();
     assert_eq!((kept.clears, kept.cursor.recovering()), (0, false));
     assert!(feed.counters().stats.failed_replays > 0);
+}
+
+#[tokio::test]
+async fn a_long_past_whose_replays_lose_their_end_is_caught_up_without_waiting_out_the_first_silence() {
+    let mut args = args(json!({}));
+    args.cut_replays_after = 30;
+    let sim = start(args).await;
+    traffic(&sim, 0, 40).await;
+    let sink = Sink::default();
+    let mut config = config(&sim);
+    // Longer than anything here is waited for.
+    config.silence = Duration::from_secs(600);
+    let feed = FeedHandle::spawn(config, Cursor::default(), sink.clone());
+    sink.equals(&sim, "all parts").await;
+    assert!(feed.counters().stats.failed_replays > 1, "one was enough");
 }
 
 #[tokio::test]

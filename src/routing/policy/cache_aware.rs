@@ -5,7 +5,7 @@
 
 use rand::Rng;
 
-use super::{Candidate, Parameters, Policy, RouteRequest, least};
+use super::{Candidate, Parameters, Policy, RouteRequest, least, longer_queue, queue};
 
 /// Longest prefix while balanced, shortest queue otherwise. The defaults are those of the SGLang
 /// router.
@@ -44,6 +44,10 @@ impl CacheAware {
         Ok(made)
     }
 
+    fn is_enough(&self, most: f64, request: &RouteRequest<'_>) -> bool {
+        most > 0.0 && most > self.cache_threshold * f64::from(request.prompt_tokens)
+    }
+
     fn unbalanced(&self, candidates: &[Candidate<'_>]) -> bool {
         let queues = || candidates.iter().map(|c| c.load.requests.max(0) as f64);
         let (longest, shortest) = (queues().fold(0.0, f64::max), queues().fold(f64::INFINITY, f64::min));
@@ -51,9 +55,9 @@ impl CacheAware {
     }
 }
 
-/// The shortest queue for its weight.
-fn shortest(candidate: &Candidate<'_>) -> f64 {
-    candidate.load.requests.max(0) as f64 / f64::from(candidate.weight())
+/// Tokens of the prompt that a candidate holds, or will.
+fn held(candidate: &Candidate<'_>) -> f64 {
+    f64::from(candidate.overlap.blocks + candidate.coming) * f64::from(candidate.worker.block_size())
 }
 
 impl Policy for CacheAware {
@@ -66,15 +70,38 @@ impl Policy for CacheAware {
     }
 
     fn pick(&self, candidates: &[Candidate<'_>], request: &RouteRequest<'_>, rng: &mut dyn Rng) -> usize {
-        let held =
-            |c: &Candidate<'_>| f64::from(c.overlap.blocks + c.coming) * f64::from(c.worker.block_size());
         let most = candidates.iter().map(held).fold(0.0, f64::max);
-        let enough = most > self.cache_threshold * f64::from(request.prompt_tokens);
-        if !enough || most == 0.0 || self.unbalanced(candidates) {
-            return least(candidates.iter().map(shortest), rng);
+        if !self.is_enough(most, request) || self.unbalanced(candidates) {
+            return least(candidates.iter().map(queue), rng);
         }
         // Of those that hold the same, the one with the shortest queue.
-        let cost = |c: &Candidate<'_>| if held(c) < most { f64::INFINITY } else { shortest(c) };
+        let cost = |c: &Candidate<'_>| if held(c) < most { f64::INFINITY } else { queue(c) };
         least(candidates.iter().map(cost), rng)
+    }
+
+    fn behind(
+        &self,
+        candidates: &[Candidate<'_>],
+        chosen: usize,
+        other: usize,
+        request: &RouteRequest<'_>,
+    ) -> String {
+        let most = candidates.iter().map(held).fold(0.0, f64::max);
+        let (chosen, other) = (&candidates[chosen], &candidates[other]);
+        if !self.is_enough(most, request) {
+            let share = self.cache_threshold * 100.0;
+            let why = longer_queue(chosen, other);
+            format!("nobody holds over {share:.0} % of the prompt (cache_threshold): {why}")
+        } else if self.unbalanced(candidates) {
+            format!("queues are unbalanced, fewest requests win: {}", longer_queue(chosen, other))
+        } else if held(other) < held(chosen) {
+            format!(
+                "holds {:.0} tokens of the prompt fewer than {}",
+                held(chosen) - held(other),
+                chosen.name()
+            )
+        } else {
+            longer_queue(chosen, other)
+        }
     }
 }

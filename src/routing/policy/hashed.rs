@@ -7,7 +7,7 @@
 use rand::Rng;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::{Candidate, Parameters, Policy, RouteRequest, least};
+use super::{Candidate, Parameters, Policy, RouteRequest, least, longer_queue, queue};
 
 /// What a rank draws for a key, larger is better: shares of keys are as the weights are
 /// (`-weight / ln u`, with `u` uniform in 0 to 1).
@@ -43,7 +43,7 @@ fn bound(candidates: &[Candidate<'_>], factor: f64) -> impl Fn(&Candidate<'_>) -
 }
 
 fn least_requests(candidates: &[Candidate<'_>], rng: &mut dyn Rng) -> usize {
-    least(candidates.iter().map(|c| c.load.requests.max(0) as f64 / f64::from(c.weight())), rng)
+    least(candidates.iter().map(queue), rng)
 }
 
 /// Requests whose prompts begin alike go to the same rank, unless it has more than its share of
@@ -74,6 +74,14 @@ impl PrefixHash {
         }
         Ok(made)
     }
+
+    /// What the prompt's beginning is known by.
+    fn key(&self, candidates: &[Candidate<'_>], request: &RouteRequest<'_>) -> Option<u64> {
+        // The chain makes the last hash of the beginning speak for all of it.
+        let blocks = (self.tokens / f64::from(candidates[0].worker.block_size())).max(1.0) as usize;
+        let last = blocks.min(request.hashes.len()).checked_sub(1);
+        last.map(|at| request.hashes[at].0).or(request.session)
+    }
 }
 
 impl Policy for PrefixHash {
@@ -86,14 +94,30 @@ impl Policy for PrefixHash {
     }
 
     fn pick(&self, candidates: &[Candidate<'_>], request: &RouteRequest<'_>, rng: &mut dyn Rng) -> usize {
-        // The chain makes the last hash of the beginning speak for all of it.
-        let blocks = (self.tokens / f64::from(candidates[0].worker.block_size())).max(1.0) as usize;
-        let last = blocks.min(request.hashes.len()).checked_sub(1);
-        let Some(key) = last.map(|at| request.hashes[at].0).or(request.session) else {
+        let Some(key) = self.key(candidates, request) else {
             return least_requests(candidates, rng);
         };
         highest(key, candidates, bound(candidates, self.load_factor))
             .unwrap_or_else(|| least_requests(candidates, rng))
+    }
+
+    fn behind(
+        &self,
+        candidates: &[Candidate<'_>],
+        chosen: usize,
+        other: usize,
+        request: &RouteRequest<'_>,
+    ) -> String {
+        let may = bound(candidates, self.load_factor);
+        let (chosen, other) = (&candidates[chosen], &candidates[other]);
+        if self.key(candidates, request).is_none() {
+            format!("the prompt has no full block to go by: {}", longer_queue(chosen, other))
+        } else if !may(other) {
+            let share = self.load_factor;
+            format!("over load_factor: with this one it has more than {share} times its share of requests")
+        } else {
+            format!("the prompt's beginning belongs to {}, which drew higher for it", chosen.name())
+        }
     }
 }
 
@@ -123,5 +147,29 @@ impl Policy for ConsistentHash {
             .session
             .and_then(|key| highest(key, candidates, at_home).or_else(|| highest(key, candidates, |_| true)));
         chosen.unwrap_or_else(|| least_requests(candidates, rng))
+    }
+
+    fn behind(
+        &self,
+        candidates: &[Candidate<'_>],
+        chosen: usize,
+        other: usize,
+        request: &RouteRequest<'_>,
+    ) -> String {
+        let (chosen, other) = (&candidates[chosen], &candidates[other]);
+        let ix = |candidate: &Candidate<'_>| candidate.worker.record.ix;
+        if request.session.is_none() {
+            return format!("the request names no session: {}", longer_queue(chosen, other));
+        }
+        let name = chosen.name();
+        match request.bound {
+            Some(bound) if bound == ix(chosen) && bound != ix(other) => {
+                format!("the session is bound to {}", chosen.worker.id())
+            }
+            Some(bound) if bound != ix(chosen) => {
+                format!("the session's worker cannot take it, and {name} drew higher for the session")
+            }
+            _ => format!("{name} drew higher for the session"),
+        }
     }
 }

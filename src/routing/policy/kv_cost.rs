@@ -58,6 +58,26 @@ impl Policy for KvCost {
         choose(&costs, options.temperature, tolerance, rng)
     }
 
+    fn behind(
+        &self,
+        candidates: &[Candidate<'_>],
+        chosen: usize,
+        other: usize,
+        request: &RouteRequest<'_>,
+    ) -> String {
+        let options = self.options_for(request);
+        let cost = |at: usize| options.terms(&candidates[at].cost_input(request)).total();
+        let (name, more) = (candidates[chosen].name(), cost(other) - cost(chosen));
+        match options.temperature > 0.0 {
+            true if more > 0.0 => {
+                format!("costs {more:.1} more than {name}, and chance took part (temperature)")
+            }
+            false if more > 0.0 => format!("costs {more:.1} more than {name}"),
+            _ if more == 0.0 => format!("costs as much as {name}, which chance chose"),
+            _ => format!("costs {:.1} less than {name}, which chance chose", -more),
+        }
+    }
+
     fn terms(&self, candidate: &Candidate<'_>, request: &RouteRequest<'_>) -> Option<Terms> {
         Some(self.options_for(request).terms(&candidate.cost_input(request)))
     }

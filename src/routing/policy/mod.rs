@@ -18,6 +18,7 @@ pub use kv_cost::KvCost;
 pub use plain::{LeastLoaded, PowerOfTwo, Random, RoundRobin};
 
 use super::cost::{CostInput, CostOptions, Terms};
+use super::part::Part;
 use super::view::WorkerView;
 use crate::ids::{WorkerId, WorkerIx};
 use crate::kv::hash::SequenceHash;
@@ -51,6 +52,8 @@ pub struct RouteRequest<'a> {
     pub pinned: Option<Pin<'a>>,
     /// Labels that a worker must have, with these values.
     pub labels: &'a [(&'a str, &'a str)],
+    /// What part of it is wanted of the worker.
+    pub part: Part,
     /// How far behind this replica's view of its peers' bookings is.
     pub view_age_ms: u64,
 }
@@ -131,6 +134,14 @@ impl Candidate<'_> {
         work / f64::from(self.weight())
     }
 
+    /// For people: the worker, with its rank where it has several.
+    pub fn name(&self) -> String {
+        match self.worker.dp_ranks() {
+            1 => self.worker.id().to_string(),
+            _ => format!("{}/{}", self.worker.id(), self.rank),
+        }
+    }
+
     /// Relative share of traffic, never 0.
     pub fn weight(&self) -> u32 {
         self.worker.record.spec.weight.max(1)
@@ -177,6 +188,18 @@ pub trait Policy: Send + Sync {
     fn terms(&self, candidate: &Candidate<'_>, request: &RouteRequest<'_>) -> Option<Terms> {
         let _ = (candidate, request);
         None
+    }
+
+    /// Why `other` of the candidates came behind the `chosen` one, for people. Changes nothing.
+    fn behind(
+        &self,
+        candidates: &[Candidate<'_>],
+        chosen: usize,
+        other: usize,
+        request: &RouteRequest<'_>,
+    ) -> String {
+        let _ = (other, request);
+        format!("{} was chosen", candidates[chosen].name())
     }
 
     /// What to ask in its place where a choice is only rehearsed, if choosing changes it.
@@ -278,6 +301,23 @@ impl<'a> Parameters<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Requests for the candidate's weight.
+pub(super) fn queue(candidate: &Candidate<'_>) -> f64 {
+    candidate.load.requests.max(0) as f64 / f64::from(candidate.weight())
+}
+
+/// Why a candidate came behind another where the fewest requests win.
+pub(super) fn longer_queue(chosen: &Candidate<'_>, other: &Candidate<'_>) -> String {
+    let requests = |candidate: &Candidate<'_>| candidate.load.requests.max(0);
+    let (name, less) = (chosen.name(), requests(chosen));
+    if queue(other) > queue(chosen) {
+        let weighed = if other.weight() == chosen.weight() { "" } else { " for its weight" };
+        format!("has {} requests and {name} {less}, which is fewer{weighed}", requests(other))
+    } else {
+        format!("has as few requests as {name}, which chance chose")
     }
 }
 

@@ -66,6 +66,10 @@ impl Policy for RoundRobin {
     fn stand_in(&self) -> Option<Arc<dyn Policy>> {
         Some(Arc::new(Self::default()))
     }
+
+    fn behind(&self, candidates: &[Candidate<'_>], chosen: usize, _: usize, _: &RouteRequest<'_>) -> String {
+        format!("it was the turn of {}", candidates[chosen].name())
+    }
 }
 
 /// At random, in proportion to weight.
@@ -89,6 +93,10 @@ impl Policy for Random {
         }
         candidates.len() - 1
     }
+
+    fn behind(&self, candidates: &[Candidate<'_>], chosen: usize, _: usize, _: &RouteRequest<'_>) -> String {
+        format!("chance chose {}", candidates[chosen].name())
+    }
 }
 
 /// The less loaded of two different workers drawn at random.
@@ -108,6 +116,20 @@ impl Policy for PowerOfTwo {
         let other = (one + rng.random_range(1..candidates.len())) % candidates.len();
         if candidates[other].weighted_load() < candidates[one].weighted_load() { other } else { one }
     }
+
+    fn behind(
+        &self,
+        candidates: &[Candidate<'_>],
+        chosen: usize,
+        other: usize,
+        _: &RouteRequest<'_>,
+    ) -> String {
+        let name = candidates[chosen].name();
+        match more_work(&candidates[chosen], &candidates[other]) {
+            Some(more) => format!("{more}, or was not one of the two drawn"),
+            None => format!("was not drawn beside {name}: the less loaded of two drawn at random wins"),
+        }
+    }
 }
 
 /// The least loaded by [`Candidate::weighted_load`]; ties at random.
@@ -122,4 +144,23 @@ impl Policy for LeastLoaded {
     fn pick(&self, candidates: &[Candidate<'_>], _: &RouteRequest<'_>, rng: &mut dyn Rng) -> usize {
         least(candidates.iter().map(Candidate::weighted_load), rng)
     }
+
+    fn behind(
+        &self,
+        candidates: &[Candidate<'_>],
+        chosen: usize,
+        other: usize,
+        _: &RouteRequest<'_>,
+    ) -> String {
+        more_work(&candidates[chosen], &candidates[other]).unwrap_or_else(|| {
+            format!("has as little to do as {}, which chance chose", candidates[chosen].name())
+        })
+    }
+}
+
+/// Why a candidate came behind another that has less to do, if it has.
+fn more_work(chosen: &Candidate<'_>, other: &Candidate<'_>) -> Option<String> {
+    // As of ordinary weight, in which loads are in blocks.
+    let more = (other.weighted_load() - chosen.weighted_load()) * 100.0;
+    (more > 0.0).then(|| format!("has {more:.1} blocks of work more than {}", chosen.name()))
 }

@@ -23,6 +23,7 @@ fn worker(n: u32, dp_ranks: u32, weight: u32) -> Arc<WorkerView> {
         engine: Default::default(),
         models: Vec::new(),
         role: WorkerRole::Aggregated,
+        transfer: Default::default(),
         dp_ranks,
         block_size: Some(16),
         capacity_blocks: Some(1000),
@@ -174,9 +175,18 @@ fn every_rank_is_a_candidate_of_its_own() {
     assert_eq!(view.workers[1].rank_load(3, true).prefill_tokens, 0);
     drop(booking);
     assert_eq!(view.workers[1].rank_load(2, true), LoadSum::default());
-    load(&view, 1, 8, 800, 4);
-    assert_eq!(view.workers[1].rank_load(0, true).prefill_tokens, 200, "peers' bookings in equal parts");
-    assert_eq!(view.workers[1].rank_load(0, false).prefill_tokens, 0);
+    let peers = |tokens| LoadSum { requests: 1, prefill_tokens: tokens, decode_blocks: 1 };
+    let seen = |rank| view.workers[1].rank_load(rank, true).prefill_tokens;
+    let told = [(0, peers(100)), (2, peers(500)), (2, peers(7))];
+    for (loads, expected) in
+        [(&told[..1], [100, 0, 0, 0]), (&told, [100, 0, 507, 0]), (&told[1..], [0, 0, 507, 0])]
+    {
+        view.workers[1].live.set_peers(loads.iter().copied());
+        assert_eq!([0, 1, 2, 3].map(seen), expected);
+        let total = view.workers[1].live.load();
+        assert_eq!(total.prefill_tokens, expected.iter().sum::<i64>());
+    }
+    assert_eq!(view.workers[1].rank_load(2, false).prefill_tokens, 0);
 }
 
 #[test]
@@ -302,10 +312,10 @@ fn pins_labels_and_thresholds_leave_others_out_and_say_so() {
     };
     assert_eq!(pick(), 1);
     let cost = by_name("kv_cost").unwrap();
-    let explained = explain(&view, cost.as_ref(), &pin(None), &limits, &[]).unwrap();
+    let explained = explain(&view, cost.as_ref(), &pin(None), &limits, &[], None).unwrap();
     let why: Vec<Option<Filtered>> = explained.iter().map(|e| e.filtered).collect();
     assert_eq!(why, [Some(Filtered::Pinned), Some(Filtered::Pinned), None]);
-    let explained = explain(&view, cost.as_ref(), &RouteRequest::default(), &limits, &[]).unwrap();
+    let explained = explain(&view, cost.as_ref(), &RouteRequest::default(), &limits, &[], None).unwrap();
     let why: Vec<Option<Filtered>> = explained.iter().map(|e| e.filtered).collect();
     assert_eq!(why, [Some(Filtered::Overloaded), Some(Filtered::Overloaded), None]);
     load(&view, 2, 1, 101, 0);
@@ -319,7 +329,7 @@ fn an_explanation_has_the_terms_that_the_choice_is_made_by() {
     let overlaps = [holds(0, 10), holds(2, 3)];
     let request = RouteRequest { prompt_tokens: 320, overlaps: &overlaps, ..RouteRequest::default() };
     let policy = by_name("kv_cost").unwrap();
-    let explained = explain(&view, policy.as_ref(), &request, &LIMITS, &[]).unwrap();
+    let explained = explain(&view, policy.as_ref(), &request, &LIMITS, &[], None).unwrap();
     let totals: Vec<f64> = explained.iter().map(|e| e.terms.unwrap().total()).collect();
     let least = totals.iter().copied().fold(f64::INFINITY, f64::min);
     let at = totals.iter().position(|total| *total == least).unwrap();
@@ -328,7 +338,62 @@ fn an_explanation_has_the_terms_that_the_choice_is_made_by() {
     assert!((terms.queued - 20.0).abs() < 1e-9 && (terms.decode - 0.07 * 42.0).abs() < 1e-9, "{terms:?}");
     assert!((terms.prompt - 66.0).abs() < 1e-9 && (terms.credit - 33.0).abs() < 1e-9, "{terms:?}");
     let blind = by_name("random").unwrap();
-    assert!(explain(&view, blind.as_ref(), &request, &LIMITS, &[]).unwrap()[0].terms.is_none());
+    assert!(explain(&view, blind.as_ref(), &request, &LIMITS, &[], None).unwrap()[0].terms.is_none());
+}
+
+/// Why the rank at `other` came behind the one at `best`.
+fn behind(view: &RegistryView, spec: &str, request: &RouteRequest<'_>, best: usize, other: usize) -> String {
+    let policy = from_spec(spec).unwrap();
+    let id = view.workers[best].id().clone();
+    let explained = explain(view, policy.as_ref(), request, &LIMITS, &[], Some((&id, 0))).unwrap();
+    assert_eq!(explained[best].behind, None, "{spec}");
+    explained[other].behind.clone().unwrap_or_default()
+}
+
+#[test]
+fn every_policy_says_why_another_one_came_behind() {
+    let view = view(3);
+    load(&view, 1, 3, 160, 20);
+    let overlaps = [holds(0, 10), holds(2, 8)];
+    let plain = RouteRequest { prompt_tokens: 160, overlaps: &overlaps, ..RouteRequest::default() };
+    let (chain, session) = ([SequenceHash(7)], Some(7));
+    let hashed = RouteRequest { hashes: &chain, ..plain };
+    let bound = RouteRequest { session, bound: Some(WorkerIx(0)), ..plain };
+    let gone = RouteRequest { session, bound: Some(WorkerIx(9)), ..plain };
+    let of_session = RouteRequest { session, ..plain };
+    for (spec, request, other, why) in [
+        ("kv_cost", &plain, 2, "costs 6.6 more than w000"),
+        ("kv_cost:temperature=1", &plain, 2, "costs 6.6 more than w000, and chance took part (temperature)"),
+        ("cache_aware", &plain, 2, "holds 32 tokens of the prompt fewer than w000"),
+        (
+            "cache_aware:cache_threshold=1",
+            &plain,
+            1,
+            "nobody holds over 100 % of the prompt (cache_threshold): has 3 requests and w000 0, which is fewer",
+        ),
+        (
+            "cache_aware:balance_abs_threshold=2",
+            &plain,
+            2,
+            "queues are unbalanced, fewest requests win: has as few requests as w000, which chance chose",
+        ),
+        ("prefix_hash", &plain, 1, "the prompt has no full block to go by: has 3 requests and w000 0"),
+        ("prefix_hash", &hashed, 1, "over load_factor: with this one it has more than 1.25 times"),
+        ("prefix_hash", &hashed, 2, "the prompt's beginning belongs to w000"),
+        ("consistent_hash", &plain, 1, "the request names no session: has 3 requests"),
+        ("consistent_hash", &bound, 1, "the session is bound to w000"),
+        ("consistent_hash", &gone, 1, "the session's worker cannot take it, and w000 drew higher"),
+        ("consistent_hash", &of_session, 1, "w000 drew higher for the session"),
+        ("least_loaded", &plain, 1, "has 33.0 blocks of work more than w000"),
+        ("least_loaded", &plain, 2, "has as little to do as w000, which chance chose"),
+        ("power_of_two", &plain, 1, "has 33.0 blocks of work more than w000, or was not one of the two"),
+        ("power_of_two", &plain, 2, "was not drawn beside w000"),
+        ("round_robin", &plain, 1, "it was the turn of w000"),
+        ("random", &plain, 1, "chance chose w000"),
+    ] {
+        let told = behind(&view, spec, request, 0, other);
+        assert!(told.starts_with(why), "{spec}: {told:?} is not {why:?}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Whole requests: fallbacks, bounds, pictures, salts, engines, and bodies out of a hat.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -90,7 +90,14 @@ async fn salt_and_adapter_keep_blocks_apart() {
     let body = Bytes::from(
         r#"{"prompt":"#.to_owned() + &serde_json::to_string(&ids).unwrap() + r#","cache_salt":"t1"}"#,
     );
-    let ask = Ask { model: "tiny", lora: Some("ad"), form: Form::Completions, body: &body, now: UNIX_EPOCH };
+    let ask = Ask {
+        model: "tiny",
+        lora: Some("ad"),
+        form: Form::Completions,
+        body: &body,
+        lifted: None,
+        now: UNIX_EPOCH,
+    };
     let prompt = tokenizers.prompt(ask).await;
     assert_eq!(prompt.key(16).hashes, local_hashes(&ids, 16, Seed::new(Some("ad"), Some("t1"))));
     assert_eq!(prompt.source(), Source::Ids);
@@ -195,7 +202,7 @@ async fn what_is_continued_stands_behind_the_opened_answer_with_sglang() {
         name: "m".to_owned(),
         mode: Mode::Tokenizer,
         directory: Some(golden("tokenizer/tiny")),
-        dialect: Dialect::Sglang,
+        dialect: Some(Dialect::Sglang),
         ..ModelOptions::default()
     };
     let tokenizers = Tokenizers::load(vec![options], &Options::default(), None).unwrap();
@@ -239,6 +246,9 @@ async fn a_model_that_engines_render_by_code_has_no_template_here() {
 /// An engine that counts, fails and stalls as told.
 struct Engine {
     asked: AtomicUsize,
+    /// Whether it has told that nobody tells ids.
+    only_text: AtomicBool,
+    dialect: Option<Dialect>,
 }
 
 impl Engines for Engine {
@@ -251,18 +261,87 @@ impl Engines for Engine {
             assert!(text.contains(r#""model":"asked""#), "{text}");
             match text {
                 text if text.contains("fail") => Err("down".to_owned()),
+                text if text.contains("nobody") => {
+                    self.only_text.store(true, Ordering::SeqCst);
+                    Err("no such route".to_owned())
+                }
                 text if text.contains("stall") => std::future::pending().await,
                 text if text.contains("babble") => Ok(Bytes::from_static(b"{\"tokens\":\"x\"}")),
                 _ => Ok(Bytes::from_static(br#"{"count":2,"tokens":[7,8],"max_model_len":9}"#)),
             }
         })
     }
+
+    fn only_text(&self, _: &str) -> bool {
+        self.only_text.load(Ordering::SeqCst)
+    }
+
+    fn dialect(&self, _: &str) -> Option<Dialect> {
+        self.dialect
+    }
+}
+
+impl Engine {
+    fn of(dialect: Option<Dialect>) -> Arc<Self> {
+        Arc::new(Self { asked: AtomicUsize::new(0), only_text: AtomicBool::new(false), dialect })
+    }
+}
+
+#[tokio::test]
+async fn a_model_whose_engines_tell_no_ids_is_routed_by_text() {
+    for inline_bytes in [0, 1 << 20] {
+        let engine = Engine::of(None);
+        let options = Options { inline_bytes, ..Options::default() };
+        let tokenizers = tiny(options, Some(Arc::clone(&engine) as _));
+        let (chat, opaque) = ("/v1/chat/completions", r#"{"messages":[],"chat_template_kwargs":[]}"#);
+        let unknown = ask(&tokenizers, "asked", chat, opaque).await;
+        assert_eq!(unknown.source(), Source::Unknown);
+        // The request by which it is learnt has its text already, and no further one asks.
+        let said = r#"{"messages":[{"role":"user","content":"nobody tells the ids of this"}]}"#;
+        let first = ask(&tokenizers, "asked", chat, said).await;
+        let again = ask(&tokenizers, "asked", chat, said).await;
+        assert_eq!((first.source(), engine.asked.load(Ordering::SeqCst)), (Source::Text, 1));
+        assert_eq!((&first, first.key(4).hashes.is_empty()), (&again, false));
+        let longer = said.replace("]}", r#",{"role":"assistant","content":"so"}]}"#);
+        let longer = ask(&tokenizers, "asked", chat, &longer).await;
+        assert!(longer.key(4).hashes.starts_with(&first.key(4).hashes));
+        // What is not understood has a beginning too.
+        let opaque = ask(&tokenizers, "asked", chat, opaque).await;
+        assert_eq!((opaque.source(), opaque.key(4).hashes.len()), (Source::Text, 2));
+        // Files here tell ids all the same.
+        assert_eq!(ask(&tokenizers, "tiny", chat, said).await.source(), Source::Tokenizer);
+    }
+}
+
+#[tokio::test]
+async fn messages_are_put_as_the_engines_that_serve_the_model_put_them() {
+    let parts =
+        r#"{"messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}]}"#;
+    let ids = async |given: Option<Dialect>, serving: Option<Dialect>| {
+        let options = ModelOptions {
+            name: "m".to_owned(),
+            mode: Mode::Tokenizer,
+            directory: Some(golden("tokenizer/tiny")),
+            dialect: given,
+            content_format: Some(ContentFormat::String),
+            ..ModelOptions::default()
+        };
+        let engines = Engine::of(serving);
+        let tokenizers = Tokenizers::load(vec![options], &Options::default(), Some(engines)).unwrap();
+        let prompt = ask(&tokenizers, "m", "/v1/chat/completions", parts).await;
+        prompt.ids().unwrap().to_vec()
+    };
+    let (vllm, sglang) = (ids(Some(Dialect::Vllm), None).await, ids(Some(Dialect::Sglang), None).await);
+    assert_ne!(vllm, sglang);
+    assert_eq!(ids(None, None).await, vllm);
+    assert_eq!(ids(None, Some(Dialect::Sglang)).await, sglang);
+    assert_eq!(ids(Some(Dialect::Vllm), Some(Dialect::Sglang)).await, vllm);
 }
 
 #[tokio::test]
 async fn engines_are_asked_about_models_that_nobody_configured_by_their_names() {
     for inline_bytes in [0, 1 << 20] {
-        let engine = Arc::new(Engine { asked: AtomicUsize::new(0) });
+        let engine = Engine::of(None);
         let options = Options { other: Mode::Engine, inline_bytes, ..Options::default() };
         let tokenizers = Tokenizers::load(Vec::new(), &options, Some(engine)).unwrap();
         for (path, body) in [
@@ -277,7 +356,7 @@ async fn engines_are_asked_about_models_that_nobody_configured_by_their_names() 
 
 #[tokio::test]
 async fn engines_are_asked_once_and_never_for_long() {
-    let engine = Arc::new(Engine { asked: AtomicUsize::new(0) });
+    let engine = Engine::of(None);
     let tokenizers = tiny(
         Options {
             ask: AskOptions { concurrency: 1, timeout: Duration::from_millis(50), ..AskOptions::default() },
@@ -400,12 +479,37 @@ proptest! {
             for form in forms {
                 for model in ["tiny", "asked", "other"] {
                     let model = ALL.models.get(model).unwrap_or(&ALL.other);
-                    if let Outcome::Known(prompt) = model.prompt("m", form, &body, None, UNIX_EPOCH) {
+                    let how = How { mode: model.mode(), dialect: Dialect::default() };
+                    if let Outcome::Known(prompt) = model.prompt("m", form, &body, None, UNIX_EPOCH, how) {
                         let key = prompt.key(16);
                         prop_assert!(key.hashes.len() * 16 <= key.tokens.max(key.hashes.len() * 16));
                     }
                 }
             }
+        }
+    }
+}
+
+#[tokio::test]
+async fn ids_lifted_out_of_a_body_are_the_prompt_that_they_were_in_it() {
+    let tokenizers = tiny(Options::default(), None);
+    let ids = serde_json::to_string(&(0..4000).collect::<Vec<u32>>()).unwrap();
+    for (path, body, known) in [
+        ("/v1/completions", format!(r#"{{"prompt":{ids},"cache_salt":"s","n":2}}"#), true),
+        ("/inference/v1/generate", format!(r#"{{"cache_salt":"s","token_ids":{ids}}}"#), true),
+        ("/generate", format!(r#"{{"input_ids":{ids},"text":null}}"#), true),
+        ("/v1/completions", format!(r#"{{"prompt":{ids},"truncate_prompt_tokens":9}}"#), false),
+        ("/v1/completions", format!(r#"{{"prompt":{ids},"pro\u006dpt":[1]}}"#), false),
+        ("/generate", format!(r#"{{"input_ids":{ids},"cache_salt":7}}"#), false),
+    ] {
+        let form = Form::of_path(path).unwrap();
+        let lifted = lift(form, body.as_bytes()).unwrap();
+        let body = Bytes::from(body);
+        for model in ["tiny", "asked", "unknown"] {
+            let ask = Ask { model, lora: Some("a"), form, body: &body, lifted: None, now: UNIX_EPOCH };
+            let whole = tokenizers.prompt(ask.clone()).await;
+            let around = tokenizers.prompt(Ask { lifted: Some(&lifted), ..ask }).await;
+            assert_eq!((&around, around.is_exact()), (&whole, known), "{model} {path}");
         }
     }
 }

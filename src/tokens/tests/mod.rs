@@ -1,5 +1,6 @@
 //! Against the real thing: bodies that a running vLLM was sent, and the token ids it told.
 
+mod answers;
 mod bodies;
 mod pieces;
 mod templates;
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use super::*;
+use crate::kv::hash::local_hashes;
 
 fn golden(part: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(part)
@@ -28,7 +30,7 @@ fn tiny(options: Options, engines: Option<Arc<dyn Engines>>) -> Tokenizers {
 async fn ask(tokenizers: &Tokenizers, model: &str, path: &str, body: &str) -> Prompt {
     let body = Bytes::from(body.to_owned());
     let form = Form::of_path(path).unwrap();
-    tokenizers.prompt(Ask { model, lora: None, form, body: &body, now: UNIX_EPOCH }).await
+    tokenizers.prompt(Ask { model, lora: None, form, body: &body, lifted: None, now: UNIX_EPOCH }).await
 }
 
 /// Path and body of a recorded request, and the token ids of its prompt.

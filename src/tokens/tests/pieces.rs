@@ -83,6 +83,21 @@ proptest! {
 }
 
 #[test]
+fn a_text_behind_others_is_not_treated_as_the_beginning_of_one() {
+    for (name, turn) in [("tiny/tokenizer", "<|im_start|>assistant\n"), ("metaspace_first", "<s>")] {
+        let (whole, pieces) = kind(name);
+        for text in ["word and word", " word", "\n\nword", "", "7"] {
+            let before = ids(whole, turn, false);
+            let all = [before, pieces.encode_behind(text).unwrap()].concat();
+            assert_eq!(all, ids(whole, &format!("{turn}{text}"), false), "{name} {text:?}");
+        }
+    }
+    let (_, first) = kind("metaspace_first");
+    let differs = |text| first.encode_behind(text).unwrap() != first.encode(text, false).unwrap();
+    assert!(["a", "the", "word", "turn", "user"].into_iter().any(differs));
+}
+
+#[test]
 fn a_conversations_next_turn_finds_its_beginning_in_the_cache() {
     let segments = Arc::new(Segments::new(1 << 20));
     let whole = reference("tiny/tokenizer");

@@ -44,7 +44,7 @@ fn outcome_of(answer: &Answer) -> Result<Outcome, String> {
     }
     if answer.head.contains("text/event-stream") && answer.status == 200 && answer.complete {
         let text = answer.text();
-        let failed = text.contains("\"code\":\"upstream_failed\"") && text.ends_with("\n\ndata: [DONE]\n\n");
+        let failed = text.contains("\"code\":\"upstream_failed\"") && text.contains("\ndata: [DONE]\n");
         return if failed { Ok(Ended) } else { Err(format!("a stream without its end: {}", seen())) };
     }
     match answer.status {

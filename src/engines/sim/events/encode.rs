@@ -8,7 +8,7 @@ use rmp::encode::{
 
 use super::EventFormat;
 use crate::engines::sim::engine::KvEventBatch;
-use crate::engines::sim::kv::KvEvent;
+use crate::engines::sim::kv::{KvEvent, Medium};
 
 /// Writes into memory, where nothing fails.
 struct Writer(ByteBuf);
@@ -81,38 +81,50 @@ impl Writer {
     }
 }
 
-/// The payload of a batch of rank 0.
-pub(super) fn batch(batch: &KvEventBatch, format: EventFormat) -> Vec<u8> {
+/// What each engine calls it.
+fn name(medium: Medium, format: EventFormat) -> &'static str {
+    match (medium, format) {
+        (Medium::Gpu, _) => "GPU",
+        (Medium::Host, EventFormat::VllmMap | EventFormat::VllmArray) => "CPU",
+        (Medium::Host, EventFormat::Sglang) => "CPU_PINNED",
+    }
+}
+
+/// The payload of a batch of a rank.
+pub(super) fn batch(batch: &KvEventBatch, rank: u32, format: EventFormat) -> Vec<u8> {
     let mut out = Writer(ByteBuf::new());
     out.list(3);
     let _ = write_f64(&mut out.0, batch.timestamp);
     out.list(batch.events.len());
     batch.events.iter().for_each(|event| write_event(&mut out, event, format));
-    out.number(0);
+    out.number(rank.into());
     out.0.into_vec()
 }
 
 fn write_event(out: &mut Writer, event: &KvEvent, format: EventFormat) {
     match (event, format) {
+        (KvEvent::Stored { medium: Medium::Host, .. }, EventFormat::VllmMap | EventFormat::VllmArray) => {
+            stored_on_host(out, event, format);
+        }
         (KvEvent::Stored { .. }, EventFormat::VllmMap) => stored_vllm(out, event),
         (KvEvent::Stored { .. }, EventFormat::VllmArray) => stored_array(out, event),
         (KvEvent::Stored { .. }, EventFormat::Sglang) => stored_sglang(out, event),
-        (KvEvent::Removed { block_hashes }, EventFormat::VllmArray) => {
+        (KvEvent::Removed { block_hashes, medium }, EventFormat::VllmArray) => {
             out.list(4);
             out.text("BlockRemoved");
             out.hashes(block_hashes, format);
-            out.text("GPU");
+            out.text(name(*medium, format));
             out.number(0);
         }
-        (KvEvent::Removed { block_hashes }, _) => {
-            let vllm = format == EventFormat::VllmMap;
+        (KvEvent::Removed { block_hashes, medium }, _) => {
+            let vllm = format == EventFormat::VllmMap && *medium == Medium::Gpu;
             out.map(if vllm { 4 } else { 3 });
             out.text("type");
             out.text("BlockRemoved");
             out.text("block_hashes");
             out.hashes(block_hashes, format);
             out.text("medium");
-            out.text("GPU");
+            out.text(name(*medium, format));
             if vllm {
                 out.text("group_idx");
                 out.number(0);
@@ -132,7 +144,7 @@ fn write_event(out: &mut Writer, event: &KvEvent, format: EventFormat) {
 
 /// What all maps begin with.
 fn stored_head(out: &mut Writer, event: &KvEvent, format: EventFormat) {
-    let KvEvent::Stored { block_hashes, parent_block_hash, token_ids, block_size, .. } = event else {
+    let KvEvent::Stored { block_hashes, parent_block_hash, token_ids, block_size, medium, .. } = event else {
         return;
     };
     out.text("type");
@@ -148,7 +160,39 @@ fn stored_head(out: &mut Writer, event: &KvEvent, format: EventFormat) {
     out.text("lora_id");
     out.nil();
     out.text("medium");
-    out.text("GPU");
+    out.text(name(*medium, format));
+}
+
+/// vLLM's offloading names the blocks and no more: without parent, ids or groups.
+fn stored_on_host(out: &mut Writer, event: &KvEvent, format: EventFormat) {
+    let KvEvent::Stored { block_hashes, block_size, lora_name, .. } = event else { return };
+    if format == EventFormat::VllmArray {
+        out.list(12);
+        out.text("BlockStored");
+        out.hashes(block_hashes, format);
+        out.nil();
+        out.tokens(&[]);
+        out.number(*block_size as u64);
+        out.nil();
+        out.text("CPU");
+        out.optional(lora_name.as_deref());
+        (0..4).for_each(|_| out.nil());
+        return;
+    }
+    let bare = KvEvent::Stored {
+        block_hashes: block_hashes.clone(),
+        parent_block_hash: None,
+        token_ids: Vec::new(),
+        block_size: *block_size,
+        lora_name: None,
+        cache_salt: None,
+        extra_keys: Vec::new(),
+        medium: Medium::Host,
+    };
+    out.map(8);
+    stored_head(out, &bare, format);
+    out.text("lora_name");
+    out.optional(lora_name.as_deref());
 }
 
 fn stored_vllm(out: &mut Writer, event: &KvEvent) {
@@ -216,7 +260,7 @@ mod tests {
         let text = |value: &Value| value.as_str().map(Arc::from);
         let of = |event: &Value| match event["type"].as_str().unwrap() {
             "AllBlocksCleared" => KvEvent::Cleared,
-            "BlockRemoved" => KvEvent::Removed { block_hashes: hashes(event) },
+            "BlockRemoved" => KvEvent::Removed { block_hashes: hashes(event), medium: Medium::Gpu },
             _ => KvEvent::Stored {
                 block_hashes: hashes(event),
                 parent_block_hash: event["parent_block_hash"]
@@ -239,6 +283,7 @@ mod tests {
                         keys.as_array().map(|keys| keys.iter().map(|key| text(key).unwrap()).collect())
                     })
                     .collect(),
+                medium: if event["medium"] == "GPU" { Medium::Gpu } else { Medium::Host },
             },
         };
         decoded[1].as_array().unwrap().iter().map(of).collect()
@@ -252,7 +297,7 @@ mod tests {
     fn written(record: &Value, format: EventFormat) -> String {
         let bits = &record["frames_hex"][2].as_str().unwrap()[4..20];
         let timestamp = f64::from_bits(u64::from_str_radix(bits, 16).unwrap());
-        hex(&batch(&KvEventBatch { sequence: 0, timestamp, events: events(&record["decoded"]) }, format))
+        hex(&batch(&KvEventBatch { sequence: 0, timestamp, events: events(&record["decoded"]) }, 0, format))
     }
 
     #[test]
@@ -297,9 +342,11 @@ mod tests {
             lora_name: None,
             cache_salt: Some("s".into()),
             extra_keys: vec![Some(vec!["s".into()])],
+            medium: Medium::Gpu,
         };
-        let events = vec![KvEvent::Removed { block_hashes: vec![1] }, event, KvEvent::Cleared];
-        let bytes = batch(&KvEventBatch { sequence: 7, timestamp: 1.0, events }, EventFormat::VllmArray);
+        let removed = KvEvent::Removed { block_hashes: vec![1], medium: Medium::Gpu };
+        let events = vec![removed, event, KvEvent::Cleared];
+        let bytes = batch(&KvEventBatch { sequence: 7, timestamp: 1.0, events }, 0, EventFormat::VllmArray);
         let (read, all) = decoded(&bytes);
         assert_eq!(read, all);
         // The recorded list of 0.23.0, with this block's extra keys and group instead of none.
@@ -307,5 +354,50 @@ mod tests {
         assert!(hex(&bytes).contains(recorded), "{}", hex(&bytes));
         assert!(hex(&bytes).contains("94ac426c6f636b52656d6f7665649101a347505500"));
         assert!(hex(&bytes).contains("91b0416c6c426c6f636b73436c6561726564"));
+    }
+
+    #[test]
+    fn blocks_on_the_host_are_told_in_each_engines_words_and_understood() {
+        use crate::kv::event::{Decoder, Format};
+        use crate::kv::types::{EngineHash, KvOp, Tier};
+        let stored = |hash, medium| KvEvent::Stored {
+            block_hashes: vec![hash],
+            parent_block_hash: None,
+            token_ids: vec![1, 2, 3, 4],
+            block_size: 4,
+            lora_name: None,
+            cache_salt: None,
+            extra_keys: vec![None],
+            medium,
+        };
+        let removed = |hash, medium| KvEvent::Removed { block_hashes: vec![hash], medium };
+        let events = vec![
+            stored(5, Medium::Gpu),
+            stored(5, Medium::Host),
+            removed(5, Medium::Gpu),
+            removed(5, Medium::Host),
+        ];
+        let written = KvEventBatch { sequence: 0, timestamp: 1.0, events };
+        for (format, name) in [
+            (EventFormat::VllmMap, "a3435055"),
+            (EventFormat::VllmArray, "a3435055"),
+            (EventFormat::Sglang, "aa4350555f50494e4e4544"),
+        ] {
+            let bytes = batch(&written, 0, format);
+            assert!(hex(&bytes).contains(name), "{format:?}");
+            let mut decoder = Decoder::new(Format { block_size: 4, group: 0 });
+            let ops = decoder.decode(&bytes, &|_| Some(crate::kv::hash::Seed::default())).unwrap().ops;
+            let [KvOp::Store { tier: Tier::Gpu, .. }, on_host, first, second] = &ops[..] else {
+                panic!("{format:?}: {ops:?}");
+            };
+            // SGLang says the ids again; vLLM names what is known.
+            assert!(
+                matches!(on_host, KvOp::Store { tier: Tier::Host, .. } | KvOp::Copy { tier: Tier::Host, .. }),
+                "{format:?}: {on_host:?}"
+            );
+            let blocks = vec![EngineHash(5)];
+            assert_eq!(first, &KvOp::Remove { tier: Tier::Gpu, blocks: blocks.clone() });
+            assert_eq!(second, &KvOp::Remove { tier: Tier::Host, blocks });
+        }
     }
 }

@@ -31,7 +31,7 @@ impl LoadPublisher {
     /// Listens at `--load-publish-endpoint`; nothing without that flag.
     pub async fn start(engine: &Arc<Engine>, host: IpAddr) -> anyhow::Result<Option<Self>> {
         let Some(endpoint) = engine.args.load_publish_endpoint.clone() else { return Ok(None) };
-        let endpoint = endpoint.at_host(&host.to_string());
+        let endpoint = super::of_rank(&endpoint, engine.rank)?.at_host(&host.to_string());
         let publisher = Publisher::bind(&endpoint, QUEUE)
             .await
             .with_context(|| format!("engine-sim cannot publish its load at {endpoint}"))?;
@@ -69,7 +69,7 @@ fn load(engine: &Engine) -> [u64; 10] {
     let capacity = u64::from(args.blocks) * u64::from(args.block_size);
     let used = capacity * stats.kv_usage_ppm.get() / 1_000_000;
     let running = u64::from(args.max_running);
-    [stats.running.get(), stats.waiting.get(), used, capacity, 0, 0, used, running, 0, 0]
+    [stats.running.get(), stats.waiting.get(), used, capacity, engine.rank.into(), 0, used, running, 0, 0]
 }
 
 fn encode(load: &[u64; 10]) -> Bytes {

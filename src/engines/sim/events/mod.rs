@@ -11,7 +11,6 @@ use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -21,12 +20,9 @@ use tokio_util::sync::CancellationToken;
 pub use config::{EventFormat, KvEventsConfig, ReplayLayout};
 pub use load::LoadPublisher;
 
+use super::engine::Engine;
 use super::engine::KvEventBatch;
-use super::options::EngineSimArgs;
-use crate::zmtp::{Endpoint, Limits, Link, Listener, Publisher, PublisherStats, SocketType, ZmtpError};
-
-/// Pause after a failed accept.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+use crate::zmtp::{Endpoint, Limits, Link, Publisher, PublisherStats, Router, ZmtpError};
 
 /// Longest question to the replay socket.
 const QUESTION: Limits = Limits { bytes: 64 << 10, parts: 8 };
@@ -46,27 +42,37 @@ pub struct KvPublisher {
     config: KvEventsConfig,
     format: EventFormat,
     block_size: u32,
+    rank: u32,
+    ranks: u32,
     drop_every: u64,
     publisher: Publisher,
-    replay: Option<Endpoint>,
+    replay: Option<Router>,
     kept: Arc<Kept>,
     load: Option<Endpoint>,
     published: AtomicU64,
-    closing: CancellationToken,
 }
 
 impl KvPublisher {
     /// Opens the sockets that the flags ask for; nothing if they ask for none. `host` stands in
     /// for a wildcard; `load` is where the load is published.
     pub async fn start(
-        args: &EngineSimArgs,
+        engine: &Engine,
         host: IpAddr,
         load: Option<Endpoint>,
     ) -> anyhow::Result<Option<Self>> {
+        let args = &engine.args;
         let Some(config) = args.kv_events_config.clone().filter(KvEventsConfig::publishes) else {
             return Ok(None);
         };
-        let endpoint = Endpoint::parse(&config.endpoint)?;
+        let base = Endpoint::parse(&config.endpoint)?;
+        let told_by_base = args.kv_events_format == EventFormat::Sglang && args.dp > 1;
+        anyhow::ensure!(
+            !told_by_base || !matches!(base, Endpoint::Tcp { port: 0, .. }),
+            "SGLang tells the first rank's port only, from which the others count up; with --dp {} name one in \
+             --kv-events-config in place of port 0",
+            args.dp
+        );
+        let endpoint = of_rank(&base, engine.rank)?;
         let binds = config.binds(args.kv_events_format);
         let publisher = if binds {
             let endpoint = endpoint.at_host(&host.to_string());
@@ -82,22 +88,21 @@ impl KvPublisher {
             cut_after: args.cut_replays_after,
             cut: Mutex::default(),
         });
-        let closing = CancellationToken::new();
         let replay = match &config.replay_endpoint {
             None => None,
             Some(text) => {
-                let endpoint = Endpoint::parse(text)?.at_host(&host.to_string());
-                let listener = Listener::bind(&endpoint)
-                    .await
-                    .with_context(|| format!("engine-sim cannot replay KV events at {endpoint}"))?;
-                let endpoint = listener.endpoint().clone();
-                tokio::spawn(accept(listener, kept.clone(), closing.clone()));
-                Some(endpoint)
+                let endpoint = of_rank(&Endpoint::parse(text)?, engine.rank)?.at_host(&host.to_string());
+                let asked = Arc::clone(&kept);
+                let router = Router::bind(&endpoint, QUESTION, move |link| until_cut(link, asked.clone()));
+                let bound = router.await;
+                Some(bound.with_context(|| format!("engine-sim cannot replay KV events at {endpoint}"))?)
             }
         };
         Ok(Some(Self {
             format: args.kv_events_format,
             block_size: args.block_size,
+            rank: engine.rank,
+            ranks: args.dp,
             drop_every: args.drop_frames_every,
             load,
             published: AtomicU64::new(0),
@@ -105,7 +110,6 @@ impl KvPublisher {
             publisher,
             replay,
             kept,
-            closing,
         }))
     }
 
@@ -116,7 +120,7 @@ impl KvPublisher {
 
     /// Where they are replayed.
     pub fn replay_endpoint(&self) -> Option<&Endpoint> {
-        self.replay.as_ref()
+        self.replay.as_ref().map(Router::endpoint)
     }
 
     /// Subscribers and what was dropped.
@@ -126,7 +130,7 @@ impl KvPublisher {
 
     /// Publishes the events of one step.
     pub fn publish(&self, batch: &KvEventBatch) {
-        let payload = Bytes::from(encode::batch(batch, self.format));
+        let payload = Bytes::from(encode::batch(batch, self.rank, self.format));
         {
             let mut batches = self.kept.batches.lock();
             batches.push_back((batch.sequence, payload.clone()));
@@ -151,18 +155,20 @@ impl KvPublisher {
 
     /// Closes all sockets.
     pub fn close(&self) {
-        self.closing.cancel();
+        if let Some(replay) = &self.replay {
+            replay.close();
+        }
         self.publisher.close();
     }
 
-    /// vLLM's `/kv_event_sources`.
+    /// The rank's entry in vLLM's `/kv_event_sources`.
     pub fn sources(&self) -> serde_json::Value {
         let config = &self.config;
-        serde_json::json!({"0": {
+        serde_json::json!({self.rank.to_string(): {
             "enable_kv_cache_events": config.enable_kv_cache_events,
             "publisher": "zmq",
             "endpoint": self.publisher.endpoint().to_string(),
-            "replay_endpoint": self.replay.as_ref().map(ToString::to_string),
+            "replay_endpoint": self.replay_endpoint().map(ToString::to_string),
             "buffer_steps": config.buffer_steps,
             "hwm": config.hwm,
             "max_queue_size": config.max_queue_size,
@@ -170,18 +176,24 @@ impl KvPublisher {
         }})
     }
 
-    /// What SGLang's `/server_info` says of it; nothing for sockets that have no port.
+    /// What SGLang's `/server_info` says of rank 0, from whose ports those of the others count up;
+    /// nothing for sockets that have no port.
     pub fn server_info(&self) -> Option<serde_json::Value> {
-        let Endpoint::Tcp { host, port } = self.publisher.endpoint() else { return None };
+        let Endpoint::Tcp { port, .. } = self.publisher.endpoint() else { return None };
+        // As it was told: who reads it knows by `*` that the engine listens, and for where it stands.
+        let Ok(Endpoint::Tcp { host, .. }) = Endpoint::parse(&self.config.endpoint) else { return None };
         let mut info = serde_json::json!({
             "publisher": "zmq",
             "endpoint_host": host,
             "endpoint_port_base": port,
             "topic": self.config.topic,
             "block_size": self.block_size,
-            "dp_size": 1,
+            "dp_size": self.ranks,
         });
-        if let Some(Endpoint::Tcp { port, .. }) = &self.replay {
+        if let Some(bind) = self.config.bind {
+            info["bind"] = bind.into();
+        }
+        if let Some(Endpoint::Tcp { port, .. }) = self.replay_endpoint() {
             info["replay_endpoint_port_base"] = (*port).into();
         }
         if let Some(Endpoint::Tcp { port, .. }) = &self.load {
@@ -192,38 +204,29 @@ impl KvPublisher {
     }
 }
 
+/// Where a rank has what rank 0 has at `endpoint`. A port that is to be found is found for each.
+fn of_rank(endpoint: &Endpoint, rank: u32) -> anyhow::Result<Endpoint> {
+    match endpoint {
+        Endpoint::Tcp { port: 0, .. } => Ok(endpoint.clone()),
+        _ => endpoint.of_rank(rank).with_context(|| {
+            format!(
+                "{endpoint} has no place for rank {rank}; give a tcp:// endpoint with room above its port"
+            )
+        }),
+    }
+}
+
 impl Drop for KvPublisher {
     fn drop(&mut self) {
         self.close();
     }
 }
 
-async fn accept(listener: Listener, kept: Arc<Kept>, closing: CancellationToken) {
-    loop {
-        let accepted = tokio::select! {
-            accepted = Link::accept(&listener) => accepted,
-            () = closing.cancelled() => return,
-        };
-        let Ok(incoming) = accepted else {
-            tokio::time::sleep(ACCEPT_PAUSE).await;
-            continue;
-        };
-        let (kept, closing) = (kept.clone(), closing.clone());
-        tokio::spawn(async move {
-            let cut = kept.cut.lock().clone();
-            let answering = async {
-                let link = incoming.shake(SocketType::Router, QUESTION).await?;
-                answer(link, &kept).await
-            };
-            let ended = tokio::select! {
-                ended = answering => ended,
-                () = closing.cancelled() => return,
-                () = cut.cancelled() => return,
-            };
-            if let Err(error) = ended {
-                tracing::debug!(%error, "a replay client left");
-            }
-        });
+async fn until_cut(link: Link, kept: Arc<Kept>) -> Result<(), ZmtpError> {
+    let cut = kept.cut.lock().clone();
+    tokio::select! {
+        ended = answer(link, &kept) => ended,
+        () = cut.cancelled() => Ok(()),
     }
 }
 

@@ -123,14 +123,13 @@ impl Dialect for Messages {
     fn stream(&mut self, delta: &Delta, out: &mut VecDeque<Bytes>) {
         if !self.started {
             self.started = true;
-            // Not yet counted: the start speaks of the prompt only.
+            // The start speaks of the prompt only.
             self.choice.cached = delta.cached_tokens;
             let start = Start { r#type: "message_start", message: self.message(&[]) };
             out.push_back(event("message_start", &start));
             let block = Block { r#type: "text", text: "" };
             let start = BlockStart { r#type: "content_block_start", content_block: block, index: 0 };
             out.push_back(event("content_block_start", &start));
-            self.choice.cached = 0;
         }
         self.choice.take(delta);
         if !delta.text.is_empty() {
@@ -153,8 +152,8 @@ impl Dialect for Messages {
         out.push_back(event("message_stop", &Stop { r#type: "message_stop" }));
     }
 
-    fn stream_dead(&mut self, out: &mut VecDeque<Bytes>) {
-        let body = error_body(&ApiError::engine_dead());
+    fn stream_failed(&mut self, error: &ApiError, out: &mut VecDeque<Bytes>) {
+        let body = error_body(error);
         out.push_back([b"event: error\ndata: ", body.as_slice(), b"\n\n"].concat().into());
     }
 }

@@ -4,6 +4,8 @@ use http::StatusCode;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::engines::sim::outbox::Failure;
+
 /// What an inference route answers instead of a completion.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
@@ -15,6 +17,17 @@ pub struct ApiError {
     pub message: String,
     /// The field that is wrong.
     pub param: Option<String>,
+    /// Whether SGLang says it.
+    words: Words,
+}
+
+/// Whose words an error is in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Words {
+    #[default]
+    Vllm,
+    Sglang,
+    Ksana,
 }
 
 /// What vLLM says once its engine process is gone.
@@ -28,12 +41,26 @@ impl ApiError {
             kind: "BadRequestError",
             message: message.into(),
             param: param.map(Into::into),
+            words: Words::Vllm,
         }
     }
 
     /// 500: the engine process is gone.
     pub fn engine_dead() -> Self {
         Self::with_status(StatusCode::INTERNAL_SERVER_ERROR, ENGINE_DEAD)
+    }
+
+    /// What a request that came to nothing ends with.
+    pub fn failure(failure: &Failure) -> Self {
+        let internal = StatusCode::INTERNAL_SERVER_ERROR;
+        match failure {
+            Failure::EngineDead => Self::engine_dead(),
+            Failure::NoTransfer => Self::with_status(internal, "Internal server error"),
+            Failure::Aborted { status, message } => {
+                Self::with_status(StatusCode::from_u16(*status).unwrap_or(internal), message.clone())
+                    .of_sglang()
+            }
+        }
     }
 
     /// Any status, with a type that goes with it.
@@ -48,7 +75,7 @@ impl ApiError {
             500.. => "InternalServerError",
             _ => "BadRequestError",
         };
-        Self { status, kind, message: message.into(), param: None }
+        Self { status, kind, message: message.into(), param: None, words: Words::Vllm }
     }
 
     /// 404: no such model or adapter.
@@ -67,6 +94,7 @@ impl ApiError {
                 "1 validation error:\n  {{'type': '{kind}', 'loc': '{location}', 'msg': '{message}', 'input': {input}{context}}}"
             ),
             param: Some(location.to_owned()),
+            words: Words::Vllm,
         }
     }
 
@@ -93,8 +121,46 @@ impl ApiError {
         Self::schema("json_invalid", &location, "JSON decode error", "'<dict of 0 items>'", Some(cause))
     }
 
+    /// The same in SGLang's words.
+    pub fn of_sglang(self) -> Self {
+        Self { words: Words::Sglang, ..self }
+    }
+
+    /// The same in KsanaLLM's words.
+    pub fn of_ksana(self) -> Self {
+        Self { words: Words::Ksana, ..self }
+    }
+
+    /// Whether it is in SGLang's words.
+    pub fn is_sglang(&self) -> bool {
+        self.words == Words::Sglang
+    }
+
+    /// SGLang's object: alone as a reply, within `error` as an event.
+    fn sglang(&self, kind: &str) -> Vec<u8> {
+        #[derive(Serialize)]
+        struct Error<'a> {
+            object: &'a str,
+            message: &'a str,
+            r#type: &'a str,
+            param: Option<&'a str>,
+            code: u16,
+        }
+        let param = self.param.as_deref();
+        let code = self.status.as_u16();
+        let error = Error { object: "error", message: &self.message, r#type: kind, param, code };
+        serde_json::to_vec(&error).unwrap_or_default()
+    }
+
     /// The body of a reply: compact.
     pub fn body(&self) -> Vec<u8> {
+        if self.words == Words::Ksana {
+            return serde_json::json!({"detail": self.message}).to_string().into_bytes();
+        }
+        if self.is_sglang() {
+            let code = self.status.as_str();
+            return self.sglang(if self.status.is_server_error() { code } else { self.kind });
+        }
         #[derive(Serialize)]
         struct Outer<'a> {
             error: Inner<'a>,
@@ -117,6 +183,12 @@ impl ApiError {
 
     /// The event of a stream: with the blanks that Python's `json.dumps` leaves.
     pub fn event(&self) -> String {
+        if self.is_sglang() {
+            // As Python names statuses.
+            let name = self.status.canonical_reason().unwrap_or("Error").to_uppercase().replace(' ', "_");
+            let error = String::from_utf8_lossy(&self.sglang(&name)).into_owned();
+            return format!("data: {{\"error\": {error}}}\n\n");
+        }
         let text = |text: &str| Value::from(text).to_string();
         let param = self.param.as_deref().map_or_else(|| "null".to_owned(), text);
         format!(

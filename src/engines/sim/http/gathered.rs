@@ -32,7 +32,8 @@ impl Gathered {
 
     /// Takes note of a delta.
     pub(super) fn take(&mut self, delta: &Delta) {
-        self.cached += delta.cached_tokens;
+        // Every delta says it again.
+        self.cached = delta.cached_tokens;
         self.output += delta.token_ids.len();
         self.text.push_str(&delta.text);
         if delta.finish.is_some() {

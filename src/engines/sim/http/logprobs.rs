@@ -1,7 +1,7 @@
 //! Log probabilities in the shapes of both routes. The numbers are made up, but always the same.
 
-use serde::Serialize;
-use serde_json::{Map, Value};
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 
 use crate::engines::sim::text::mix;
 use crate::engines::sim::tokenizer;
@@ -35,12 +35,21 @@ pub(super) struct CompletionLogprobs {
     text_offset: Vec<usize>,
     token_logprobs: Vec<f64>,
     tokens: Vec<String>,
-    top_logprobs: Vec<Map<String, Value>>,
+    top_logprobs: Vec<Ranked>,
+}
+
+/// Tokens and log probabilities as an object, most probable first.
+struct Ranked(Vec<(String, f64)>);
+
+impl Serialize for Ranked {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(token, logprob)| (token, logprob)))
+    }
 }
 
 /// The sampled id and `top` more, each with its log probability, most probable first.
-fn candidates(id: u32, position: usize, top: usize) -> Vec<(u32, f64)> {
-    let seed = mix(u64::from(id) ^ (position as u64) << 32);
+fn candidates(id: u32, top: usize) -> Vec<(u32, f64)> {
+    let seed = mix(id.into());
     let mut logprob = -((seed % 1000) as f64) / 2000.0;
     let mut candidates = vec![(id, logprob)];
     for rank in 1..=top.saturating_sub(1) as u64 {
@@ -52,16 +61,20 @@ fn candidates(id: u32, position: usize, top: usize) -> Vec<(u32, f64)> {
     candidates
 }
 
+/// The text of a token, and its bytes: those of the text, which for a part of a character is U+FFFD,
+/// as in vLLM's `_create_chat_logprobs`.
 fn token(id: u32) -> (String, Vec<u8>) {
     let mut bytes = Vec::new();
     tokenizer::push_bytes(id, &mut bytes);
-    (String::from_utf8_lossy(&bytes).into_owned(), bytes)
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let bytes = text.clone().into_bytes();
+    (text, bytes)
 }
 
-/// For chat: `position` is that of the first id within the choice.
-pub(super) fn chat(ids: &[u32], position: usize, top: usize) -> ChatLogprobs {
-    let content = ids.iter().zip(position..).map(|(&id, position)| {
-        let candidates = candidates(id, position, top);
+/// For chat.
+pub(super) fn chat(ids: &[u32], top: usize) -> ChatLogprobs {
+    let content = ids.iter().map(|&id| {
+        let candidates = candidates(id, top);
         let logprob = candidates[0].1;
         let top_logprobs = candidates
             .into_iter()
@@ -78,17 +91,33 @@ pub(super) fn chat(ids: &[u32], position: usize, top: usize) -> ChatLogprobs {
 }
 
 /// For completions: `offset` counts the characters of the tokens before.
-pub(super) fn completion(ids: &[u32], position: usize, top: usize, offset: &mut usize) -> CompletionLogprobs {
+pub(super) fn completion(ids: &[u32], top: usize, offset: &mut usize) -> CompletionLogprobs {
     let mut out = CompletionLogprobs::default();
-    for (&id, position) in ids.iter().zip(position..) {
-        let candidates = candidates(id, position, top);
+    for &id in ids {
+        let candidates = candidates(id, top);
         let (text, _) = token(id);
         out.text_offset.push(*offset);
         *offset += text.chars().count();
         out.token_logprobs.push(candidates[0].1);
         out.tokens.push(text);
         out.top_logprobs
-            .push(candidates.into_iter().map(|(id, logprob)| (token(id).0, Value::from(logprob))).collect());
+            .push(Ranked(candidates.into_iter().map(|(id, logprob)| (token(id).0, logprob)).collect()));
     }
     out
+}
+
+/// For SGLang's own route: log probability, id and no text of each.
+pub(super) fn native(ids: &[u32]) -> Vec<Value> {
+    ids.iter().map(|&id| json!([candidates(id, 0)[0].1, id, null])).collect()
+}
+
+/// The same of a prompt from `start` on; the first id of a prompt has no probability.
+pub(super) fn native_of_prompt(prompt: &[u32], start: usize) -> Vec<Value> {
+    let mut list = native(&prompt[start..]);
+    if start == 0
+        && let Some(first) = list.first_mut()
+    {
+        first[0] = Value::Null;
+    }
+    list
 }

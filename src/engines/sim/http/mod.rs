@@ -1,17 +1,22 @@
-//! Routes of the simulated engine, in vLLM's dialect.
+//! Routes of the simulated engine, in vLLM's dialect, and SGLang's own one.
 
 mod anthropic;
 pub mod error;
 mod gathered;
+mod ksana;
 mod logprobs;
 mod metrics;
 mod models;
+mod native;
 mod reply;
 pub mod request;
 mod responses;
+mod rids;
 mod scoring;
+mod sglang;
 pub mod shape;
 mod simulator;
+mod split;
 pub mod stream;
 
 use std::io;
@@ -19,25 +24,32 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
-use http::{Method, Response, StatusCode};
+use http::{HeaderMap, Method, Response, StatusCode};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use serde_json::Value;
 
 use self::anthropic::Messages;
 use self::error::ApiError;
+use self::ksana::{Generated, Joined};
+use self::native::Native;
 use self::request::{Request, Route};
 use self::responses::Responses;
+use self::rids::Rids;
 use self::shape::Shaper;
 use self::stream::{Dialect, EventStream, ReplyBody, ResetFlag, Running};
 use super::engine::{Engine, Refusal, unix_time};
+use super::events::EventFormat;
 use super::faults::Health;
 use super::options::EngineSimArgs;
+use super::pd::Protocol;
+use super::ranks::Ranks;
 
 /// Longest accepted request body.
 const MAX_BODY: usize = 64 << 20;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const RANK: HeaderName = HeaderName::from_static("x-data-parallel-rank");
 
 /// A reply before its common headers are put on.
 pub(crate) struct Reply {
@@ -65,6 +77,10 @@ impl Reply {
         }
     }
 
+    fn with_status(self, status: StatusCode) -> Self {
+        Self { status, ..self }
+    }
+
     fn empty(status: StatusCode) -> Self {
         Self::new(status, None, Bytes::new())
     }
@@ -89,6 +105,8 @@ const ROUTES: &[(&str, &str)] = &[
     ("/v1/completions", "POST"),
     ("/v1/responses", "POST"),
     ("/v1/messages", "POST"),
+    ("/generate", "POST"),
+    ("/models", "GET"),
     ("/v1/embeddings", "POST"),
     ("/v1/rerank", "POST"),
     ("/rerank", "POST"),
@@ -104,33 +122,53 @@ const ROUTES: &[(&str, &str)] = &[
     ("/metrics", "GET"),
     ("/kv_event_sources", "GET"),
     ("/server_info", "GET"),
+    ("/v1/loads", "GET"),
     ("/reset_prefix_cache", "POST"),
     ("/inference/v1/abort_requests", "POST"),
     ("/sim/faults", "GET, POST"),
     ("/sim/stats", "GET"),
 ];
 
+/// What a request's head says beside its path.
+#[derive(Clone, Copy)]
+struct Named<'a> {
+    /// `X-Request-Id`.
+    id: Option<&'a str>,
+    /// `X-data-parallel-rank`; what is no number is none.
+    rank: Option<i64>,
+    /// All of it.
+    headers: &'a HeaderMap,
+}
+
 /// Answers one request. The error cuts the connection.
 pub async fn serve(
-    engine: Arc<Engine>,
+    ranks: Arc<Ranks>,
     reset: ResetFlag,
     request: http::Request<Incoming>,
 ) -> io::Result<Response<ReplyBody>> {
     let (parts, body) = request.into_parts();
     let client_id = parts.headers.get(&REQUEST_ID).and_then(|id| id.to_str().ok()).map(ToOwned::to_owned);
+    let rank = parts.headers.get(&RANK).and_then(|rank| rank.to_str().ok()?.trim().parse().ok());
+    let named = Named { id: client_id.as_deref(), rank, headers: &parts.headers };
     let path = parts.uri.path();
     let reply = match ROUTES.iter().find(|(route, _)| *route == path) {
-        None => Reply::json(StatusCode::NOT_FOUND, r#"{"detail":"Not Found"}"#),
+        None => not_found(),
         Some((_, methods)) if !methods.split(", ").any(|method| method == parts.method.as_str()) => {
             let reply = Reply::json(StatusCode::METHOD_NOT_ALLOWED, r#"{"detail":"Method Not Allowed"}"#);
             Reply { allow: Some(methods), ..reply }
         }
         Some(_) => match read_body(body).await {
-            Ok(body) => dispatch(&engine, &reset, &parts.method, path, &body, client_id.as_deref()).await?,
+            Ok(body) => dispatch(&ranks, &reset, &parts.method, path, &body, named).await?,
             Err(error) => Reply::error(&error),
         },
     };
-    Ok(with_headers(reply, client_id))
+    let mut response = with_headers(reply, client_id);
+    if is_ksana(ranks.first()) {
+        // Of vLLM's own making.
+        response.headers_mut().remove(header::VARY);
+        response.headers_mut().remove(REQUEST_ID);
+    }
+    Ok(response)
 }
 
 async fn read_body(body: Incoming) -> Result<Bytes, ApiError> {
@@ -144,18 +182,32 @@ async fn read_body(body: Incoming) -> Result<Bytes, ApiError> {
 }
 
 async fn dispatch(
-    engine: &Arc<Engine>,
+    ranks: &Ranks,
     reset: &ResetFlag,
     method: &Method,
     path: &str,
     body: &[u8],
-    client_id: Option<&str>,
+    named: Named<'_>,
 ) -> io::Result<Reply> {
+    let (engine, client_id) = (ranks.first(), named.id);
     Ok(match path {
-        "/v1/chat/completions" => generate(engine, reset, Asked::Chat, body, client_id).await?,
-        "/v1/completions" => generate(engine, reset, Asked::Completions, body, client_id).await?,
-        "/v1/responses" => generate(engine, reset, Asked::Responses, body, client_id).await?,
-        "/v1/messages" => generate(engine, reset, Asked::Messages, body, client_id).await?,
+        "/v1/chat/completions" => generate(ranks, reset, Asked::Chat, body, named).await?,
+        "/v1/completions" => generate(ranks, reset, Asked::Completions, body, named).await?,
+        "/v1/responses" => generate(ranks, reset, Asked::Responses, body, named).await?,
+        "/v1/messages" => generate(ranks, reset, Asked::Messages, body, named).await?,
+        _ if is_ksana(engine) && !ksana_has(engine, path) => not_found(),
+        "/generate" if is_ksana(engine) => generate(ranks, reset, Asked::Frames, body, named).await?,
+        "/health" if is_ksana(engine) => match health(engine).await {
+            healthy if healthy.status == StatusCode::OK => {
+                Reply::json(healthy.status, r#"{"status":"healthy"}"#)
+            }
+            ill => ill,
+        },
+        "/models" if !is_ksana(engine) => not_found(),
+        // vLLM has no such routes.
+        "/generate" | "/server_info" | "/v1/loads" if !sglang::is_spoken(engine) => not_found(),
+        "/metrics" if sglang::is_spoken(engine) && !engine.args.enable_metrics => not_found(),
+        "/generate" => generate(ranks, reset, Asked::Native, body, named).await?,
         "/v1/embeddings" | "/v1/rerank" | "/rerank" | "/v1/score" | "/score" => {
             match (inference_fault(engine, reset)?, path) {
                 (Some(reply), _) => reply,
@@ -164,29 +216,45 @@ async fn dispatch(
                 (None, _) => scoring::rerank(engine, body, client_id),
             }
         }
-        "/v1/models" => models::list(engine),
+        "/v1/models" | "/models" => models::list(engine),
         "/tokenize" => models::tokenize(engine, body),
         "/detokenize" => models::detokenize(engine, body),
         "/health" | "/ping" => health(engine).await,
         "/version" => Reply::json(StatusCode::OK, format!(r#"{{"version":"{}"}}"#, shape::VERSION)),
         "/load" => {
-            Reply::json(StatusCode::OK, format!(r#"{{"server_load":{}}}"#, engine.stats.server_load.get()))
+            let load: u64 = ranks.iter().map(|engine| engine.stats.server_load.get()).sum();
+            Reply::json(StatusCode::OK, format!(r#"{{"server_load":{load}}}"#))
         }
-        "/metrics" => {
-            let text = metrics::render(engine);
-            Reply::new(StatusCode::OK, Some("text/plain; version=1.0.0; charset=utf-8"), text)
-        }
+        "/metrics" if sglang::is_spoken(engine) => sglang::metrics(ranks),
+        "/metrics" => metrics::render(ranks),
         "/reset_prefix_cache" => {
-            let success = engine.reset_prefix_cache().await;
+            let success = ranks.reset_prefix_caches().await;
             Reply::json(StatusCode::OK, format!(r#"{{"success":{success}}}"#))
         }
-        "/kv_event_sources" => models::kv_event_sources(engine),
-        "/server_info" => models::server_info(engine),
-        "/inference/v1/abort_requests" => simulator::abort_requests(engine, body),
-        "/sim/stats" => simulator::stats(engine),
-        _ if *method == Method::POST => simulator::set_faults(engine, body),
+        "/kv_event_sources" => models::kv_event_sources(ranks),
+        "/server_info" => sglang::server_info(ranks),
+        "/v1/loads" => sglang::loads(ranks),
+        "/inference/v1/abort_requests" => simulator::abort_requests(ranks, body),
+        "/sim/stats" => simulator::stats(ranks),
+        _ if *method == Method::POST => simulator::set_faults(ranks, body),
         _ => Reply::ok(&engine.faults()),
     })
+}
+
+fn not_found() -> Reply {
+    Reply::json(StatusCode::NOT_FOUND, r#"{"detail":"Not Found"}"#)
+}
+
+/// Whether the engine is a node of a KsanaLLM fleet.
+fn is_ksana(engine: &Engine) -> bool {
+    engine.args.pd.protocol == Some(Protocol::Ksana)
+}
+
+/// Whether a KsanaLLM engine has this route; of a group's nodes only the first has any.
+fn ksana_has(engine: &Engine, path: &str) -> bool {
+    let routes =
+        ["/generate", "/health", "/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"];
+    path.starts_with("/sim/") || engine.args.pd.ksana.node_rank == 0 && routes.contains(&path)
 }
 
 async fn health(engine: &Engine) -> Reply {
@@ -219,6 +287,9 @@ enum Asked {
     Completions,
     Responses,
     Messages,
+    Native,
+    /// KsanaLLM's own.
+    Frames,
 }
 
 impl Asked {
@@ -227,6 +298,7 @@ impl Asked {
             Asked::Completions => "cmpl",
             Asked::Responses => "resp",
             Asked::Chat | Asked::Messages => "chatcmpl",
+            Asked::Native | Asked::Frames => "generate",
         }
     }
 
@@ -234,6 +306,10 @@ impl Asked {
     fn error(self, error: &ApiError) -> Reply {
         match self {
             Asked::Messages => Reply::json(error.status, anthropic::error_body(error)),
+            // SGLang's own route has less to say of what is wrong with a request.
+            Asked::Native if error.is_sglang() && error.status.is_client_error() => {
+                Reply::ok(&serde_json::json!({"error": {"message": error.message}})).with_status(error.status)
+            }
             _ => Reply::error(error),
         }
     }
@@ -244,6 +320,26 @@ impl Asked {
             Asked::Completions => Request::from_value(Route::Completions, body, args),
             Asked::Responses => responses::parse(body, args),
             Asked::Messages => anthropic::parse(body, args),
+            Asked::Native => native::parse(body, args),
+            Asked::Frames => ksana::parse(body, args),
+        }
+    }
+
+    /// The rank that a request names. vLLM reads the header; SGLang reads it too, but not on its own
+    /// route, and the body, but not on Anthropic's; responses by the body alone (as 0.5.19 was measured by
+    /// others, and what was added since).
+    fn rank(self, body: &Value, named: Named<'_>, args: &EngineSimArgs) -> Option<i64> {
+        if args.kv_events_format != EventFormat::Sglang {
+            return named.rank;
+        }
+        let in_body =
+            || ["routed_dp_rank", "data_parallel_rank"].iter().find_map(|name| body[*name].as_i64());
+        match self {
+            Asked::Native => in_body(),
+            Asked::Messages => named.rank,
+            Asked::Chat | Asked::Completions => named.rank.or_else(in_body),
+            Asked::Responses => in_body(),
+            Asked::Frames => None,
         }
     }
 
@@ -253,26 +349,51 @@ impl Asked {
             Asked::Chat | Asked::Completions => Box::new(Shaper::new(request, id, now)),
             Asked::Responses => Box::new(Responses::new(&request, body, now, args)),
             Asked::Messages => Box::new(Messages::new(&request, &id)),
+            Asked::Native => Box::new(Native::new(&request, body, &id, args)),
+            Asked::Frames => Box::new(Generated::new(&request)),
         }
     }
 }
 
 async fn generate(
-    engine: &Arc<Engine>,
+    ranks: &Ranks,
     reset: &ResetFlag,
     asked: Asked,
     body: &[u8],
-    client_id: Option<&str>,
+    named: Named<'_>,
 ) -> io::Result<Reply> {
+    let engine = ranks.first();
     if let Some(reply) = inference_fault(engine, reset)? {
         return Ok(reply);
     }
     let read = request::object(body).and_then(|body| Ok((asked.parse(&body, &engine.args)?, body)));
-    let (request, body) = match read {
+    let in_words = |error: ApiError| match engine.args.pd.protocol {
+        Some(Protocol::Sglang) => error.of_sglang(),
+        Some(Protocol::Ksana) => error.of_ksana(),
+        _ => error,
+    };
+    let (mut request, body) = match read {
         Ok(read) => read,
+        Err(error) => return Ok(asked.error(&in_words(error))),
+    };
+    if is_ksana(engine) {
+        match Joined::read(named.headers) {
+            Ok(joined) => request.split_by(joined.split(&engine.args)),
+            Err(error) => return Ok(asked.error(&error)),
+        }
+    }
+    // SGLang's ranks are those that the room says, unless the request does.
+    let rank = asked.rank(&body, named, &engine.args).or_else(|| request.rank_of_room(&engine.args));
+    let rids = Rids::of(&body, engine);
+    let rids = match rids {
+        Ok(rids) => rids,
         Err(error) => return Ok(asked.error(&error)),
     };
-    let id = client_id.map_or_else(|| format!("{:016x}", random()), ToOwned::to_owned);
+    let engine = match ranks.choose(rank) {
+        Ok(engine) => engine,
+        Err(message) => return Ok(asked.error(&in_words(ApiError::bad_request(message, None)))),
+    };
+    let id = named.id.map_or_else(|| format!("{:016x}", random()), ToOwned::to_owned);
     let id = format!("{}-{id}", asked.prefix());
     let outbox = engine.outbox();
     let submissions = request.submissions(&id, &engine.args, &outbox);
@@ -281,9 +402,11 @@ async fn generate(
     if let Err(Refusal::QueueFull) = engine.submit(submissions) {
         return Ok(asked.error(&request::queue_full()));
     }
-    let running = Running::new(engine.clone(), outbox);
+    let running = Running::new(engine.clone(), outbox, rids);
     if stream {
-        return Ok(Reply::events(EventStream::new(running, dialect, reset.clone())));
+        let reply = Reply::events(EventStream::new(running, dialect, reset.clone()));
+        // Frames go out without a word on what they are.
+        return Ok(if asked == Asked::Frames { Reply { content_type: None, ..reply } } else { reply });
     }
     if let Err(error) = running.collect(dialect.as_mut(), reset).await? {
         return Ok(asked.error(&error));

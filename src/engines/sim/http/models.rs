@@ -1,6 +1,5 @@
 //! Routes that need no engine step: models, tokenizing, embeddings.
 
-use http::StatusCode;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -8,7 +7,7 @@ use super::Reply;
 use super::error::ApiError;
 use super::request::{chat_end, check_model, messages, text_prompt, token_ids};
 use crate::engines::sim::engine::{Engine, unix_time};
-use crate::engines::sim::events::{EventFormat, KvPublisher};
+use crate::engines::sim::ranks::Ranks;
 use crate::engines::sim::text::mix;
 use crate::engines::sim::tokenizer::{self, ChatEnd, render_chat};
 
@@ -18,25 +17,13 @@ const DIMENSIONS: u64 = 64;
 const MAX_DIMENSIONS: u64 = 4096;
 
 /// `GET /kv_event_sources`: where KV events are published; nowhere, without `--kv-events-config`.
-pub(super) fn kv_event_sources(engine: &Engine) -> Reply {
-    let sources = engine.kv_publisher().map(KvPublisher::sources);
-    Reply::ok(&sources.unwrap_or_else(|| Value::Object(serde_json::Map::new())))
-}
-
-/// `GET /server_info`, which vLLM has only in its development mode: SGLang's word on its events.
-pub(super) fn server_info(engine: &Engine) -> Reply {
-    if engine.args.kv_events_format != EventFormat::Sglang {
-        return Reply::json(StatusCode::NOT_FOUND, r#"{"detail":"Not Found"}"#);
-    }
-    let mut info = serde_json::json!({
-        "model_path": engine.args.models[0],
-        "page_size": engine.args.block_size,
-        "max_total_num_tokens": u64::from(engine.args.blocks) * u64::from(engine.args.block_size),
+pub(super) fn kv_event_sources(ranks: &Ranks) -> Reply {
+    let publishers = ranks.iter().filter_map(|engine| engine.kv_publisher());
+    let entries = publishers.filter_map(|publisher| match publisher.sources() {
+        Value::Object(entry) => Some(entry),
+        _ => None,
     });
-    if let Some(events) = engine.kv_publisher().and_then(KvPublisher::server_info) {
-        info["kv_events"] = events;
-    }
-    Reply::ok(&info)
+    Reply::ok(&Value::Object(entries.flatten().collect()))
 }
 
 #[derive(Serialize)]
@@ -80,15 +67,15 @@ pub(super) fn list(engine: &Engine) -> Reply {
     let model = |id, parent: Option<_>, max_model_len| Model {
         id,
         object: "model",
-        created: engine.started,
+        created: engine.started.as_secs(),
         owned_by: "vllm",
         root: if parent.is_none() { root } else { id },
         parent,
         max_model_len,
         permission: [Permission {
-            id: format!("modelperm-{:016x}", mix(engine.started)),
+            id: format!("modelperm-{:016x}", mix(engine.started.as_secs())),
             object: "model_permission",
-            created: engine.started,
+            created: engine.started.as_secs(),
             allow_create_engine: false,
             allow_sampling: true,
             allow_logprobs: true,

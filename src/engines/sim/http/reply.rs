@@ -101,7 +101,9 @@ impl Serialize for Reply<'_> {
             map.serialize_entry("prompt_token_ids", &self.ids.then_some(&prompt[..]))?;
             map.serialize_entry("prompt_text", &())?;
         }
-        for absent in ["kv_transfer_params", "ec_transfer_params", "metrics"] {
+        let transfer = shaper.choices.first().and_then(|choice| choice.transfer.as_deref());
+        map.serialize_entry("kv_transfer_params", &transfer)?;
+        for absent in ["ec_transfer_params", "metrics"] {
             map.serialize_entry(absent, &())?;
         }
         map.end()
@@ -131,7 +133,7 @@ impl Reply<'_> {
                 function_call: (),
                 reasoning: (),
             },
-            logprobs: top.map(|top| logprobs::chat(&choice.token_ids, 0, top)),
+            logprobs: top.map(|top| logprobs::chat(&choice.token_ids, top)),
             finish_reason: choice.finish,
             stop_reason: choice.stop.as_ref(),
             token_ids: self.ids.then_some(&choice.token_ids[..]),
@@ -142,7 +144,7 @@ impl Reply<'_> {
     fn completion_choice<'a>(&'a self, index: usize, text: &'a str) -> CompletionReplyChoice<'a> {
         let request = &self.shaper.request;
         let choice = &self.shaper.choices[index];
-        let logprobs = request.logprobs.map(|top| logprobs::completion(&choice.token_ids, 0, top, &mut 0));
+        let logprobs = request.logprobs.map(|top| logprobs::completion(&choice.token_ids, top, &mut 0));
         CompletionReplyChoice {
             index,
             text,

@@ -6,6 +6,7 @@ use http::StatusCode;
 use serde_json::Value;
 
 use super::error::ApiError;
+use super::split::Split;
 use crate::engines::sim::kv::Namespace;
 use crate::engines::sim::options::EngineSimArgs;
 use crate::engines::sim::outbox::Outbox;
@@ -50,6 +51,8 @@ pub struct Request {
     namespace: Namespace,
     rules: StopRules,
     max_tokens: Option<usize>,
+    /// What it has to do with another engine.
+    split: Split,
 }
 
 /// Most choices and prompts of one request.
@@ -159,8 +162,20 @@ impl Request {
             namespace,
             rules: stop_rules(&fields)?,
             max_tokens,
+            split: Split::read(body, n * prompts.len(), args)?,
             prompts,
         })
+    }
+
+    /// Has it share its prompt with another engine as that engine's router says.
+    pub(super) fn split_by(&mut self, split: Split) {
+        self.split = split;
+    }
+
+    /// The rank of an SGLang engine that it belongs to: by its first room.
+    pub(super) fn rank_of_room(&self, args: &EngineSimArgs) -> Option<i64> {
+        let rank = self.split.first_room()? % u64::from(args.dp);
+        i64::try_from(rank).ok().filter(|_| self.split.is_prefill())
     }
 
     /// Most tokens that may be generated for its first prompt.
@@ -180,22 +195,30 @@ impl Request {
                 let sample = (choice % self.n) as u64;
                 let draw = match self.seed {
                     Some(seed) if !self.greedy => seed.wrapping_add(sample) | 1 << 63,
-                    _ => sample,
+                    _ => 0,
                 };
                 let room = args.context_length() - prompt.len();
                 let suffix =
                     if self.route == Route::Chat { String::new() } else { format!("-{}", choice / self.n) };
+                let id = format!("{id}{suffix}");
+                let (leg, private) = (self.split.leg(choice, &id), self.split.keeps_to_itself());
+                let asked = self.max_tokens.unwrap_or(room).min(room);
+                let mut rules = StopRules { max_tokens: asked, ..self.rules.clone() };
+                if self.split.is_prefill() {
+                    // One id, whatever it is.
+                    (rules.max_tokens, rules.ignore_eos) = (1, true);
+                    (rules.stop, rules.stop_token_ids) = ([].into(), [].into());
+                }
                 Submission {
-                    id: format!("{id}{suffix}"),
+                    leg,
+                    private,
+                    id,
                     prompt: prompt.clone(),
                     choice,
                     outbox: outbox.clone(),
                     namespace: self.namespace.clone(),
-                    text: TextState::new(weights, draw, args.eos_every),
-                    rules: StopRules {
-                        max_tokens: self.max_tokens.unwrap_or(room).min(room),
-                        ..self.rules.clone()
-                    },
+                    text: TextState::new(weights, draw, args.eos_every).of_choice(sample, prompt.len()),
+                    rules,
                 }
             })
             .collect()

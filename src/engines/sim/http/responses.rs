@@ -246,8 +246,8 @@ impl Dialect for Responses {
         self.whole("response.completed", true, out);
     }
 
-    fn stream_dead(&mut self, out: &mut VecDeque<Bytes>) {
-        out.push_back(Bytes::from(ApiError::engine_dead().event()));
+    fn stream_failed(&mut self, error: &ApiError, out: &mut VecDeque<Bytes>) {
+        out.push_back(Bytes::from(error.event()));
     }
 }
 

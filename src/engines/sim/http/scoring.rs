@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use http::StatusCode;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -175,10 +174,9 @@ fn texts<'a>(value: &'a Value, name: &str) -> Result<Vec<&'a str>, ApiError> {
     match texts.len() {
         0 => Err(ApiError::bad_request(format!("{name} must not be empty"), Some(name))),
         1..=MAX_PAIRS => Ok(texts),
-        more => Err(ApiError {
-            status: StatusCode::BAD_REQUEST,
-            ..ApiError::bad_request(format!("{name} must be at most {MAX_PAIRS}, got {more}"), Some(name))
-        }),
+        more => {
+            Err(ApiError::bad_request(format!("{name} must be at most {MAX_PAIRS}, got {more}"), Some(name)))
+        }
     }
 }
 

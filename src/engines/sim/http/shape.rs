@@ -12,6 +12,7 @@ use super::logprobs::{self, ChatLogprobs, CompletionLogprobs};
 use super::request::{Request, Route};
 use super::stream::Dialect;
 use crate::engines::sim::outbox::{Delta, FinishReason, StopReason};
+use crate::engines::sim::pd::Told;
 
 /// The engine's version, as in its file name and replies.
 pub const VERSION: &str = "0.32.0";
@@ -27,6 +28,7 @@ pub(super) struct Choice {
     pub(super) token_ids: Vec<u32>,
     pub(super) finish: Option<FinishReason>,
     pub(super) stop: Option<StopReason>,
+    pub(super) transfer: Option<Arc<Told>>,
 }
 
 /// Turns deltas into the events or the one reply of a request.
@@ -264,6 +266,7 @@ impl Dialect for Shaper {
         let choice = &mut self.choices[delta.choice];
         choice.text.push_str(&delta.text);
         choice.token_ids.extend_from_slice(&delta.token_ids);
+        choice.transfer = delta.transfer.or(choice.transfer.take());
         if let Some((reason, stop)) = delta.finish {
             choice.finish = Some(reason);
             choice.stop = stop;
@@ -297,7 +300,7 @@ impl Dialect for Shaper {
             let choice = ChatEventChoice {
                 index: delta.choice,
                 delta: ChatDelta { role: None, content: &delta.text },
-                logprobs: top.map(|top| logprobs::chat(&delta.token_ids, position, top)),
+                logprobs: top.map(|top| logprobs::chat(&delta.token_ids, top)),
                 finish_reason,
                 stop_reason: finished.then_some(stop),
                 token_ids: Some(ids.then_some(&delta.token_ids[..])),
@@ -308,7 +311,7 @@ impl Dialect for Shaper {
             let choice = CompletionEventChoice {
                 index: delta.choice,
                 text: echoed.as_deref().unwrap_or(&delta.text),
-                logprobs: top.map(|top| logprobs::completion(&delta.token_ids, position, top, &mut offset)),
+                logprobs: top.map(|top| logprobs::completion(&delta.token_ids, top, &mut offset)),
                 finish_reason,
                 stop_reason: stop,
                 prompt_token_ids: (ids && first).then_some(&prompt[..]),
@@ -316,6 +319,7 @@ impl Dialect for Shaper {
             };
             self.event(&[choice], tail, out);
         }
+        // The next piece begins behind the tokens of this one, as vLLM counts.
         self.choices[delta.choice].offset = offset;
     }
 
@@ -337,8 +341,8 @@ impl Dialect for Shaper {
         out.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
     }
 
-    fn stream_dead(&mut self, out: &mut VecDeque<Bytes>) {
-        out.push_back(Bytes::from(ApiError::engine_dead().event()));
+    fn stream_failed(&mut self, error: &ApiError, out: &mut VecDeque<Bytes>) {
+        out.push_back(Bytes::from(error.event()));
         out.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
     }
 }

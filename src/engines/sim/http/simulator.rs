@@ -6,17 +6,18 @@ use serde_json::Value;
 
 use super::Reply;
 use super::error::ApiError;
-use crate::engines::sim::engine::Engine;
 use crate::engines::sim::faults::FaultChange;
+use crate::engines::sim::ranks::Ranks;
 use crate::engines::sim::stats::LogEntry;
+use crate::engines::sim::stats::{Counter, Stats};
 
 /// `POST /sim/faults`: sets what the body names and answers with all switches.
-pub(super) fn set_faults(engine: &Engine, body: &[u8]) -> Reply {
+pub(super) fn set_faults(ranks: &Ranks, body: &[u8]) -> Reply {
     let change = match serde_json::from_slice::<FaultChange>(body) {
         Ok(change) => change,
         Err(error) => return Reply::error(&ApiError::bad_request(error.to_string(), None)),
     };
-    match engine.set_faults(&change) {
+    match ranks.set_faults(&change) {
         Ok(state) => Reply::ok(&state),
         Err(message) => Reply::error(&ApiError::bad_request(message, None)),
     }
@@ -40,30 +41,31 @@ struct StatsReply {
     requests: Vec<LogEntry>,
 }
 
-/// `GET /sim/stats`. `aborted` counts disconnects too.
-pub(super) fn stats(engine: &Engine) -> Reply {
-    let stats = &engine.stats;
+/// `GET /sim/stats`, of all ranks together. `aborted` counts disconnects too.
+pub(super) fn stats(ranks: &Ranks) -> Reply {
+    let sum = |of: fn(&Stats) -> &Counter| ranks.iter().map(|engine| of(&engine.stats).get()).sum::<u64>();
+    let disconnected = sum(|stats| &stats.disconnected);
     Reply::ok(&StatsReply {
-        running: stats.running.get(),
-        waiting: stats.waiting.get(),
-        total_requests: stats.requests.get(),
-        aborted: stats.finished[2].get() + stats.disconnected.get(),
-        disconnected: stats.disconnected.get(),
-        rejected: stats.rejected.get(),
-        preemptions: stats.preemptions.get(),
-        generated_tokens: stats.generated_tokens.get(),
-        prompt_tokens: stats.prompt_tokens.get(),
-        prefill_tokens: stats.prefill_tokens.get(),
-        cached_tokens: stats.cached_tokens.get(),
-        kv_usage: stats.kv_usage_ppm.get() as f64 / 1e6,
-        steps: stats.steps.get(),
-        requests: stats.log_entries(),
+        running: sum(|stats| &stats.running),
+        waiting: sum(|stats| &stats.waiting),
+        total_requests: sum(|stats| &stats.requests),
+        aborted: sum(|stats| &stats.finished[2]) + disconnected,
+        disconnected,
+        rejected: sum(|stats| &stats.rejected),
+        preemptions: sum(|stats| &stats.preemptions),
+        generated_tokens: sum(|stats| &stats.generated_tokens),
+        prompt_tokens: sum(|stats| &stats.prompt_tokens),
+        prefill_tokens: sum(|stats| &stats.prefill_tokens),
+        cached_tokens: sum(|stats| &stats.cached_tokens),
+        kv_usage: sum(|stats| &stats.kv_usage_ppm) as f64 / 1e6 / ranks.count() as f64,
+        steps: sum(|stats| &stats.steps),
+        requests: ranks.iter().flat_map(|engine| engine.stats.log_entries()).collect(),
     })
 }
 
 /// `POST /inference/v1/abort_requests`: always 200, whether or not an id matched.
-pub(super) fn abort_requests(engine: &Engine, body: &[u8]) -> Reply {
-    if !engine.args.enable_scale_out {
+pub(super) fn abort_requests(ranks: &Ranks, body: &[u8]) -> Reply {
+    if !ranks.first().args.enable_scale_out {
         let message =
             "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them.";
         return Reply::error(&ApiError::with_status(StatusCode::FORBIDDEN, message));
@@ -75,6 +77,7 @@ pub(super) fn abort_requests(engine: &Engine, body: &[u8]) -> Reply {
     let Some(ids) = body.get("request_ids").and_then(Value::as_array) else {
         return Reply::error(&ApiError::missing("request_ids", &body));
     };
-    engine.abort(ids.iter().filter_map(|id| id.as_str().map(ToOwned::to_owned)).collect());
+    let ids: Vec<String> = ids.iter().filter_map(|id| id.as_str().map(ToOwned::to_owned)).collect();
+    ranks.iter().for_each(|engine| engine.abort(ids.clone()));
     Reply::empty(StatusCode::OK)
 }

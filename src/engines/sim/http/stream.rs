@@ -11,6 +11,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
 use super::error::ApiError;
+use super::rids::Rids;
 use crate::engines::sim::engine::Engine;
 use crate::engines::sim::outbox::{Delta, Outbox, Output};
 
@@ -34,8 +35,8 @@ pub trait Dialect: Send {
     /// The events after the last delta.
     fn stream_end(&mut self, out: &mut VecDeque<Bytes>);
 
-    /// The last events of a stream whose engine has died.
-    fn stream_dead(&mut self, out: &mut VecDeque<Bytes>);
+    /// The last events of a stream that failed.
+    fn stream_failed(&mut self, error: &ApiError, out: &mut VecDeque<Bytes>);
 }
 
 /// A request in the engine; dropping it before its end aborts it.
@@ -43,13 +44,14 @@ pub struct Running {
     engine: Arc<Engine>,
     outbox: Arc<Outbox>,
     finished: bool,
+    _rids: Rids,
 }
 
 impl Running {
     /// For a request that was submitted with this outbox.
-    pub fn new(engine: Arc<Engine>, outbox: Arc<Outbox>) -> Self {
+    pub(super) fn new(engine: Arc<Engine>, outbox: Arc<Outbox>, rids: Rids) -> Self {
         engine.stats.server_load.add(1);
-        Self { engine, outbox, finished: false }
+        Self { engine, outbox, finished: false, _rids: rids }
     }
 
     /// Reads all of it. The error means that the connection is to be cut.
@@ -68,12 +70,13 @@ impl Running {
             match output.await {
                 None => return Err(reset_connection(reset)),
                 Some(Output::Delta(delta)) => shaper.collect(delta),
-                Some(Output::EngineDead) => {
+                Some(Output::Failed(failure)) => {
                     self.finished = true;
-                    return Ok(Err(ApiError::engine_dead()));
+                    return Ok(Err(ApiError::failure(&failure)));
                 }
             }
         }
+        std::future::poll_fn(|context| self.outbox.poll_parted(context)).await;
         self.finished = true;
         Ok(Ok(()))
     }
@@ -135,7 +138,10 @@ impl EventStream {
                 return Poll::Ready(Some(Ok(event)));
             }
             if self.ended {
-                return Poll::Ready(None);
+                return self.running.outbox.poll_parted(context).map(|()| {
+                    self.running.finished = true;
+                    None
+                });
             }
             match self.running.outbox.poll_next(context) {
                 Poll::Pending => return Poll::Pending,
@@ -146,8 +152,8 @@ impl EventStream {
                         self.end();
                     }
                 }
-                Poll::Ready(Output::EngineDead) => {
-                    self.shaper.stream_dead(&mut self.pending);
+                Poll::Ready(Output::Failed(failure)) => {
+                    self.shaper.stream_failed(&ApiError::failure(&failure), &mut self.pending);
                     self.end();
                 }
             }
@@ -156,7 +162,6 @@ impl EventStream {
 
     fn end(&mut self) {
         self.ended = true;
-        self.running.finished = true;
     }
 }
 
@@ -184,7 +189,7 @@ impl Body for ReplyBody {
     fn is_end_stream(&self) -> bool {
         match self {
             ReplyBody::Full(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
-            ReplyBody::Events(stream) => stream.ended && stream.pending.is_empty(),
+            ReplyBody::Events(stream) => stream.running.finished && stream.pending.is_empty(),
         }
     }
 

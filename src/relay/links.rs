@@ -1,0 +1,131 @@
+//! The links of one process to others, opened when they are needed, one to each.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::copy::Copy;
+use super::counts::Counts;
+use super::directory::Address;
+use super::hub::Relays;
+use super::link::caller::{Link, Lost};
+use crate::cluster::peer::dial::Dialer;
+use crate::cluster::peer::purpose::Purpose;
+use crate::state::streams::Holder;
+
+/// How long a peer that could not be reached is left alone.
+const AWAY: Duration = Duration::from_millis(500);
+/// Processes that are remembered; then those without a link are forgotten.
+const MOST: usize = 4096;
+
+type Place = Arc<tokio::sync::Mutex<Slot>>;
+
+/// See the module.
+pub(super) struct Links {
+    dialer: Dialer,
+    /// By address and the name that has to be shown there: addresses change hands.
+    slots: Mutex<HashMap<Address, Place>>,
+}
+
+/// A link, or since when there is none.
+#[derive(Default)]
+struct Slot {
+    link: Option<Arc<Link>>,
+    failed: Option<Instant>,
+}
+
+impl Slot {
+    fn is_open(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.is_open())
+    }
+}
+
+impl Links {
+    pub(super) fn new(dialer: Dialer) -> Self {
+        Self { dialer, slots: Mutex::default() }
+    }
+
+    fn slot(&self, place: Address) -> Place {
+        let mut slots = self.slots.lock();
+        if slots.len() >= MOST && !slots.contains_key(&place) {
+            // One that is being opened is locked.
+            slots.retain(|_, slot| slot.try_lock().map_or(true, |slot| slot.is_open()));
+        }
+        Arc::clone(slots.entry(place).or_default())
+    }
+
+    /// Links that work. One that is just being opened does not count.
+    fn open(&self) -> usize {
+        let slots: Vec<Place> = self.slots.lock().values().cloned().collect();
+        slots.iter().filter(|slot| slot.try_lock().is_ok_and(|slot| slot.is_open())).count()
+    }
+}
+
+impl Relays {
+    /// Links to other processes that work.
+    pub fn open_links(&self) -> usize {
+        self.links.open()
+    }
+
+    /// The link to a process, opened if need be.
+    pub(super) async fn link(&self, address: &str, name: Option<&str>) -> Option<Arc<Link>> {
+        let slot = self.links.slot((address.to_owned(), name.map(str::to_owned)));
+        let mut slot = slot.lock().await;
+        if let Some(link) = slot.link.as_ref().filter(|link| link.is_open()) {
+            return Some(Arc::clone(link));
+        }
+        if slot.failed.is_some_and(|failed| failed.elapsed() < AWAY) {
+            return None;
+        }
+        let this = self.this.clone();
+        let on_lost = Arc::new(move |copy: Arc<Copy>, lost: Lost| {
+            if let Some(this) = this.upgrade() {
+                this.source_lost(&copy, lost);
+            }
+        });
+        // On our own runtime, the connection itself, too: the link must outlive who asked for it, and
+        // what comes in should not take its way through the thread of another client.
+        let (dialer, address, name) =
+            (self.links.dialer.clone(), address.to_owned(), name.map(str::to_owned));
+        let (cluster, silence) = (self.view().cluster.clone(), self.options.silence);
+        let opening = self.runtime.spawn(async move {
+            let channel = dialer.channel(&address, name.as_deref(), Purpose::Streams)?;
+            Link::open(channel, &cluster, silence, on_lost).await.inspect_err(|error| {
+                tracing::debug!(address, %error, "no stream link");
+            })
+        });
+        let opened = opening.await.unwrap_or_else(|_| Err("stopping".to_owned()));
+        match opened {
+            Ok(link) => {
+                Counts::add(&self.counts.links_opened);
+                *slot = Slot { link: Some(Arc::clone(&link)), failed: None };
+                Some(link)
+            }
+            Err(_) => {
+                Counts::add(&self.counts.links_failed);
+                slot.failed = Some(Instant::now());
+                None
+            }
+        }
+    }
+
+    /// The link to a holder.
+    pub(super) async fn link_to(&self, holder: Holder) -> Option<Arc<Link>> {
+        let (address, name) = self.address_of(holder).await?;
+        self.link(&address, name.as_deref()).await
+    }
+
+    /// Where a holder is, as far as is known, and the name that it has to show there.
+    pub(super) async fn address_of(&self, holder: Holder) -> Option<Address> {
+        match holder {
+            Holder::Replica(id) => {
+                let view = self.view();
+                let peer = view.peers.iter().find(|peer| peer.id == id)?;
+                Some((peer.address.clone(), Some(peer.name.clone())))
+            }
+            Holder::Agent(_) => self.directory.address(holder).await,
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! Events of a leg that goes on behind a cut. It is a completion of token ids, whatever the client
+//! asked: its raw text is turned into the client's shape.
+
+use super::choice::{Channel, End};
+use super::json;
+use super::logprobs;
+use super::pass::message;
+use super::render::{self, Parts};
+use super::scan::{said, scan, some};
+use super::sse::Event;
+use super::stops;
+use super::stream::{Failure, LOGPROBS, NO_IDS, Out, Progress, REASONS, Splice, TOOL};
+
+/// A stretch of raw text that goes to one channel.
+struct Segment {
+    channel: Channel,
+    text: String,
+    /// Where it ends in the raw text.
+    end: usize,
+}
+
+impl Splice {
+    pub(super) fn push_continued(&mut self, at: usize, event: &Event, out: &mut Vec<Out>) -> Progress {
+        let data = &event.data[..];
+        if data == b"[DONE]" {
+            // The leg would be over if its choice had been finished.
+            return Progress::Failed(Failure::Truncated);
+        }
+        let Some(scan) = scan(data).filter(|_| std::str::from_utf8(data).is_ok()) else {
+            return Progress::Failed(Failure::Malformed("it is no JSON object"));
+        };
+        if some(data, scan.error).is_some() {
+            return Progress::Failed(Failure::Error(message(data)));
+        }
+        if let Some(value) = some(data, scan.fingerprint)
+            && self.fingerprint.is_none()
+        {
+            self.fingerprint = Some(value.to_vec());
+            self.unwritten.fingerprint = true;
+            self.unwritten.any = true;
+        }
+        let Some(choice) = &scan.first else { return Progress::Going };
+        let finish = some(data, choice.finish);
+        if let Some(reason @ (b"\"abort\"" | b"\"error\"")) = finish {
+            let reason = String::from_utf8_lossy(reason).trim_matches('"').to_owned();
+            return Progress::Failed(Failure::Aborted(reason));
+        }
+        let plan = self.plan.clone();
+        let stop = some(data, choice.stop);
+        let by_token = finish == Some(b"\"stop\"") && stop.is_none_or(|stop| stop[0] != b'"');
+        // Stop strings make the engine show what ends the text; only strings are shown on.
+        let shows_token = by_token && !plan.stops.is_empty() && plan.shows_stop_token(stop);
+        let Some(mut text) = said(data, choice.text).map_or(Some("".into()), json::string) else {
+            return Progress::Failed(Failure::Malformed("its text is no text"));
+        };
+        let mut ids = Vec::new();
+        let known = some(data, choice.token_ids).is_some_and(|raw| json::ids(raw, &mut ids).is_some());
+        if shows_token && !text.is_empty() && !plan.shows_stop {
+            if ids.len() != 1 {
+                return Progress::Failed(Failure::Ambiguous(
+                    "the text of the token that ended the generation cannot be told from what came before",
+                ));
+            }
+            text = "".into();
+        }
+
+        // A cut inside a character, which only a chunk of several tokens can hide, makes the
+        // engine say its whole prompt again before it goes on.
+        let by_string = finish == Some(b"\"stop\"") && !by_token;
+        let may_repeat = self.choices[at].guard.is_some() && !self.choices[at].leg_spoke;
+        if by_string && may_repeat {
+            // The engine may have found the string in what it said again.
+            return Progress::Failed(Failure::Ambiguous("what ended the text may be a repetition"));
+        }
+        let prompt = self.prompts.get(self.prompt_of(at)).and_then(Option::as_ref).map_or(0, |ids| ids.len());
+        let state = &mut self.choices[at];
+        let least = if plan.echo { 0 } else { (prompt as u64 / 4).max(1) };
+        state.leg_spoke |= !text.is_empty();
+        if !text.is_empty()
+            && may_repeat
+            && let Some(guard) = state.guard.as_deref()
+            && let Some(end) = repeated(guard, &text, state.characters, least, plan.prompt_of_ids)
+        {
+            state.leaked += text[..end].chars().count() as u64;
+            text = text[end..].to_owned().into();
+        }
+        // The engine sees stop strings in what it says itself, but not those that begin before.
+        let state = &self.choices[at];
+        let old = state.held.len();
+        let mut joined = [&state.held, &*text].concat();
+        let before = state.total();
+        let hit = stops::find(&plan.stops, &joined, old)
+            .filter(|hit| hit.start < state.carried && before + ids.len() as u64 > plan.min_tokens);
+        if hit.is_some() && ids.len() > 1 && before < plan.min_tokens {
+            return Progress::Failed(Failure::Ambiguous(
+                "whether a stop string came before or after min_tokens cannot be told",
+            ));
+        }
+        // An engine that had seen the string would have stopped within these tokens. The text is cut all
+        // the same; that a few too many are counted is no reason to lose the stream.
+        let shows_tokens = plan.token_ids || plan.logprobs;
+        if shows_tokens && ids.len() > 1 && hit.is_some_and(|hit| hit.end < joined.len()) {
+            return Progress::Failed(Failure::Ambiguous(
+                "which tokens are behind the stop string cannot be told",
+            ));
+        }
+        let state = &mut self.choices[at];
+        if !known {
+            ids.clear();
+            if !text.is_empty() {
+                state.uncounted += 1;
+                self.break_off(NO_IDS);
+            }
+        }
+        let state = &mut self.choices[at];
+        state.ids.extend_from_slice(&ids);
+        let count = ids.len();
+        self.count_kept(count);
+        let state = &mut self.choices[at];
+        let characters = text.chars().count() as u64;
+        if !text.is_empty() {
+            state.characters += characters;
+            state.text_came(count > 1, || Some(text.to_string()));
+        }
+        if let Some(raw) = some(data, choice.logprobs).filter(|_| plan.logprobs) {
+            let shift = (state.shift(), state.surplus());
+            match logprobs::convert(self.chat, raw, shift, plan.top_logprobs) {
+                Some(piece) => {
+                    if !self.chat {
+                        state.note_offsets(&piece, characters);
+                    }
+                    state.waiting.push((state.ids.len(), piece));
+                }
+                None => self.break_off(LOGPROBS),
+            }
+        }
+
+        let state = &mut self.choices[at];
+        state.dirty.held |= old > 0;
+        state.held.clear();
+        let mut end =
+            finish.map(|reason| End { reason: reason.to_vec(), stop: stop.unwrap_or(b"null").to_vec() });
+        if let Some(hit) = hit {
+            joined.truncate(if plan.shows_stop { hit.end } else { hit.start });
+            let mut stop = Vec::new();
+            json::quote(&plan.stops[hit.which], &mut stop);
+            end = Some(End { reason: b"\"stop\"".to_vec(), stop });
+        } else if finish == Some(b"\"stop\"")
+            && !plan.shows_stop
+            && let Some(string) = stop.filter(|_| !by_token).and_then(json::string)
+            && let Some(start) = joined.rfind(string.as_ref())
+        {
+            joined.truncate(start);
+        }
+        if plan.tools && stops::find(&plan.options.tool_markers, &joined, old).is_some() {
+            self.break_off(TOOL);
+            return Progress::Failed(Failure::Ambiguous("a tool call begins in the raw text"));
+        }
+        let (opens, closes) = &plan.options.reasoning;
+        let state = &mut self.choices[at];
+        if self.chat && state.channel == Channel::Unset && self.reasoning == Channel::Unset {
+            state.guess();
+        }
+        if state.guessed
+            && (!closes.is_empty() && joined.contains(closes.as_str())
+                || state.channel == Channel::Unset && !opens.is_empty() && joined.starts_with(opens.as_str()))
+        {
+            self.break_off(REASONS);
+            return Progress::Failed(Failure::Ambiguous("it may be a marker of reasoning, or text"));
+        }
+        self.speak(at, joined, end, out)
+    }
+
+    /// Hands out raw text of a choice, all of it if this is the end, else without what may still
+    /// become something else.
+    pub(super) fn speak(&mut self, at: usize, raw: String, end: Option<End>, out: &mut Vec<Out>) -> Progress {
+        let mut segments = self.segments(at, &raw, end.is_some());
+        if let Some(content) = segments.iter().find(|segment| segment.channel == Channel::Content)
+            && self.plan.tools
+        {
+            let text = content.text.clone();
+            let before = self.broken;
+            self.note_opening_text(at, &text);
+            if before.is_none() && self.broken.is_some() {
+                return Progress::Failed(Failure::Ambiguous("its content may be a tool call"));
+            }
+        }
+        segments.retain(|segment| !segment.text.is_empty());
+        let held_from = raw.len() - self.choices[at].held.len();
+        if segments.is_empty() && end.is_some() {
+            let channel = self.choices[at].channel;
+            segments.push(Segment { channel, text: String::new(), end: raw.len() });
+        }
+        let count = segments.len();
+        for (number, segment) in segments.into_iter().enumerate() {
+            let is_last = number + 1 == count;
+            let rest = match is_last {
+                true => &raw[held_from..],
+                // Another process that continues between two of them has the rest to say.
+                false => &raw[segment.end..],
+            };
+            let state = &mut self.choices[at];
+            state.hold(rest);
+            let after = match is_last {
+                true => state.after,
+                false => segment.channel,
+            };
+            state.turn_to(after);
+            match &end {
+                Some(end) if is_last => state.finishing = Some(end.clone()),
+                Some(end) => {
+                    state.ending = Some(end.clone());
+                    state.dirty.ending = true;
+                }
+                None => {}
+            }
+            self.emit_segment(at, segment.channel, &segment.text, out);
+        }
+        if count == 0 {
+            // What changed without an event is in the next one's entry.
+            let after = self.choices[at].after;
+            self.choices[at].turn_to(after);
+        }
+        if end.is_none() {
+            return Progress::Going;
+        }
+        if self.all_finished() {
+            self.finish(out);
+            return Progress::Done;
+        }
+        Progress::LegDone
+    }
+
+    /// Splits raw text by the markers of reasoning. What has to wait is left in `held`, and where
+    /// the text goes behind it in `after`.
+    fn segments(&mut self, at: usize, raw: &str, all: bool) -> Vec<Segment> {
+        let plan = self.plan.clone();
+        let (opens, closes) = &plan.options.reasoning;
+        let chat = self.chat;
+        let known = self.reasoning;
+        let state = &mut self.choices[at];
+        let mut channel = state.channel;
+        let mut segments = Vec::new();
+        let mut from = 0;
+        if chat && channel == Channel::Unset && !opens.is_empty() {
+            if raw.starts_with(opens.as_str()) && known != Channel::Unset {
+                channel = known;
+                from = opens.len();
+            } else if all || raw.len() >= opens.len() || !opens.starts_with(raw) {
+                // A model that was seen to reason begins with that, its marker being in the prompt.
+                channel = if known == Channel::Unset { Channel::Content } else { known };
+            }
+        }
+        if chat
+            && channel.reasons()
+            && !closes.is_empty()
+            && let Some(found) = raw[from..].find(closes.as_str())
+        {
+            let text = raw[from..from + found].to_owned();
+            segments.push(Segment { channel, text, end: from + found });
+            from += found + closes.len();
+            channel = Channel::Content;
+        }
+        let keep = if all {
+            raw.len()
+        } else {
+            let stops = plan.stops.iter().map(String::as_str).filter(|_| plan.searches());
+            let tools = plan.options.tool_markers.iter().map(String::as_str).filter(|_| plan.tools);
+            let closes = (chat && (channel.reasons() || state.guessed)).then_some(closes.as_str());
+            let opens = (chat && channel == Channel::Unset).then_some(opens.as_str());
+            from + stops::held(stops.chain(tools).chain(closes).chain(opens), &raw[from..])
+        };
+        segments.push(Segment { channel, text: raw[from..keep].to_owned(), end: keep });
+        state.after = channel;
+        state.carried = state.carried.saturating_sub(keep);
+        state.held.clear();
+        state.held.push_str(&raw[keep..]);
+        state.dirty.held |= keep < raw.len();
+        segments
+    }
+
+    /// Hands out text in the channel that the choice is in.
+    pub(super) fn emit_text(&mut self, at: usize, text: &str, out: &mut Vec<Out>) {
+        self.emit_segment(at, self.choices[at].channel, text, out);
+    }
+
+    fn emit_segment(&mut self, at: usize, channel: Channel, text: &str, out: &mut Vec<Out>) {
+        let Some(head) = self.head.clone() else { return };
+        let plan = self.plan.clone();
+        let prompt = self.prompt_of(at);
+        let prompt = self.prompts.get(prompt).and_then(Option::as_ref).map_or(0, |ids| ids.len() as u64);
+        let state = &mut self.choices[at];
+        state.spoke = true;
+        let end = state.finishing.take();
+        if end.is_some() {
+            state.finish();
+        }
+        let safe = state.safe;
+        let pieces = state.waiting.iter().filter(|(end, _)| *end <= safe).map(|(_, piece)| piece);
+        let lists = match plan.logprobs && pieces.clone().next().is_some() {
+            true => Some(logprobs::join(self.chat, pieces)),
+            false => None,
+        };
+        state.waiting.retain(|(end, _)| *end > safe);
+        let completion = state.uncounted + safe as u64;
+        let state = &self.choices[at];
+        let last = end.is_some() && self.all_finished();
+        let fingerprint = self.fingerprint.as_deref().filter(|_| last && !plan.usage);
+        let line = render::event(
+            &head,
+            self.chat,
+            &Parts {
+                index: at as u32,
+                channel,
+                text,
+                logprobs: lists.as_deref(),
+                finish: end.as_ref().map(|end| (&end.reason[..], &end.stop[..])),
+                ids: plan.token_ids.then(|| &state.ids[state.journaled.min(safe)..safe]),
+                usage: plan.running_usage.then_some((prompt, completion)),
+                fingerprint,
+            },
+        );
+        self.emit(Some(at as u32), line, out);
+    }
+}
+
+/// Where the new text begins, if `text` says again what was said until `said`.
+///
+/// A repetition has the prompt's text, of at least `least` characters, and all `characters` that were
+/// generated before what is new. A first delta that is longer than all before it and has its end in it
+/// is nothing else. `by_ids` even a prompt may end inside a character: then its text was said with the
+/// first tokens, and is among the generated.
+fn repeated(said: &str, text: &str, characters: u64, least: u64, by_ids: bool) -> Option<usize> {
+    let found = text.rfind(said)? + said.len();
+    let before = text[..found].chars().count() as u64;
+    (before >= characters + least || by_ids && before == characters).then_some(found)
+}
