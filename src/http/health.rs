@@ -19,8 +19,9 @@ pub(super) async fn livez() -> &'static str {
     "ok\n"
 }
 
-/// Whether a load balancer should send requests here: joined, registry applied, not draining.
-/// Without a quorum a replica keeps routing with what it knows, so it stays ready.
+/// Whether a load balancer should send requests here: joined, registry applied, not draining, and what
+/// ids of streams are derived from known, which a new cluster agrees on in its first moments. Without a
+/// quorum a replica keeps routing with what it knows, so it stays ready.
 pub(super) async fn readyz(State(shard): State<Arc<Shard>>, RawQuery(query): RawQuery) -> Response {
     let front = &shard.front;
     let verbose = query.is_some_and(|q| q.split('&').any(|p| p == "verbose" || p.starts_with("verbose=")));
@@ -31,7 +32,8 @@ pub(super) async fn readyz(State(shard): State<Arc<Shard>>, RawQuery(query): Raw
     let draining = front.draining.is_cancelled();
     let joined = !status.cluster_id.is_empty() && status.down.is_none();
     let applied = front.control.registry().index > 0;
-    let ready = !draining && joined && applied;
+    let knows_secret = knows_secret(front);
+    let ready = !draining && joined && applied && (knows_secret || !status.quorum);
     let check = |ok: bool, otherwise: &str| if ok { "ok".to_owned() } else { otherwise.to_owned() };
     let member = match &status.down {
         Some(why) => format!("down: {why}"),
@@ -41,6 +43,7 @@ pub(super) async fn readyz(State(shard): State<Arc<Shard>>, RawQuery(query): Raw
         "not_draining": check(!draining, "draining"),
         "cluster_joined": member,
         "registry_applied": check(applied, "nothing applied yet"),
+        "streams_secret": check(knows_secret, "not agreed on yet"),
         "quorum": check(status.quorum, "degraded: no quorum"),
     });
     readiness(front, ready, verbose, checks)
@@ -50,14 +53,22 @@ pub(super) async fn readyz(State(shard): State<Arc<Shard>>, RawQuery(query): Raw
 /// ready as replicas do, since streams run, and new ones begin.
 fn readyz_of_edge(front: &Front, reach: Reach, verbose: bool) -> Response {
     let draining = front.draining.is_cancelled();
+    let knows_secret = knows_secret(front);
     let check = |ok: bool, otherwise: &'static str| if ok { "ok" } else { otherwise };
     let checks = json!({
         "not_draining": check(!draining, "draining"),
         "replica_reachable": check(reach.replica, "no replica answers"),
         "leader_known": check(reach.led, "no leader was known yet"),
+        "streams_secret": check(knows_secret, "not heard yet"),
         "quorum": check(reach.quorum, "degraded: no quorum"),
     });
-    readiness(front, !draining && reach.replica && reach.led, verbose, checks)
+    let ready = !draining && reach.replica && reach.led && (knows_secret || !reach.quorum);
+    readiness(front, ready, verbose, checks)
+}
+
+/// Whether rights to read streams can be given and told, and streams be found by `Idempotency-Key`.
+fn knows_secret(front: &Front) -> bool {
+    front.streams.get().is_none_or(|relays| relays.directory.secret().is_some())
 }
 
 fn readiness(front: &Front, ready: bool, verbose: bool, checks: serde_json::Value) -> Response {

@@ -88,7 +88,10 @@ pub(super) struct Choice {
     set_back_at: u64,
     /// First visible character of the content, if tools are offered.
     pub(super) opening: Option<char>,
-    /// End of the last text, if the last id may say more than that.
+    /// End of the text that came last, of at least `GUARD` characters where there was as much; it never
+    /// has what an engine took out, as the markers of channels.
+    tail: String,
+    /// End of the text, if the last id may say more than that.
     pub(super) guard: Option<String>,
     pub(super) role: bool,
     pub(super) ending: Option<End>,
@@ -109,8 +112,9 @@ pub(super) struct Choice {
 /// what it takes to make the next one fail by the same.
 const PROGRESS: u64 = 16;
 
-/// Characters of a guard.
-const GUARD: usize = 64;
+/// Characters of a guard. The more there are, the less often the same stands elsewhere in a text; they
+/// are in the journal of every event whose last token may be unfinished.
+const GUARD: usize = 32;
 
 impl Choice {
     /// Tokens generated.
@@ -181,17 +185,23 @@ impl Choice {
 
     /// Notes text that came with the last ids. It is `unclear` where the last of them may say more
     /// than that: there are several, or the engine may have kept back what the last one says.
-    pub(super) fn text_came(&mut self, unclear: bool, text: impl FnOnce() -> Option<String>) {
+    pub(super) fn text_came(&mut self, unclear: bool, text: &str) {
         self.safe = self.ids.len();
-        if unclear || self.guard.is_some() {
-            let end = text().filter(|_| unclear);
-            let end = end.map(|text| {
-                let at = text.char_indices().rev().nth(GUARD - 1).map_or(0, |(at, _)| at);
-                text[at..].to_owned()
-            });
-            self.dirty.guard |= end != self.guard;
-            self.guard = end;
+        if self.tail.len() + text.len() > 3 * GUARD * size_of::<char>() {
+            let keep = end_of(&self.tail).len();
+            self.tail.drain(..self.tail.len() - keep);
         }
+        self.tail.push_str(end_of(text));
+        if unclear || self.guard.is_some() {
+            let guard = unclear.then(|| end_of(&self.tail).to_owned());
+            self.dirty.guard |= guard != self.guard;
+            self.guard = guard;
+        }
+    }
+
+    /// Notes that there is something between the text before and the text behind that nobody sees.
+    pub(super) fn text_breaks(&mut self) {
+        self.tail.clear();
     }
 
     pub(super) fn hold(&mut self, text: &str) {
@@ -315,6 +325,8 @@ impl Choice {
 
     pub(super) fn restore_guard(&mut self, guard: Option<(u64, &str)>) {
         self.guard = guard.map(|(_, end)| end.to_owned());
+        self.tail.clear();
+        self.tail.extend(guard.map(|(_, end)| end));
         self.characters = self.characters.max(guard.map_or(0, |(characters, _)| characters));
     }
 
@@ -323,4 +335,10 @@ impl Choice {
         self.safe_offsets = self.offsets;
         self.offsets_journaled = self.offsets;
     }
+}
+
+/// The last `GUARD` characters.
+fn end_of(text: &str) -> &str {
+    let at = text.char_indices().rev().nth(GUARD - 1).map_or(0, |(at, _)| at);
+    &text[at..]
 }

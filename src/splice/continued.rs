@@ -81,6 +81,11 @@ impl Splice {
             && let Some(guard) = state.guard.as_deref()
             && let Some(end) = repeated(guard, &text, state.characters, least, plan.prompt_of_ids)
         {
+            let Some(end) = end else {
+                return Progress::Failed(Failure::Ambiguous(
+                    "the engine says again what it said, and where that ends cannot be told",
+                ));
+            };
             state.leaked += text[..end].chars().count() as u64;
             text = text[end..].to_owned().into();
         }
@@ -120,7 +125,7 @@ impl Splice {
         let characters = text.chars().count() as u64;
         if !text.is_empty() {
             state.characters += characters;
-            state.text_came(count > 1, || Some(text.to_string()));
+            state.text_came(count > 1, &text);
         }
         if let Some(raw) = some(data, choice.logprobs).filter(|_| plan.logprobs) {
             let shift = (state.shift(), state.surplus());
@@ -324,14 +329,57 @@ impl Splice {
     }
 }
 
-/// Where the new text begins, if `text` says again what was said until `said`.
+/// Where the new text begins, if `text` says again what was said until `said`; `Some(None)` if there are
+/// several places where it may.
 ///
 /// A repetition has the prompt's text, of at least `least` characters, and all `characters` that were
 /// generated before what is new. A first delta that is longer than all before it and has its end in it
 /// is nothing else. `by_ids` even a prompt may end inside a character: then its text was said with the
-/// first tokens, and is among the generated.
-fn repeated(said: &str, text: &str, characters: u64, least: u64, by_ids: bool) -> Option<usize> {
-    let found = text.rfind(said)? + said.len();
-    let before = text[..found].chars().count() as u64;
-    (before >= characters + least || by_ids && before == characters).then_some(found)
+/// first tokens, and is among the generated. What is new begins with the character that the cut went
+/// through, so with one of several bytes.
+fn repeated(said: &str, text: &str, characters: u64, least: u64, by_ids: bool) -> Option<Option<usize>> {
+    let mut found = None;
+    let (mut from, mut before) = (0, 0);
+    while let Some(place) = text[from..].find(said) {
+        let end = from + place + said.len();
+        let new = text[end..].chars().next();
+        let count = before + text[from..end].chars().count() as u64;
+        if (count >= characters + least || by_ids && count == characters)
+            && new.is_some_and(|new| !new.is_ascii())
+        {
+            if found.is_some() {
+                return Some(None);
+            }
+            found = Some(end);
+        }
+        // They may overlap.
+        let Some(first) = text[from + place..].chars().next() else { break };
+        before += text[from..from + place].chars().count() as u64 + 1;
+        from += place + first.len_utf8();
+    }
+    found.map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::repeated;
+
+    #[test]
+    fn a_repetition_ends_before_the_character_that_was_cut() {
+        let text = "A prompt, no less. Ω two fine noñ not";
+        let end = text.find("ñ").unwrap();
+        // "no" stands in the prompt, at the end of what was said, and in what is new.
+        assert_eq!(repeated(" no", text, 14, 5, false), Some(Some(end)));
+        assert_eq!(repeated(" two fine no", text, 14, 5, false), Some(Some(end)));
+        assert_eq!(repeated(" else", text, 14, 5, false), None);
+        assert_eq!(repeated(" no", "ñ not", 14, 5, false), None, "nothing was repeated");
+        assert_eq!(repeated(" no", " noñ", 3, 5, true), Some(Some(3)), "a prompt of ids");
+    }
+
+    #[test]
+    fn what_may_end_in_several_places_is_not_guessed() {
+        let text = "A prompt, no less. 😀😀😀😀";
+        assert_eq!(repeated("😀😀", text, 2, 5, false), Some(None));
+        assert_eq!(repeated("less. 😀😀", text, 8, 5, false), Some(Some(text.len() - 8)));
+    }
 }

@@ -303,7 +303,14 @@ impl Splice {
             state.characters += json::characters(raw);
             let unseen = state.ids.len() - state.safe;
             let unclear = count > 1 || keeps_back(&turn.plan, self.chat, turn.channel, unseen, raw);
-            state.text_came(unclear, || json::string(raw).map(|text| text.into_owned()));
+            if self.chat && turn.channel != state.channel {
+                state.text_breaks();
+            }
+            // Text that was no text has failed before.
+            state.text_came(unclear, &json::string(raw).unwrap_or_default());
+            if ended {
+                state.text_breaks();
+            }
         }
         if self.chat {
             state.turn_to(if ended { Channel::Content } else { turn.channel });

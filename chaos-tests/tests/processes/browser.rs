@@ -159,7 +159,8 @@ async fn a_browsers_event_source_reads_a_stream_whole_through_the_deaths_of_all_
     );
     let answer = Answer::parse(&exchange(fleet.balancer, asked.as_bytes(), LIMIT).await.expect("an end"));
     let granted: Value = serde_json::from_slice(&answer.body).expect("JSON");
-    let url = format!("{base}/v1/streams/{id}?cap={}", granted["cap"].as_str().expect("a capability"));
+    let cap = granted["cap"].as_str().unwrap_or_else(|| panic!("a capability, not {granted}"));
+    let url = format!("{base}/v1/streams/{id}?cap={cap}");
     let about = fragment(&json!({"url": url, "key": key}));
 
     let browser = Browser::open(program, &format!("{origin}/page#{about}"), fleet.folder());

@@ -1,12 +1,16 @@
 //! Registration, heartbeats, the admin plane, health and metrics.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::streams::keep_in;
 use super::support::*;
-use crate::http::{FrontConfig, TokenDigests, run_prober};
+use crate::http::{FrontConfig, Metrics, TokenDigests, run_prober};
+use crate::relay;
+use crate::relay::alone::Alone;
 use crate::state::worker::{EngineKind, Liveness, WorkerSource};
 
 async fn send(front: &Running, method: &str, path: &str, body: Value) -> String {
@@ -285,6 +289,20 @@ async fn readiness_follows_joining_and_draining_but_not_quorum() {
     let verbose = send(&front, "GET", "/readyz?verbose", Value::Null).await;
     assert_eq!((status(&verbose), &body(&verbose)["checks"]["not_draining"]), (503, &json!("draining")));
     assert_eq!(status(&send(&front, "GET", "/livez", Value::Null).await), 200);
+}
+
+#[tokio::test]
+async fn who_does_not_know_what_ids_are_derived_from_is_not_ready_while_others_may() {
+    let front = start_with(FrontConfig::default(), MemoryCluster::new(), Metrics::default());
+    keep_in(&front, relay::Options::default(), Arc::<Alone>::default());
+    let verbose = send(&front, "GET", "/readyz?verbose", Value::Null).await;
+    assert_eq!(
+        (status(&verbose), &body(&verbose)["checks"]["streams_secret"]),
+        (503, &json!("not agreed on yet"))
+    );
+    // Nobody can agree on one now, and streams are kept without.
+    front.cluster.without_quorum.store(true, Ordering::Relaxed);
+    assert_eq!(status(&send(&front, "GET", "/readyz", Value::Null).await), 200);
 }
 
 #[tokio::test]

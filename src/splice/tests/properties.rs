@@ -390,3 +390,30 @@ proptest! {
         check(&case);
     }
 }
+
+/// Where the engine says again what it said, and the end of that stands in what is new, too: " no" in
+/// "ñ not".
+#[test]
+fn a_repetition_is_told_from_what_is_new() {
+    let case = Case {
+        chat: true,
+        n: 3,
+        max_tokens: 10,
+        min_tokens: 0,
+        stops: Vec::new(),
+        shows_stop: false,
+        logprobs: None,
+        usage: false,
+        running: false,
+        ids: false,
+        eos_every: 0,
+        coalesce: 3,
+        think_end: None,
+        marker: false,
+        marker_known: false,
+        split_prompt: false,
+        salt: 777_019_930,
+        cuts: vec![(13, 0, None)],
+    };
+    assert!(check(&case) > 0, "it was not cut");
+}
