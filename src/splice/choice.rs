@@ -65,8 +65,10 @@ pub(super) struct Choice {
     /// Text of safe tokens that was not delivered.
     pub(super) held: String,
     pub(super) channel: Channel,
-    /// Characters of all text; after another process took over, what is known of them.
+    /// Characters of all text, or as many as are known of.
     pub(super) characters: u64,
+    /// There are more: another process had counted them, which was cut where nobody needed to know.
+    pub(super) more_characters: bool,
     /// Where the next token's text begins, of completions with log probabilities.
     offsets: Offsets,
     /// The same behind the last safe token.
@@ -274,7 +276,8 @@ impl Choice {
             Op::Channel(index, self.channel as u8).write(out);
         }
         if dirty.guard {
-            Op::Guard(index, self.guard.as_deref().map(|end| (self.characters, end))).write(out);
+            let characters = if self.more_characters { 0 } else { self.characters };
+            Op::Guard(index, self.guard.as_deref().map(|end| (characters, end))).write(out);
         }
         if dirty.opening
             && let Some(opening) = self.opening
@@ -310,6 +313,7 @@ impl Choice {
         self.journaled = self.safe;
         self.told += ids.len() as u64;
         self.spoke = true;
+        self.more_characters = true;
     }
 
     pub(super) fn restore_uncounted(&mut self, count: u32) {
@@ -327,7 +331,10 @@ impl Choice {
         self.guard = guard.map(|(_, end)| end.to_owned());
         self.tail.clear();
         self.tail.extend(guard.map(|(_, end)| end));
-        self.characters = self.characters.max(guard.map_or(0, |(characters, _)| characters));
+        if let Some((characters @ 1.., _)) = guard {
+            self.characters = characters;
+            self.more_characters = false;
+        }
     }
 
     pub(super) fn restore_offset(&mut self, next: u64, by_text: bool) {

@@ -74,12 +74,19 @@ impl Splice {
         }
         let prompt = self.prompts.get(self.prompt_of(at)).and_then(Option::as_ref).map_or(0, |ids| ids.len());
         let state = &mut self.choices[at];
+        // A repetition has the prompt's text, of at least so many characters, and all that was generated.
+        // Even a prompt of ids may end inside a character: then its text was said with the first tokens,
+        // and is among the generated.
         let least = if plan.echo { 0 } else { (prompt as u64 / 4).max(1) };
+        let (said, more) = (state.characters, state.more_characters);
+        let fits = |count: u64| {
+            count >= said + least || plan.prompt_of_ids && (count == said || more && count > said)
+        };
         state.leg_spoke |= !text.is_empty();
         if !text.is_empty()
             && may_repeat
             && let Some(guard) = state.guard.as_deref()
-            && let Some(end) = repeated(guard, &text, state.characters, least, plan.prompt_of_ids)
+            && let Some(end) = repeated(guard, &text, fits)
         {
             let Some(end) = end else {
                 return Progress::Failed(Failure::Ambiguous(
@@ -332,32 +339,30 @@ impl Splice {
 /// Where the new text begins, if `text` says again what was said until `said`; `Some(None)` if there are
 /// several places where it may.
 ///
-/// A repetition has the prompt's text, of at least `least` characters, and all `characters` that were
-/// generated before what is new. A first delta that is longer than all before it and has its end in it
-/// is nothing else. `by_ids` even a prompt may end inside a character: then its text was said with the
-/// first tokens, and is among the generated. What is new begins with the character that the cut went
-/// through, so with one of several bytes.
-fn repeated(said: &str, text: &str, characters: u64, least: u64, by_ids: bool) -> Option<Option<usize>> {
-    let mut found = None;
+/// A first delta that is longer than all before it, which as many characters as `fits` may be, and has the
+/// end of that in it, is nothing else. What is new begins with the character that the cut went through, so
+/// with one of several bytes; or with what an engine takes out, like a mark of reasoning.
+fn repeated(said: &str, text: &str, fits: impl Fn(u64) -> bool) -> Option<Option<usize>> {
+    let (mut cut, mut other) = (Vec::new(), Vec::new());
     let (mut from, mut before) = (0, 0);
     while let Some(place) = text[from..].find(said) {
-        let end = from + place + said.len();
-        let new = text[end..].chars().next();
-        let count = before + text[from..end].chars().count() as u64;
-        if (count >= characters + least || by_ids && count == characters)
-            && new.is_some_and(|new| !new.is_ascii())
-        {
-            if found.is_some() {
-                return Some(None);
-            }
-            found = Some(end);
+        let start = from + place;
+        let end = start + said.len();
+        before += text[from..start].chars().count() as u64;
+        if fits(before + said.chars().count() as u64) {
+            let is_cut = text[end..].chars().next().is_some_and(|new| !new.is_ascii());
+            if is_cut { &mut cut } else { &mut other }.push(end);
         }
         // They may overlap.
-        let Some(first) = text[from + place..].chars().next() else { break };
-        before += text[from..from + place].chars().count() as u64 + 1;
-        from += place + first.len_utf8();
+        let Some(first) = text[start..].chars().next() else { break };
+        before += 1;
+        from = start + first.len_utf8();
     }
-    found.map(Some)
+    match (&cut[..], &other[..]) {
+        ([], []) => None,
+        ([end], _) | ([], [end]) => Some(Some(*end)),
+        _ => Some(None),
+    }
 }
 
 #[cfg(test)]
@@ -369,17 +374,18 @@ mod tests {
         let text = "A prompt, no less. Ω two fine noñ not";
         let end = text.find("ñ").unwrap();
         // "no" stands in the prompt, at the end of what was said, and in what is new.
-        assert_eq!(repeated(" no", text, 14, 5, false), Some(Some(end)));
-        assert_eq!(repeated(" two fine no", text, 14, 5, false), Some(Some(end)));
-        assert_eq!(repeated(" else", text, 14, 5, false), None);
-        assert_eq!(repeated(" no", "ñ not", 14, 5, false), None, "nothing was repeated");
-        assert_eq!(repeated(" no", " noñ", 3, 5, true), Some(Some(3)), "a prompt of ids");
+        assert_eq!(repeated(" no", text, |count| count >= 19), Some(Some(end)));
+        assert_eq!(repeated(" two fine no", text, |count| count >= 19), Some(Some(end)));
+        assert_eq!(repeated(" else", text, |count| count >= 19), None);
+        assert_eq!(repeated(" no", "ñ not", |count| count >= 19), None, "nothing was repeated");
+        assert_eq!(repeated("fine", text, |count| count >= 19), Some(Some(end - 3)), "a mark comes first");
+        assert_eq!(repeated(" no", " noñ", |count| count == 3), Some(Some(3)), "a prompt of ids");
     }
 
     #[test]
     fn what_may_end_in_several_places_is_not_guessed() {
         let text = "A prompt, no less. 😀😀😀😀";
-        assert_eq!(repeated("😀😀", text, 2, 5, false), Some(None));
-        assert_eq!(repeated("less. 😀😀", text, 8, 5, false), Some(Some(text.len() - 8)));
+        assert_eq!(repeated("😀😀", text, |count| count >= 7), Some(None));
+        assert_eq!(repeated("less. 😀😀", text, |count| count >= 13), Some(Some(text.len() - 8)));
     }
 }

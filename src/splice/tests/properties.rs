@@ -417,3 +417,30 @@ fn a_repetition_is_told_from_what_is_new() {
     };
     assert!(check(&case) > 0, "it was not cut");
 }
+
+/// The prompt ends inside a character, so its text is the engine's; another process, which does not know
+/// how much that was, is itself cut inside a character.
+#[test]
+fn a_repetition_is_told_by_a_process_that_does_not_know_how_much_was_said() {
+    let case = Case {
+        chat: false,
+        n: 3,
+        max_tokens: 42,
+        min_tokens: 3,
+        stops: vec![(38, 5)],
+        shows_stop: false,
+        logprobs: None,
+        usage: false,
+        running: false,
+        ids: false,
+        eos_every: 0,
+        coalesce: 4,
+        think_end: None,
+        marker: false,
+        marker_known: false,
+        split_prompt: true,
+        salt: 3_685_792_027,
+        cuts: vec![(10, 0, Some(10))],
+    };
+    assert!(check(&case) > 0, "it was not cut");
+}
