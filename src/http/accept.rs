@@ -24,6 +24,7 @@ use super::errors::{ApiError, Code};
 use super::front::{Front, Shard};
 use super::routes::Listener;
 use super::service::FrontService;
+use crate::relay::links::drive_links_here;
 use crate::tls::listener::{ListenerTls, secure};
 
 /// Bounds on connections of one listener.
@@ -291,6 +292,7 @@ fn start_lane(
     if own_thread {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name(format!("http-{number}")).spawn(move || {
+            drive_links_here();
             runtime.block_on(run);
             // Handlers that outlive their connection (none should) end here.
             runtime.shutdown_background();

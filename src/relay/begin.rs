@@ -93,7 +93,7 @@ impl Relays {
     ) -> Result<(), T> {
         let (tell, told) = oneshot::channel();
         let (this, entry) = (Arc::clone(self), Arc::clone(entry));
-        self.spawn(async move {
+        self.home().spawn(async move {
             if tell.send(orders.await).is_err() && !aware && !entry.copy.ended() {
                 this.desert(&entry);
             }

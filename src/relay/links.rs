@@ -1,10 +1,17 @@
-//! The links of one process to others, opened when they are needed, one to each.
+//! The links of one process to others, opened when they are needed: one to each for what is held here and
+//! for what nobody waits for, and one to each from each thread that serves clients.
+//!
+//! A thread that serves clients drives its own links. What comes on one of them for a client is written to
+//! that client by the thread that read it; from a link of another thread, each event would wake two.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 
 use super::copy::Copy;
 use super::counts::Counts;
@@ -17,16 +24,29 @@ use crate::state::streams::Holder;
 
 /// How long a peer that could not be reached is left alone.
 const AWAY: Duration = Duration::from_millis(500);
-/// Processes that are remembered; then those without a link are forgotten.
+/// After how long without a stream a thread's own link is closed.
+const IDLE: Duration = Duration::from_secs(60);
+/// Links that are remembered; then those that are closed are forgotten.
 const MOST: usize = 4096;
+
+thread_local! {
+    static OWN_LINKS: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Gives this thread, on which a runtime of one thread is about to run, links of its own.
+pub fn drive_links_here() {
+    static THREADS: AtomicUsize = AtomicUsize::new(0);
+    OWN_LINKS.set(Some(THREADS.fetch_add(1, Ordering::Relaxed)));
+}
 
 type Place = Arc<tokio::sync::Mutex<Slot>>;
 
 /// See the module.
 pub(super) struct Links {
     dialer: Dialer,
-    /// By address and the name that has to be shown there: addresses change hands.
-    slots: Mutex<HashMap<Address, Place>>,
+    /// By the thread whose they are, if they are one's own, by address, and by the name that has to be shown
+    /// there: addresses change hands.
+    slots: Mutex<HashMap<(Option<usize>, Address), Place>>,
 }
 
 /// A link, or since when there is none.
@@ -47,7 +67,8 @@ impl Links {
         Self { dialer, slots: Mutex::default() }
     }
 
-    fn slot(&self, place: Address) -> Place {
+    fn slot(&self, thread: Option<usize>, address: Address) -> Place {
+        let place = (thread, address);
         let mut slots = self.slots.lock();
         if slots.len() >= MOST && !slots.contains_key(&place) {
             // One that is being opened is locked.
@@ -64,16 +85,25 @@ impl Links {
 }
 
 impl Relays {
+    /// Where what this thread begins goes on without it, beside its links.
+    pub(super) fn home(&self) -> Handle {
+        match OWN_LINKS.get() {
+            Some(_) => Handle::current(),
+            None => self.runtime.clone(),
+        }
+    }
+
     /// Links to other processes that work.
     pub fn open_links(&self) -> usize {
         self.links.open()
     }
 
-    /// The link to a process, opened if need be.
+    /// The link to a process, opened if need be; this thread's own, if it is to have some.
     pub(super) async fn link(&self, address: &str, name: Option<&str>) -> Option<Arc<Link>> {
-        let slot = self.links.slot((address.to_owned(), name.map(str::to_owned)));
+        let thread = OWN_LINKS.get();
+        let slot = self.links.slot(thread, (address.to_owned(), name.map(str::to_owned)));
         let mut slot = slot.lock().await;
-        if let Some(link) = slot.link.as_ref().filter(|link| link.is_open()) {
+        if let Some(link) = slot.link.as_ref().filter(|link| link.is_wanted()) {
             return Some(Arc::clone(link));
         }
         if slot.failed.is_some_and(|failed| failed.elapsed() < AWAY) {
@@ -85,14 +115,15 @@ impl Relays {
                 this.source_lost(&copy, lost);
             }
         });
-        // On our own runtime, the connection itself, too: the link must outlive who asked for it, and
-        // what comes in should not take its way through the thread of another client.
+        // In a task of its own, and so the connection itself: the link must outlive who asked for it.
         let (dialer, address, name) =
             (self.links.dialer.clone(), address.to_owned(), name.map(str::to_owned));
         let (cluster, silence) = (self.view().cluster.clone(), self.options.silence);
-        let opening = self.runtime.spawn(async move {
+        // Without a client no thread keeps one.
+        let idle = thread.map(|_| IDLE);
+        let opening = self.home().spawn(async move {
             let channel = dialer.channel(&address, name.as_deref(), Purpose::Streams)?;
-            Link::open(channel, &cluster, silence, on_lost).await.inspect_err(|error| {
+            Link::open(channel, &cluster, (silence, idle), on_lost).await.inspect_err(|error| {
                 tracing::debug!(address, %error, "no stream link");
             })
         });

@@ -26,7 +26,7 @@ mod host;
 pub mod hub;
 pub mod line;
 pub mod link;
-mod links;
+pub mod links;
 pub mod listener;
 pub mod log;
 pub mod order;

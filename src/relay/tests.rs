@@ -5,6 +5,7 @@ mod beginnings;
 mod copies;
 mod edges;
 mod knowledge;
+mod links;
 
 use std::collections::HashSet;
 use std::future::poll_fn;

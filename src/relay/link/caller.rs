@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -89,7 +89,12 @@ pub struct Link {
     channels: Mutex<Option<HashMap<u64, Arc<Channel>>>>,
     next: AtomicU64,
     signs: Signs,
+    /// Without a sign of life for so long the other end is taken to be dead.
     silence: Duration,
+    /// Without a channel for so long it is closed.
+    idle: Option<Duration>,
+    /// When it was last wanted or had a channel. Written with the channels locked.
+    used: Mutex<Instant>,
     on_lost: Arc<OnLost>,
 }
 
@@ -140,11 +145,12 @@ impl Drop for Ticket {
 }
 
 impl Link {
-    /// Opens a link. `silence` after which the other end is taken to be dead.
+    /// Opens a link. After the first time without a sign of life the other end is taken to be dead; after
+    /// the second without a channel, if there is one, the link is closed.
     pub async fn open(
         connection: Connection,
         cluster: &str,
-        silence: Duration,
+        (silence, idle): (Duration, Option<Duration>),
         on_lost: Arc<OnLost>,
     ) -> Result<Arc<Self>, String> {
         let outbox = Arc::<Outbox>::default();
@@ -167,6 +173,8 @@ impl Link {
             next: AtomicU64::new(1),
             signs: Signs::new(),
             silence,
+            idle,
+            used: Mutex::new(Instant::now()),
             on_lost,
         });
         // Both end with the link.
@@ -178,6 +186,13 @@ impl Link {
     /// Whether it still works, as far as is known.
     pub fn is_open(&self) -> bool {
         self.channels.lock().is_some() && !self.outbox.is_closed()
+    }
+
+    /// Whether it still works, for somebody who is about to use it: it is not closed for idleness meanwhile.
+    pub fn is_wanted(&self) -> bool {
+        let channels = self.channels.lock();
+        *self.used.lock() = Instant::now();
+        channels.is_some() && !self.outbox.is_closed()
     }
 
     /// Channels in use.
@@ -289,6 +304,8 @@ impl Link {
     }
 
     async fn listen(self: Arc<Self>, mut answers: tonic::Streaming<Batch>) {
+        // However it ends: its thread may.
+        let _closes = Closes(&self);
         while let Some(Ok(batch)) = answers.next().await {
             self.signs.heard();
             batch.frames.into_iter().for_each(|frame| self.take(frame));
@@ -296,13 +313,29 @@ impl Link {
                 break;
             }
         }
-        self.close();
     }
 
     /// Until the link is broken, or has to be.
     async fn watch_over(self: Arc<Self>) {
-        self.signs.exchange(&self.outbox, self.silence, || self.is_open()).await;
+        let is_open = || self.is_open() && !self.has_idled();
+        self.signs.exchange(&self.outbox, self.silence, is_open).await;
         self.close_for(Lost::Silence);
+    }
+
+    /// Closes it if nobody has used it for long.
+    fn has_idled(&self) -> bool {
+        let Some(idle) = self.idle else { return false };
+        let mut channels = self.channels.lock();
+        let mut used = self.used.lock();
+        if channels.as_ref().is_some_and(|channels| !channels.is_empty()) {
+            *used = Instant::now();
+        }
+        let has_idled = used.elapsed() >= idle;
+        if has_idled {
+            self.outbox.close();
+            channels.take();
+        }
+        has_idled
     }
 
     /// Breaks the link: whoever waits for something on it is told.
@@ -401,6 +434,15 @@ fn credit(outbox: &Outbox, number: u64, channel: &Channel) {
     let owed = channel.owed.swap(0, Ordering::AcqRel);
     if owed > 0 {
         outbox.send(frame(number, What::Credit(owed as u64)));
+    }
+}
+
+/// Closes a link at the end of a scope.
+struct Closes<'a>(&'a Link);
+
+impl Drop for Closes<'_> {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 
