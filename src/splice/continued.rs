@@ -108,6 +108,20 @@ impl Splice {
                 "whether a stop string came before or after min_tokens cannot be told",
             ));
         }
+        // The token whose text has the string that the engine found may go on behind it, and end one that
+        // begins before and comes first in the list. What is behind is not shown.
+        if by_string
+            && hit.is_none()
+            && let Some(found) = stop.and_then(json::string)
+            && let Some(which) = plan.stops.iter().position(|stop| *stop == found)
+        {
+            // A leg is asked to show what ends it.
+            let end = if joined.ends_with(&*found) { "" } else { &*found };
+            let before = plan.stops[..which].iter().map(String::as_str);
+            if stops::held(before, &[&joined, end].concat()) < state.carried {
+                return Progress::Failed(Failure::Ambiguous("a stop string may end behind another one"));
+            }
+        }
         // An engine that had seen the string would have stopped within these tokens. The text is cut all
         // the same; that a few too many are counted is no reason to lose the stream.
         let shows_tokens = plan.token_ids || plan.logprobs;
