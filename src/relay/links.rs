@@ -26,7 +26,7 @@ use crate::state::streams::Holder;
 const AWAY: Duration = Duration::from_millis(500);
 /// After how long without a stream a thread's own link is closed.
 const IDLE: Duration = Duration::from_secs(60);
-/// Links that are remembered; then those that are closed are forgotten.
+/// Processes that are remembered; then those without a link are forgotten.
 const MOST: usize = 4096;
 
 thread_local! {
@@ -44,21 +44,23 @@ type Place = Arc<tokio::sync::Mutex<Slot>>;
 /// See the module.
 pub(super) struct Links {
     dialer: Dialer,
-    /// By the thread whose they are, if they are one's own, by address, and by the name that has to be shown
-    /// there: addresses change hands.
-    slots: Mutex<HashMap<(Option<usize>, Address), Place>>,
+    /// By address and the name that has to be shown there: addresses change hands.
+    slots: Mutex<HashMap<Address, Place>>,
 }
 
-/// A link, or since when there is none.
+/// The links to one process, and since when it could not be reached. They are opened one after the other:
+/// threads that want theirs at the same moment are no crowd at the other end, and learn of each other that
+/// there is nobody.
 #[derive(Default)]
 struct Slot {
-    link: Option<Arc<Link>>,
+    /// By the thread whose they are, if they are one's own.
+    links: HashMap<Option<usize>, Arc<Link>>,
     failed: Option<Instant>,
 }
 
 impl Slot {
-    fn is_open(&self) -> bool {
-        self.link.as_ref().is_some_and(|link| link.is_open())
+    fn open(&self) -> usize {
+        self.links.values().filter(|link| link.is_open()).count()
     }
 }
 
@@ -67,12 +69,11 @@ impl Links {
         Self { dialer, slots: Mutex::default() }
     }
 
-    fn slot(&self, thread: Option<usize>, address: Address) -> Place {
-        let place = (thread, address);
+    fn slot(&self, place: Address) -> Place {
         let mut slots = self.slots.lock();
         if slots.len() >= MOST && !slots.contains_key(&place) {
             // One that is being opened is locked.
-            slots.retain(|_, slot| slot.try_lock().map_or(true, |slot| slot.is_open()));
+            slots.retain(|_, slot| slot.try_lock().map_or(true, |slot| slot.open() > 0));
         }
         Arc::clone(slots.entry(place).or_default())
     }
@@ -80,7 +81,7 @@ impl Links {
     /// Links that work. One that is just being opened does not count.
     fn open(&self) -> usize {
         let slots: Vec<Place> = self.slots.lock().values().cloned().collect();
-        slots.iter().filter(|slot| slot.try_lock().is_ok_and(|slot| slot.is_open())).count()
+        slots.iter().map(|slot| slot.try_lock().map_or(0, |slot| slot.open())).sum()
     }
 }
 
@@ -101,9 +102,9 @@ impl Relays {
     /// The link to a process, opened if need be; this thread's own, if it is to have some.
     pub(super) async fn link(&self, address: &str, name: Option<&str>) -> Option<Arc<Link>> {
         let thread = OWN_LINKS.get();
-        let slot = self.links.slot(thread, (address.to_owned(), name.map(str::to_owned)));
+        let slot = self.links.slot((address.to_owned(), name.map(str::to_owned)));
         let mut slot = slot.lock().await;
-        if let Some(link) = slot.link.as_ref().filter(|link| link.is_wanted()) {
+        if let Some(link) = slot.links.get(&thread).filter(|link| link.is_wanted()) {
             return Some(Arc::clone(link));
         }
         if slot.failed.is_some_and(|failed| failed.elapsed() < AWAY) {
@@ -131,7 +132,9 @@ impl Relays {
         match opened {
             Ok(link) => {
                 Counts::add(&self.counts.links_opened);
-                *slot = Slot { link: Some(Arc::clone(&link)), failed: None };
+                slot.links.retain(|_, link| link.is_open());
+                slot.links.insert(thread, Arc::clone(&link));
+                slot.failed = None;
                 Some(link)
             }
             Err(_) => {

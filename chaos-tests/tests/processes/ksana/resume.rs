@@ -234,9 +234,13 @@ async fn a_stream_whose_holder_dies_is_begun_again_before_its_first_frame_and_en
     })
     .await;
     let list = fleet.replicas[0].admin_url("/v1/admin/streams");
-    let streams: StreamsReply =
-        Http::fresh().get(&list, LIMIT).await.and_then(|reply| reply.json()).expect("the list");
-    let running = streams.streams.iter().find(|stream| stream.state == "running").expect("it runs");
+    // It is listed with what the cluster is told next, which may be after it was asked for.
+    let (running, _) = until("it is listed", LIMIT, async || {
+        let streams: StreamsReply = Http::fresh().get(&list, LIMIT).await.and_then(|reply| reply.json())?;
+        let running = streams.streams.into_iter().find(|stream| stream.state == "running");
+        running.ok_or_else(|| "nothing runs".to_owned())
+    })
+    .await;
     let dead = holder(&fleet, 0, &running.id).await;
     fleet.replicas[dead].kill9();
     until("the engines have it again", LIMIT, async || {
