@@ -215,57 +215,18 @@ pub(super) async fn run(
     shutdown: CancellationToken,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
-    let own_threads = threads > 0;
-    let mut lanes = Vec::new();
-    for number in 0..threads.max(1) {
-        lanes.push(start_lane(number, own_threads, &front, plane, shutdown.clone())?);
-    }
-    let accepting = accept(listener, front, plane, lanes, shutdown);
-    let lanes = if own_threads { on_own_thread("accept", accepting).await? } else { accepting.await? };
-    // All are told before any is waited for: the grace time is one for all.
-    let ends: Vec<_> = lanes.into_iter().map(|lane| lane.ended).collect();
-    for ended in ends {
-        let _ = ended.await;
-    }
-    Ok(())
-}
-
-/// Runs something on a thread of its own: on a runtime that has more threads, each event wakes one of them
-/// and that the next.
-async fn on_own_thread<T: Send + 'static>(
-    name: &str,
-    run: impl Future<Output = io::Result<T>> + Send + 'static,
-) -> io::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (mut tell, done) = oneshot::channel();
-    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-        runtime.block_on(async move {
-            tokio::select! {
-                done = run => drop(tell.send(done)),
-                // Nobody waits for it any more.
-                () = tell.closed() => {}
-            }
-        });
-    })?;
-    done.await.unwrap_or_else(|_| Err(io::Error::other(format!("the thread `{name}` has ended"))))
-}
-
-/// Hands connections to lanes until `shutdown`; closes the listener, and gives the lanes back.
-async fn accept(
-    listener: std::net::TcpListener,
-    front: Arc<Front>,
-    plane: Listener,
-    lanes: Vec<Lane>,
-    shutdown: CancellationToken,
-) -> io::Result<Vec<Lane>> {
     let listener = TcpListener::from_std(listener)?;
     let options = &front.config.accept;
     let census = Arc::new(Census::default());
+    let mut lanes = Vec::new();
+    for number in 0..threads.max(1) {
+        lanes.push(start_lane(number, threads > 0, &front, plane, shutdown.clone())?);
+    }
     let mut turn = 0;
     loop {
         let accepted = tokio::select! {
             biased;
-            () = shutdown.cancelled() => return Ok(lanes),
+            () = shutdown.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
         // Taken off this runtime; its lane's will drive it.
@@ -296,6 +257,13 @@ async fn accept(
             turn_away(accepted.stream, front.tls(plane).is_some());
         }
     }
+    drop(listener);
+    // All are told before any is waited for: the grace time is one for all.
+    let ends: Vec<_> = lanes.into_iter().map(|lane| lane.ended).collect();
+    for ended in ends {
+        let _ = ended.await;
+    }
+    Ok(())
 }
 
 /// The lane with the fewest connections, of several the next from `turn` on. One whose thread has
