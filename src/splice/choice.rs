@@ -65,6 +65,8 @@ pub(super) struct Choice {
     /// Text of safe tokens that was not delivered.
     pub(super) held: String,
     pub(super) channel: Channel,
+    /// Where it was within an event, since the last entry.
+    passed: Option<Channel>,
     /// Characters of all text, or as many as are known of.
     pub(super) characters: u64,
     /// There are more: another process had counted them, which was cut where nobody needed to know.
@@ -221,6 +223,13 @@ impl Choice {
         }
     }
 
+    /// Notes that an event had text of a channel in which it is not any more: that the model reasons, others
+    /// have to know.
+    pub(super) fn pass(&mut self, channel: Channel) {
+        self.passed = Some(channel);
+        self.dirty.channel = true;
+    }
+
     /// Notes the end: nothing is cut any more.
     pub(super) fn finish(&mut self) {
         self.finished = true;
@@ -271,6 +280,9 @@ impl Choice {
         }
         if dirty.held {
             Op::Held(index, &self.held).write(out);
+        }
+        if let Some(passed) = self.passed.take() {
+            Op::Channel(index, passed as u8).write(out);
         }
         if dirty.channel {
             Op::Channel(index, self.channel as u8).write(out);

@@ -313,7 +313,11 @@ impl Splice {
             }
         }
         if self.chat {
-            state.turn_to(if ended { Channel::Content } else { turn.channel });
+            let channel = if ended { Channel::Content } else { turn.channel };
+            if turn.thinks != Channel::Unset && turn.thinks != channel {
+                state.pass(turn.thinks);
+            }
+            state.turn_to(channel);
             if turn.thinks != Channel::Unset {
                 self.reasoning = turn.thinks;
             }

@@ -472,3 +472,30 @@ fn a_stop_string_that_hides_another_one_is_not_believed() {
     };
     check(&case);
 }
+
+/// Reasoning begins and ends in one event of one choice; another process takes over before any other
+/// choice has said anything.
+#[test]
+fn that_a_model_reasons_is_known_behind_an_event_in_which_it_had_done_so() {
+    let case = Case {
+        chat: true,
+        n: 3,
+        max_tokens: 2,
+        min_tokens: 1,
+        stops: Vec::new(),
+        shows_stop: false,
+        logprobs: None,
+        usage: false,
+        running: false,
+        ids: false,
+        eos_every: 0,
+        coalesce: 3,
+        think_end: Some(1),
+        marker: true,
+        marker_known: true,
+        split_prompt: false,
+        salt: 0,
+        cuts: vec![(4, 0, Some(4))],
+    };
+    assert!(check(&case) > 0, "it was not cut");
+}
