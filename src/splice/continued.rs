@@ -101,8 +101,25 @@ impl Splice {
         let old = state.held.len();
         let mut joined = [&state.held, &*text].concat();
         let before = state.total();
-        let hit = stops::find(&plan.stops, &joined, old)
-            .filter(|hit| hit.start < state.carried && before + ids.len() as u64 > plan.min_tokens);
+        let begun = |hit: &stops::Hit| hit.start < state.carried;
+        let hit = match ids.len() {
+            // Of those that end in one token the first in the list counts, which may be one that the engine
+            // has found itself.
+            0 | 1 => stops::find(&plan.stops, &joined, old).filter(begun),
+            _ => {
+                let mut hits = stops::each(&plan.stops, &joined, old).filter(begun);
+                let hit = hits.next();
+                if hits.next().is_some() {
+                    return Progress::Failed(Failure::Ambiguous(
+                        "which of several stop strings came first cannot be told",
+                    ));
+                }
+                let found = stop.filter(|_| by_string).and_then(json::string);
+                let found = found.and_then(|found| plan.stops.iter().position(|stop| *stop == found));
+                hit.filter(|hit| hit.end < joined.len() || found.is_none_or(|found| hit.which < found))
+            }
+        };
+        let hit = hit.filter(|_| before + ids.len() as u64 > plan.min_tokens);
         if hit.is_some() && ids.len() > 1 && before < plan.min_tokens {
             return Progress::Failed(Failure::Ambiguous(
                 "whether a stop string came before or after min_tokens cannot be told",

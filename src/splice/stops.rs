@@ -12,7 +12,12 @@ pub(super) struct Hit {
 
 /// The first of `needles`, in their order, that ends behind the first `old` bytes of `text`.
 pub(super) fn find(needles: &[String], text: &str, old: usize) -> Option<Hit> {
-    needles.iter().enumerate().find_map(|(which, needle)| {
+    each(needles, text, old).next()
+}
+
+/// Where each of `needles` that ends behind the first `old` bytes of `text` does so first, in their order.
+pub(super) fn each<'a>(needles: &'a [String], text: &'a str, old: usize) -> impl Iterator<Item = Hit> + 'a {
+    needles.iter().enumerate().filter_map(move |(which, needle)| {
         let mut from = (old + 1).saturating_sub(needle.len());
         while !text.is_char_boundary(from) {
             from -= 1;
@@ -74,6 +79,8 @@ mod tests {
         assert_eq!(find(&needles, "hello world", 0).map(|hit| hit.which), Some(0));
         assert_eq!(find(&needles, "hello", 4), Some(Hit { which: 1, start: 0, end: 5 }));
         assert_eq!(find(&needles, "hello", 5), None);
+        let both: Vec<_> = each(&needles, "hello world", 0).map(|hit| (hit.which, hit.end)).collect();
+        assert_eq!(both, [(0, 7), (1, 5)]);
         assert_eq!(find(&strings(&["aa"]), "aaaa", 2), Some(Hit { which: 0, start: 1, end: 3 }));
         assert_eq!(find(&strings(&["é"]), "éé", 2), Some(Hit { which: 0, start: 2, end: 4 }));
         assert_eq!(find(&strings(&["b"]), "日本b", 3), Some(Hit { which: 0, start: 6, end: 7 }));

@@ -499,3 +499,30 @@ fn that_a_model_reasons_is_known_behind_an_event_in_which_it_had_done_so() {
     };
     assert!(check(&case) > 0, "it was not cut");
 }
+
+/// One event ends a stop string that began before the cut, and has another one behind it, which is all that
+/// the engine sees and comes first in the list.
+#[test]
+fn a_stop_string_that_ends_before_another_one_in_an_event_ends_the_text() {
+    let case = Case {
+        chat: true,
+        n: 1,
+        max_tokens: 8,
+        min_tokens: 0,
+        stops: vec![(31, 7), (21, 8)],
+        shows_stop: false,
+        logprobs: None,
+        usage: false,
+        running: false,
+        ids: false,
+        eos_every: 0,
+        coalesce: 3,
+        think_end: None,
+        marker: false,
+        marker_known: false,
+        split_prompt: false,
+        salt: 3_364_298_896,
+        cuts: vec![(4, 0, None)],
+    };
+    assert!(check(&case) > 0, "it was not cut");
+}
