@@ -142,8 +142,8 @@ impl Splice {
         // An engine that had seen the string would have stopped within these tokens. The text is cut all
         // the same; that a few too many are counted is no reason to lose the stream.
         let shows_tokens = plan.token_ids || plan.logprobs;
-        // The token that ended the generation came behind it, too, and has no text.
-        if shows_tokens && ids.len() > 1 && hit.is_some_and(|hit| hit.end < joined.len() || by_token) {
+        // Behind the string there may be one without text: what ended the generation, or a part of a character.
+        if shows_tokens && ids.len() > 1 && hit.is_some() {
             return Progress::Failed(Failure::Ambiguous(
                 "which tokens are behind the stop string cannot be told",
             ));
