@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use serde_json::{Value, json};
 
 use super::client::View;
@@ -378,13 +379,17 @@ fn check(case: &Case) -> usize {
     seams
 }
 
-/// `PROPTEST_CASES`, or what takes a few seconds.
-fn cases_wanted() -> u32 {
-    std::env::var("PROPTEST_CASES").ok().and_then(|count| count.parse().ok()).unwrap_or(400)
+/// `PROPTEST_CASES` new ones, or the same each time, as many as take a few seconds: what only one in ten
+/// thousand shows is to be looked for, not to be stumbled on.
+fn config() -> ProptestConfig {
+    let wanted = std::env::var("PROPTEST_CASES").ok().and_then(|count| count.parse().ok());
+    let rng_seed = wanted.map_or(RngSeed::Fixed(20_261_122), |_: u32| RngSeed::Random);
+    let cases = wanted.unwrap_or(400);
+    ProptestConfig { cases, rng_seed, failure_persistence: None, ..ProptestConfig::default() }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: cases_wanted(), failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn a_stream_that_was_cut_says_what_an_uninterrupted_one_says(case in cases()) {
