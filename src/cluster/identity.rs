@@ -91,10 +91,16 @@ impl Identity {
         Some((cluster, self.id?))
     }
 
-    /// Takes a place in a cluster.
-    pub fn become_member(&mut self, cluster: u128, id: ReplicaId) {
+    /// Takes a place in a cluster, unless it has one: a place is never exchanged for another, as
+    /// the members may count on it from the moment it was taken. Gives the place it has then.
+    pub fn become_member(&mut self, cluster: u128, id: ReplicaId, joining: bool) -> (u128, ReplicaId) {
+        if let Some(place) = self.member() {
+            return place;
+        }
         self.cluster = Some(format!("{cluster:032x}"));
         self.id = Some(id);
+        self.joining = joining;
+        (cluster, id)
     }
 }
 
@@ -106,7 +112,9 @@ mod tests {
     fn an_identity_survives_and_its_damage_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
         let mut first = Identity::open(dir.path(), "r1", 5).unwrap();
-        first.become_member(77, ReplicaId(3));
+        assert_eq!(first.become_member(77, ReplicaId(3), false), (77, ReplicaId(3)));
+        assert_eq!(first.become_member(77, ReplicaId(101), true), (77, ReplicaId(3)), "not exchanged");
+        assert!(!first.joining);
         first.write(dir.path()).unwrap();
         let second = Identity::open(dir.path(), "r1", 6).unwrap();
         assert_eq!((second.nonce, second.member()), (5, Some((77, ReplicaId(3)))));

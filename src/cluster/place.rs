@@ -29,16 +29,25 @@ impl Inner {
         PeerNode { name: self.config.info.name.clone(), peer: self.config.info.peer.clone() }
     }
 
-    /// Writes down a place in a cluster, then takes it.
-    async fn take_place(&self, cluster: u128, id: ReplicaId, joining: bool) -> Result<(), StartError> {
-        {
-            let mut identity = self.identity.lock();
-            identity.become_member(cluster, id);
-            identity.joining = joining;
-            identity.write(&self.config.data_dir)?;
+    /// Writes down a place in a cluster; or gives the one that this replica was given meanwhile:
+    /// while it looks around or asks to join, whoever forms the cluster may have counted it in.
+    fn take_place(
+        &self,
+        cluster: u128,
+        id: ReplicaId,
+        joining: bool,
+    ) -> Result<(u128, ReplicaId), StartError> {
+        let mut identity = self.identity.lock();
+        if let Some(place) = identity.member() {
+            return Ok(place);
         }
+        // Counted on by others as soon as they hear of it: on disk first.
+        let mut placed = identity.clone();
+        let place = placed.become_member(cluster, id, joining);
+        placed.write(&self.config.data_dir)?;
+        *identity = placed;
         tracing::info!(cluster = format!("{cluster:032x}"), member = %id, joining, "took a place in the cluster");
-        Ok(())
+        Ok(place)
     }
 
     /// Until there is a place: look around, form or join. Then finish what a crash may have left
@@ -87,21 +96,18 @@ impl Inner {
         join.extend(self.invited.lock().iter().cloned());
         if config.peers.len() <= 1 && join.is_empty() {
             let (cluster, id) = (rand::rng().random(), ReplicaId(1));
-            self.take_place(cluster, id, false).await.map_err(|e| self.give_up(&e))?;
-            return self.become_member(cluster, id).await.map_err(|e| self.give_up(&e));
+            return self.settle(cluster, id, false).await;
         }
         match formation::look_around(&self.dialer, &config.info.name, &config.peers, &join).await {
             Finding::Cluster(peer) => {
                 let nonce = self.identity.lock().nonce;
                 let (cluster, id) = formation::ask_to_join(&self.dialer, &peer, nonce, &self.node()).await?;
-                self.take_place(cluster, id, true).await.map_err(|e| self.give_up(&e))?;
-                self.become_member(cluster, id).await.map_err(|e| self.give_up(&e))
+                self.settle(cluster, id, true).await
             }
             Finding::AllFresh(members) => match members.first() {
                 Some((id, first)) if first.name == config.info.name => {
                     let cluster = rand::rng().random();
-                    self.take_place(cluster, *id, false).await.map_err(|e| self.give_up(&e))?;
-                    self.become_member(cluster, *id).await.map_err(|e| self.give_up(&e))
+                    self.settle(cluster, *id, false).await
                 }
                 first => Err(format!(
                     "all peers are here; {} forms the cluster",
@@ -110,6 +116,12 @@ impl Inner {
             },
             Finding::Incomplete(missing) => Err(format!("not reached: {}", missing.join(", "))),
         }
+    }
+
+    /// Takes a place and starts both groups there.
+    async fn settle(self: &Arc<Self>, cluster: u128, id: ReplicaId, joining: bool) -> Result<(), String> {
+        let (cluster, id) = self.take_place(cluster, id, joining).map_err(|e| self.give_up(&e))?;
+        self.become_member(cluster, id).await.map_err(|e| self.give_up(&e))
     }
 
     fn give_up(&self, error: &StartError) -> String {
@@ -320,7 +332,7 @@ impl Inner {
                 let place = self.identity.lock().member();
                 Reply::Hello { name: self.config.info.name.clone(), member: place, initialized }
             }
-            Call::Form { cluster, members } => self.take_part(cluster, &members).await,
+            Call::Form { cluster, members } => self.take_part(cluster, &members),
             Call::Invite { peer } => {
                 if self.identity.lock().member().is_some() {
                     return Reply::Refused(format!("{} already belongs to a cluster", self.config.info.name));
@@ -353,21 +365,17 @@ impl Inner {
     }
 
     /// Writes down a place in a cluster that is being formed, unless there is a past.
-    async fn take_part(&self, cluster: u128, members: &[(ReplicaId, PeerNode)]) -> Reply {
+    fn take_part(&self, cluster: u128, members: &[(ReplicaId, PeerNode)]) -> Reply {
         let Some((id, _)) = members.iter().find(|(_, node)| node.name == self.config.info.name) else {
             return Reply::Refused(format!("{} is not on the list", self.config.info.name));
         };
-        let place = self.identity.lock().member();
-        match place {
-            Some(place) if place == (cluster, *id) => Reply::Done,
-            Some(_) => Reply::Refused(format!("{} belongs to another cluster", self.config.info.name)),
-            None => match self.take_place(cluster, *id, false).await {
-                Ok(()) => {
-                    self.nudge.notify_one();
-                    Reply::Done
-                }
-                Err(error) => Reply::Later(error.to_string()),
-            },
+        match self.take_place(cluster, *id, false) {
+            Ok(place) if place == (cluster, *id) => {
+                self.nudge.notify_one();
+                Reply::Done
+            }
+            Ok(_) => Reply::Refused(format!("{} belongs to another cluster", self.config.info.name)),
+            Err(error) => Reply::Later(error.to_string()),
         }
     }
 

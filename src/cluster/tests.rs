@@ -3,13 +3,24 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::TcpListener;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+
 use super::api::{ControlPlane, MemberOp};
+use super::identity::Identity;
 use super::inner::NodeConfig;
 use super::node::Cluster;
-use crate::ids::{Group, WorkerId, WorkerIx};
+use super::peer::dial::Dialer;
+use super::peer::incoming::{incoming, server};
+use super::peer::link::call_address;
+use super::peer::server::{Host, Served, Service};
+use super::peer::wire::{Call, Reply};
+use super::types::PeerNode;
+use crate::ids::{Group, ReplicaId, WorkerId, WorkerIx};
 use crate::kv::hash::{LocalHash, Seed};
 use crate::routing::recent::TURN;
 use crate::state::command::{CacheCommand, CacheOutcome, ControlCommand, ControlOutcome};
@@ -238,6 +249,71 @@ fn a_replica_without_its_folder_rejoins_under_a_new_id() {
     // And it counts: with another one gone, the two are a quorum.
     r.all[1].crash();
     r.register(2, "with-the-newcomers-vote");
+}
+
+/// Forms a cluster with whoever asks to join it, and answers as if that had not been.
+struct Hasty {
+    other: PeerNode,
+    formed: Mutex<Option<Reply>>,
+}
+
+impl Host for Hasty {
+    fn served(&self) -> Option<Arc<Served>> {
+        None
+    }
+
+    fn call(self: Arc<Self>, call: Call) -> Pin<Box<dyn Future<Output = Reply> + Send>> {
+        Box::pin(async move {
+            match call {
+                Call::Hello { .. } => Reply::Hello {
+                    name: "r1".to_owned(),
+                    member: Some((7, ReplicaId(1))),
+                    initialized: true,
+                },
+                Call::Join { node, .. } => {
+                    let members = vec![(ReplicaId(1), self.other.clone()), (ReplicaId(2), node.clone())];
+                    let form = Call::Form { cluster: 7, members };
+                    let (dialer, within) = (Dialer::new(None), Duration::from_secs(5));
+                    let formed = call_address(&dialer, &node.peer, None, &form, within).await;
+                    *self.formed.lock() = formed.ok();
+                    Reply::Joined { cluster: 7, id: ReplicaId(101) }
+                }
+                other => Reply::Later(format!("{other:?}")),
+            }
+        })
+    }
+}
+
+#[test]
+fn who_is_counted_in_while_it_asks_to_join_stays_who_the_others_count_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let ports = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    let [first, second] = ports.each_ref().map(|port| port.local_addr().unwrap().to_string());
+    let other = PeerNode { name: "r1".to_owned(), peer: first.clone() };
+    let host = Arc::new(Hasty { other, formed: Mutex::default() });
+    let [port, mine] = ports;
+    port.set_nonblocking(true).unwrap();
+    let serving = host.clone();
+    runtime.spawn(async move {
+        let port = tokio::net::TcpListener::from_std(port).unwrap();
+        let incoming = incoming(port, None, CancellationToken::new());
+        server().add_service(Service::serve(serving)).serve_with_incoming(incoming).await
+    });
+    let mut config = NodeConfig::new("r2", dir.path().join("r2"));
+    config.info.peer = second.clone();
+    config.peers = [("r1".to_owned(), first), ("r2".to_owned(), second)].into();
+    let cluster = Cluster::start(config, mine).unwrap();
+    let plane = cluster.control_plane();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while host.formed.lock().is_none() || plane.status().groups.is_empty() {
+        assert!(Instant::now() < deadline, "no place: {:?}", plane.status());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(*host.formed.lock(), Some(Reply::Done), "counted in as member 2 of cluster 7");
+    assert_eq!(plane.status().me, ReplicaId(2));
+    let written = Identity::open(&dir.path().join("r2"), "r2", 0).unwrap();
+    assert_eq!((written.member(), written.joining), (Some((7, ReplicaId(2))), false));
 }
 
 #[test]
