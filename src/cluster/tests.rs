@@ -265,11 +265,9 @@ impl Host for Hasty {
     fn call(self: Arc<Self>, call: Call) -> Pin<Box<dyn Future<Output = Reply> + Send>> {
         Box::pin(async move {
             match call {
-                Call::Hello { .. } => Reply::Hello {
-                    name: "r1".to_owned(),
-                    member: Some((7, ReplicaId(1))),
-                    initialized: true,
-                },
+                Call::Hello { .. } => {
+                    Reply::Hello { name: "r1".to_owned(), member: Some((7, ReplicaId(1))), initialized: true }
+                }
                 Call::Join { node, .. } => {
                     let members = vec![(ReplicaId(1), self.other.clone()), (ReplicaId(2), node.clone())];
                     let form = Call::Form { cluster: 7, members };

@@ -45,6 +45,7 @@ pub(super) struct Dirty {
     pub(super) finished: bool,
     pub(super) guessed: bool,
     pub(super) setbacks: bool,
+    pub(super) blanks: bool,
 }
 
 /// See the module.
@@ -90,6 +91,11 @@ pub(super) struct Choice {
     setbacks: u32,
     /// Tokens that it had at the last of them.
     set_back_at: u64,
+    /// Events without text that the client has of tokens behind the last safe one: an incomplete
+    /// character's, as a rule.
+    blanks: u32,
+    /// So many of them the leg that goes on says again.
+    owed: u32,
     /// First visible character of the content, if tools are offered.
     pub(super) opening: Option<char>,
     /// End of the text that came last, of at least `GUARD` characters where there was as much; it never
@@ -152,12 +158,34 @@ impl Choice {
         self.carried = self.held.len();
         self.leaked = 0;
         self.leg_spoke = false;
+        self.owed = self.blanks;
     }
 
     /// Forgets all but what the client was told: the role.
     pub(super) fn begin_again(&mut self) {
         let dirty = Dirty { role: self.dirty.role, ..Dirty::default() };
-        *self = Self { role: self.role, told: self.told, dirty, ..Self::default() };
+        let (told, blanks) = (self.told, self.blanks);
+        *self = Self { role: self.role, told, blanks, owed: blanks, dirty, ..Self::default() };
+    }
+
+    /// Takes note of an event that shows nothing. Its token is `safe` if its text is held. Whether the
+    /// client has it already, because the leg says again what was behind the cut.
+    pub(super) fn blank(&mut self, safe: bool) -> bool {
+        let again = self.owed > 0;
+        self.owed = self.owed.saturating_sub(1);
+        let blanks = match (safe, again) {
+            (true, _) => self.owed,
+            (false, true) => self.blanks,
+            (false, false) => self.blanks + 1,
+        };
+        self.dirty.blanks |= blanks != self.blanks;
+        self.blanks = blanks;
+        again
+    }
+
+    /// Takes note of an event that shows text.
+    pub(super) fn shows(&mut self) {
+        (self.blanks, self.owed) = (0, 0);
     }
 
     /// How far a leg's offsets into the text are behind the client's.
@@ -269,6 +297,9 @@ impl Choice {
             ids => Op::Tokens(index, ids.to_vec()).write(out),
         }
         self.journaled = self.journaled.max(self.safe);
+        if dirty.blanks && self.blanks > 0 {
+            Op::Blanks(index, self.blanks).write(out);
+        }
         let uncounted = self.uncounted - self.uncounted_journaled;
         if uncounted > 0 {
             Op::Uncounted(index, u32::try_from(uncounted).unwrap_or(u32::MAX)).write(out);
@@ -326,6 +357,11 @@ impl Choice {
         self.told += ids.len() as u64;
         self.spoke = true;
         self.more_characters = true;
+        self.blanks = 0;
+    }
+
+    pub(super) fn restore_blanks(&mut self, count: u32) {
+        self.blanks = count;
     }
 
     pub(super) fn restore_uncounted(&mut self, count: u32) {

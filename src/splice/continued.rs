@@ -212,7 +212,22 @@ impl Splice {
             self.break_off(REASONS);
             return Progress::Failed(Failure::Ambiguous("it may be a marker of reasoning, or text"));
         }
-        self.speak(at, joined, end, out)
+        let before = out.len();
+        let progress = self.speak(at, joined, end, out);
+        let is_silent = count == 0 || plan.shows_more() || !self.says_blanks();
+        if progress == Progress::Going
+            && out.len() == before
+            && !is_silent
+            && !self.choices[at].blank(!text.is_empty())
+        {
+            self.emit_text(at, "", out);
+        }
+        progress
+    }
+
+    /// Whether engines of this kind send an event for a token whose text has to wait. SGLang's chats do not.
+    fn says_blanks(&self) -> bool {
+        !(self.chat && self.head.as_ref().is_some_and(|head| head.sglang))
     }
 
     /// Hands out raw text of a choice, all of it if this is the end, else without what may still
@@ -334,8 +349,11 @@ impl Splice {
         let prompt = self.prompt_of(at);
         let prompt = self.prompts.get(prompt).and_then(Option::as_ref).map_or(0, |ids| ids.len() as u64);
         let state = &mut self.choices[at];
-        state.spoke = true;
         let end = state.finishing.take();
+        if !text.is_empty() || end.is_some() {
+            state.spoke = true;
+            state.shows();
+        }
         if end.is_some() {
             state.finish();
         }

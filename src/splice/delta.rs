@@ -193,19 +193,22 @@ impl Splice {
             state.dirty.role = turn.continues;
         }
         let lists = self.own_lists(turn);
-        let shows_more = plan.token_ids || plan.logprobs || plan.running_usage;
-        let absorbs = turn.continues && (turn.leg != LegId::FIRST || shows_more);
         let bare = !emitted && turn.finish.is_none() && !choice.tool && !choice.other;
-        if bare && ((absorbs && !role) || again) {
+        if bare && !role {
             let state = &mut self.choices[at];
-            state.waiting.extend(lists.map(|lists| (state.ids.len(), lists)));
-            return Ok(Progress::Going);
+            if again || turn.continues && (plan.shows_more() || state.blank(turn.raw.is_some())) {
+                state.waiting.extend(lists.map(|lists| (state.ids.len(), lists)));
+                return Ok(Progress::Going);
+            }
         }
 
         let changes = self.own_changes(turn, shown.as_deref(), lists);
         let mut patch = turn.patch(head, &changes, hides);
         let state = &mut self.choices[at];
         state.spoke |= emitted || turn.finish.is_some() || choice.tool;
+        if emitted {
+            state.shows();
+        }
         if turn.finish.is_some() {
             if turn.continues {
                 state.finish();

@@ -5,7 +5,7 @@
 
 use super::stream::JournalError;
 
-pub(super) const VERSION: u8 = 2;
+pub(super) const VERSION: u8 = 3;
 
 /// What an entry says. Choices are the client's.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -56,6 +56,8 @@ pub(super) enum Op<'a> {
     SetBack(u32, u32),
     /// That a choice does not reason was not seen, but taken from its siblings.
     Guessed(u32),
+    /// Events without text that were delivered of a choice since its last token that is kept.
+    Blanks(u32, u32),
 }
 
 pub(super) fn varint(mut number: u64, out: &mut Vec<u8>) {
@@ -131,6 +133,7 @@ impl Op<'_> {
             Op::Passed => with(21, &[]),
             Op::SetBack(choice, count) => with(22, &[(*choice).into(), (*count).into()]),
             Op::Guessed(choice) => with(23, &[(*choice).into()]),
+            Op::Blanks(choice, count) => with(24, &[(*choice).into(), (*count).into()]),
         }
     }
 }
@@ -227,6 +230,7 @@ impl<'a> Reader<'a> {
             21 => Op::Passed,
             22 => Op::SetBack(self.small()?, self.small()?),
             23 => Op::Guessed(self.small()?),
+            24 => Op::Blanks(self.small()?, self.small()?),
             _ => return Err(JournalError::Damaged),
         };
         Ok(Some(op))
@@ -259,6 +263,7 @@ mod tests {
             Op::Setbacks(2),
             Op::SetBack(1, 3),
             Op::Guessed(300),
+            Op::Blanks(1, 2),
             Op::Broken(3),
             Op::UsageSent,
             Op::Done,

@@ -312,6 +312,12 @@ impl Plan {
         self.continues() && !self.stops.is_empty() && !self.shows_stop
     }
 
+    /// Whether the client is told more of a token than its text. Tokens without text are told with the
+    /// next text then.
+    pub(super) fn shows_more(&self) -> bool {
+        self.token_ids || self.logprobs || self.running_usage
+    }
+
     /// Whether stop strings are looked for here, because they may lie across a cut.
     pub(super) fn searches(&self) -> bool {
         !self.stops.is_empty()

@@ -300,6 +300,7 @@ impl Splice {
             Op::Passed => {}
             Op::SetBack(index, count) => self.known(index)?.restore_setbacks(count),
             Op::Guessed(index) => self.known(index)?.guessed = true,
+            Op::Blanks(index, count) => self.known(index)?.restore_blanks(count),
         }
         Ok(())
     }

@@ -291,6 +291,18 @@ fn sent(outs: &[Out]) -> Vec<Event> {
     events(&lines)
 }
 
+/// By choice: what each event says.
+fn pieces(events: &[Event]) -> BTreeMap<u64, Vec<String>> {
+    let mut all: BTreeMap<u64, Vec<String>> = BTreeMap::new();
+    let values = events.iter().filter_map(|event| serde_json::from_slice::<Value>(&event.data).ok());
+    for choice in values.filter_map(|value| value["choices"].as_array()?.first().cloned()) {
+        let said = [&choice["text"], &choice["delta"]["content"], &choice["delta"]["reasoning"]];
+        let said: String = said.iter().filter_map(|said| said.as_str()).collect();
+        all.entry(choice["index"].as_u64().unwrap()).or_default().push(said);
+    }
+    all
+}
+
 /// A stream is lost only where the engine kept back what the last token says, the marker of
 /// reasoning having begun within a character or within an event of several tokens; where nothing was
 /// seen of a choice nor any reasoning of others; or where what comes is unclear again and again. What
@@ -337,11 +349,17 @@ fn check(case: &Case) -> usize {
     let body = case.body(&stops);
     let mut wanted = View::of(&case.engine().run(case.route(), body.as_bytes(), "a", 0));
     let (mut seams, mut unclear) = (0, 0);
-    let (got, lost) = drive(case, &body, &mut seams, &mut unclear);
-    let mut got = View::of(&got);
+    let (events, lost) = drive(case, &body, &mut seams, &mut unclear);
+    let mut got = View::of(&events);
     if let Some(why) = lost {
         check_lost(case, why, &got, &wanted, &stops, unclear);
         return seams;
+    }
+    if case.coalesce == 1 && !was_guessed(case, &got) {
+        let whole = Case { cuts: Vec::new(), ..case.clone() };
+        let (whole, lost) = drive(&whole, &body, &mut 0, &mut 0);
+        assert!(lost.is_none());
+        assert_eq!(pieces(&events), pieces(&whole), "{body}");
     }
     assert_eq!(got.names.len(), 1, "one id, one created, one model");
     // The first event may be of a replay, and so may its names.

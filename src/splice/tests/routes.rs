@@ -95,9 +95,9 @@ fn a_journal_of_another_version_or_with_damage_is_refused() {
     let plan = plan(StreamRoute::Chat, r#"{"stream":true}"#);
     let read = |entry: &'static [u8]| Splice::restore(plan.clone(), [entry]).map(|_| ());
     assert_eq!(read(&[9, 1, 5]), Err(JournalError::Version(9)));
-    assert_eq!(read(&[2, 99]), Err(JournalError::Damaged));
-    assert_eq!(read(&[2, 2, 200, 1, 1, 7]), Err(JournalError::Damaged));
-    assert_eq!(read(&[2, 1, 7]), Ok(()));
+    assert_eq!(read(&[3, 99]), Err(JournalError::Damaged));
+    assert_eq!(read(&[3, 2, 200, 1, 1, 7]), Err(JournalError::Damaged));
+    assert_eq!(read(&[3, 1, 7]), Ok(()));
 }
 
 /// A chat whose only text is one event of reasoning with two tokens.
