@@ -111,8 +111,8 @@ impl Tally {
         self.aways.merge(&other.aways);
     }
 
-    /// Prints everything, for a record.
-    pub fn print(&self, hurts: &[Hurt]) {
+    /// Prints everything, for a record. Where nobody is hurt, two events are a `step` apart.
+    pub fn print(&self, hurts: &[Hurt], step: Duration) {
         let mut lost: BTreeMap<&str, u32> = BTreeMap::new();
         self.lost.iter().for_each(|lost_one| *lost.entry(lost_one.client).or_default() += 1);
         let mut clients: Vec<&str> = self.good.keys().chain(lost.keys()).copied().collect();
@@ -125,13 +125,17 @@ impl Tally {
             println!("  {client:20} good {good:6}  lost {:5}  wrong {wrong}", of(&lost));
         }
         println!("  {} times a client read over a seam, {} times one came back", self.seams, self.returns);
-        let mut pauses: BTreeMap<String, Figures> = BTreeMap::new();
+        let mut pauses: BTreeMap<String, (Figures, Figures)> = BTreeMap::new();
         for pause in &self.pauses {
             let cause = cause(pause, hurts).map_or_else(|| "nothing that is known".to_owned(), Hurt::kind);
-            pauses.entry(cause).or_default().add(pause.until - pause.from);
+            let (all, beyond) = pauses.entry(cause).or_default();
+            let took = pause.until - pause.from;
+            all.add(took);
+            beyond.add(took.saturating_sub(step));
         }
-        for (cause, figures) in pauses {
-            println!("  between two events, over a seam after {cause}: {figures}");
+        for (cause, (all, beyond)) in pauses {
+            println!("  between two events, over a seam after {cause}: {all}");
+            println!("    without the step that there is between any two: {beyond}");
         }
         println!("  between two events, where the client came back: {}", self.aways);
     }

@@ -9,7 +9,7 @@ use chaos_tests::load::{Answers, Load};
 use chaos_tests::wait::until;
 use chaos_tests::writes::{Manner, Promises, Writers, longest_gap};
 
-const KILLS: usize = 10;
+const KILLS: usize = 6;
 
 /// Writes may stand still this long; a generous bound, the figures are printed.
 const GAP: Duration = Duration::from_secs(5);

@@ -255,7 +255,7 @@ async fn streams_go_on_through_the_deaths_of_replicas_and_workers() {
     for (kind, count) in hurter.kinds() {
         println!("  {count:4} {kind}");
     }
-    tally.print(&hurter.hurts);
+    tally.print(&hurter.hurts, Duration::from_millis(step as u64));
     println!("  until no other replica counts a request of a killed one: {}", hurter.load_gone);
     let resumed = std::fs::read_to_string(&shim_log).unwrap_or_default().matches("a stream goes on").count();
     println!("  {resumed} times the shim came back");
