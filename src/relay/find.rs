@@ -8,7 +8,7 @@ use futures_util::future::{Either, join_all, select};
 use super::Durability;
 use super::copy::{Copy, Role};
 use super::hub::{Entry, ORDER_TIMEOUT, Relays, head_of};
-use super::link::caller::{Ticket, Wanted};
+use super::link::caller::{AskError, Ticket, Wanted};
 use super::link::{end_from_wire, line_from_wire};
 use super::log::Log;
 use super::order::{Head, Order};
@@ -54,6 +54,15 @@ pub enum Missing {
     Gone,
     /// Nobody knows at the moment.
     Unavailable,
+}
+
+/// Why a process gives no copy of a stream.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Absent {
+    /// It says that it has none, or it has died, and what it had with it.
+    Surely,
+    /// It does not answer: it may be frozen or cut off, and have it.
+    Silent,
 }
 
 impl Relays {
@@ -119,18 +128,24 @@ impl Relays {
             let me = self.view().me.map(Holder::Replica);
             let mut places = vec![record.holder];
             places.extend(record.mirror.map(Holder::Replica));
+            let mut absent = Absent::Surely;
             for place in places.into_iter().filter(|place| Some(*place) != me) {
-                if let Some(entry) = self.mirror_from(id, place).await {
-                    return Ok(Found { copy: Arc::clone(&entry.copy), entry: Some(entry), ticket: None });
+                match self.mirror_from(id, place).await {
+                    Ok(entry) => {
+                        return Ok(Found { copy: Arc::clone(&entry.copy), entry: Some(entry), ticket: None });
+                    }
+                    Err(Absent::Silent) => absent = Absent::Silent,
+                    Err(Absent::Surely) => {}
                 }
             }
-            if record.ended.is_some() {
+            let ended = record.ended.is_some();
+            if ended && absent == Absent::Surely {
                 return Err(Missing::Forgotten);
             }
             if Instant::now() >= until {
-                return Err(Missing::Gone);
+                return Err(if ended { Missing::Unavailable } else { Missing::Gone });
             }
-            // Being taken over, by whoever has a copy.
+            // Being taken over by whoever has a copy; or with somebody who may come back to himself.
             tokio::time::sleep(PAUSE).await;
         }
     }
@@ -173,16 +188,28 @@ impl Relays {
     }
 
     /// A whole copy of a stream that somebody else has.
-    pub(super) async fn mirror_from(self: &Arc<Self>, id: StreamId, place: Holder) -> Option<Arc<Entry>> {
-        let link = self.link_to(place).await?;
+    pub(super) async fn mirror_from(
+        self: &Arc<Self>,
+        id: StreamId,
+        place: Holder,
+    ) -> Result<Arc<Entry>, Absent> {
+        let Some(link) = self.link_to(place).await else {
+            let is_gone = self.address_of(place).await.is_none() || self.is_dead(place).await;
+            return Err(if is_gone { Absent::Surely } else { Absent::Silent });
+        };
         let wanted = Wanted { whole: true, ..Wanted::default() };
-        let (ticket, accepted) = link.attach(id, wanted, ORDER_TIMEOUT).await.ok()?;
-        let order = codec::decode::<Order>(&accepted.order).ok()?;
+        let (ticket, accepted) = match link.attach(id, wanted, ORDER_TIMEOUT).await {
+            Ok(answer) => answer,
+            Err(AskError::Refused(..)) => return Err(Absent::Surely),
+            Err(AskError::Broken | AskError::Timeout) => return Err(Absent::Silent),
+        };
+        let order = codec::decode::<Order>(&accepted.order).map_err(|_| Absent::Surely)?;
         if let Some(entry) = self.get(id).filter(|entry| !entry.copy.is_closed()) {
             // Somebody else asked at the same time.
-            return Some(entry);
+            return Ok(entry);
         }
-        let parts = (Log::after(accepted.first, &accepted.journal), line_from_wire(accepted.line)?);
+        let line = line_from_wire(accepted.line).ok_or(Absent::Surely)?;
+        let parts = (Log::after(accepted.first, &accepted.journal), line);
         let bound = self.options.stream_bytes;
         let copy = Copy::new(id, Arc::new(order), Role::Mirror, accepted.attempt, parts, bound);
         copy.set_head_if_any(head_of(&accepted.head));
@@ -190,7 +217,7 @@ impl Relays {
         let entry = match self.put_first(Arc::clone(&copy)) {
             Ok(entry) => entry,
             Err(there) if there.copy.is_closed() => self.put(Arc::clone(&copy)),
-            Err(there) => return Some(there),
+            Err(there) => return Ok(there),
         };
         entry.set_source(place);
         if self.view().me.is_some() {
@@ -200,6 +227,6 @@ impl Relays {
         link.receive(&ticket, &copy);
         *slot = Some((ticket, place));
         drop(slot);
-        Some(entry)
+        Ok(entry)
     }
 }

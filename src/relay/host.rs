@@ -102,8 +102,8 @@ impl Host for Relays {
                 return Err((Why::NoSuchStream, "no such stream here".to_owned()));
             }
             match self.mirror_from(id, Holder::Replica(ReplicaId(via))).await {
-                Some(entry) => Ok(Arc::clone(&entry.copy)),
-                None => Err((Why::NoSuchStream, "it cannot be had from there".to_owned())),
+                Ok(entry) => Ok(Arc::clone(&entry.copy)),
+                Err(_) => Err((Why::NoSuchStream, "it cannot be had from there".to_owned())),
             }
         })
     }

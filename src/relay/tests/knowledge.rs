@@ -1,6 +1,7 @@
 //! What has begun, what has ended, and what is still on its way, where processes die in between.
 
 use super::*;
+use crate::relay::find::Missing;
 use crate::relay::link::caller::Wanted;
 use crate::relay::log::Log;
 
@@ -70,6 +71,30 @@ async fn a_stream_whose_end_died_with_its_holder_is_finished_again() {
     assert_eq!(read(&mut listener, u64::MAX / 2).await, 300);
     let began: Vec<u32> = cluster.engines.began.lock().iter().map(|(attempt, _)| *attempt).collect();
     assert!(began.len() == 2 && began[1] > 1, "{began:?}");
+}
+
+/// One that is frozen is connected to all the same, and says nothing.
+#[tokio::test]
+async fn what_has_ended_is_not_taken_for_forgotten_while_somebody_does_not_answer() {
+    let options = Options { takeover: Duration::from_millis(1500), ..Options::default() };
+    let mut cluster = Cluster::new(3, numbers(30), &options).await;
+    let (id, mut listener) = cluster.begin(1, true, 60_000).await;
+    assert_eq!(read(&mut listener, u64::MAX / 2).await, 30);
+    eventually("its end is known", || cluster.world.record(id).is_some_and(|r| r.ended.is_some())).await;
+    let holder = cluster.holder(id);
+    let other = (0..3).find(|at| ![1, holder].contains(at)).unwrap();
+    let mut frozen = cluster.world.members.lock()[holder].clone();
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    frozen.address = mute.local_addr().unwrap().to_string();
+    cluster.kill(holder);
+    cluster.kill(1);
+    cluster.world.members.lock().push(frozen);
+    cluster.hub(other).look();
+    let refused = cluster.hub(other).resume(id, 10, None).await.err();
+    assert_eq!(refused, Some(Refused::Missing(Missing::Unavailable)), "it may have it");
+    drop(mute);
+    let refused = cluster.hub(other).resume(id, 10, None).await.err();
+    assert_eq!(refused, Some(Refused::Missing(Missing::Forgotten)), "it has died");
 }
 
 #[tokio::test]
