@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -64,6 +64,8 @@ pub struct Entry {
     pub(super) local: AtomicBool,
     /// Another replica is being asked to get a copy.
     pub(super) spreading: AtomicBool,
+    /// Another replica that was given a copy from here; 0 where none was.
+    pub(super) second: AtomicU64,
     /// Clients here that listen to it by way of another replica's copy.
     pub(super) detours: AtomicU32,
 }
@@ -81,6 +83,7 @@ impl Entry {
             is_agents: AtomicBool::new(false),
             local: AtomicBool::new(false),
             spreading: AtomicBool::new(false),
+            second: AtomicU64::new(0),
             detours: AtomicU32::new(0),
         })
     }

@@ -98,6 +98,30 @@ async fn what_has_ended_is_not_taken_for_forgotten_while_somebody_does_not_answe
 }
 
 #[tokio::test]
+async fn what_has_ended_is_copied_again_when_one_of_two_who_have_it_dies() {
+    let mut cluster = Cluster::new(3, numbers(30), &Options::default()).await;
+    let (id, mut listener) = cluster.begin(1, true, 60_000).await;
+    assert_eq!(read(&mut listener, u64::MAX / 2).await, 30);
+    eventually("its end is known", || cluster.world.record(id).is_some_and(|r| r.ended.is_some())).await;
+    let holder = cluster.holder(id);
+    let other = (0..3).find(|at| ![1, holder].contains(at)).unwrap();
+    assert!(cluster.hub(other).get(id).is_none(), "two are enough while both live");
+    let mut dead = cluster.world.members.lock()[holder].clone();
+    dead.alive = false;
+    cluster.kill(holder);
+    cluster.world.members.lock().push(dead);
+    eventually("the third has it", || {
+        cluster.hub(other).get(id).is_some_and(|entry| entry.copy.ended() && entry.copy.next() == 30)
+    })
+    .await;
+    assert_eq!(cluster.world.record(id).unwrap().mirror, Some(ReplicaId(other as u64 + 1)));
+    cluster.kill(1);
+    let again = cluster.hub(other).resume(id, 10, None).await;
+    let mut again = again.unwrap_or_else(|refused| panic!("{refused:?}"));
+    assert_eq!(read(&mut again, u64::MAX / 2).await, 30);
+}
+
+#[tokio::test]
 async fn a_stream_that_nobody_has_any_more_is_begun_again_for_who_has_read_nothing() {
     let cluster = Cluster::new(3, numbers(50), &Options::default()).await;
     let (id, listener) = cluster.begin(1, true, 60_000).await;
