@@ -64,7 +64,8 @@ pub struct Entry {
     pub(super) local: AtomicBool,
     /// Another replica is being asked to get a copy.
     pub(super) spreading: AtomicBool,
-    /// Another replica that was given a copy from here; 0 where none was.
+    /// Another replica that has a copy of what has ended, having been asked to; this one, where nobody took
+    /// it; 0 before anybody was asked.
     pub(super) second: AtomicU64,
     /// Clients here that listen to it by way of another replica's copy.
     pub(super) detours: AtomicU32,

@@ -24,21 +24,25 @@ impl Relays {
             return;
         }
         let all_alive = view.peers.iter().all(|peer| peer.alive);
-        let is_here = |id| view.peers.iter().any(|peer| peer.alive && peer.id == id);
-        let last_one = |entry: &Arc<Entry>| !all_alive && view.me.is_some() && entry.is_last_one(is_here);
+        let lives = |id| Some(id) == view.me || view.peers.iter().any(|peer| peer.alive && peer.id == id);
+        let last_one = |entry: &Arc<Entry>| !all_alive && view.me.is_some() && entry.is_last_one(lives);
         let alone = entries.iter().filter(|entry| entry.is_alone() || last_one(entry)).take(AT_ONCE);
         for entry in alone.filter(|entry| !entry.spreading.swap(true, Ordering::AcqRel)) {
             let (this, entry) = (Arc::clone(&this), Arc::clone(entry));
             // Ends with the peers that can be asked, each within a time limit.
             self.spawn(async move {
                 let ran = !entry.copy.ended();
-                if let Some(other) = this.have_mirrored(&entry).await {
+                let other = this.have_mirrored(&entry).await;
+                if let Some(other) = other {
                     tracing::debug!(stream = %entry.copy.id, %other, "copied to another replica");
-                    entry.second.store(other.0, Ordering::Release);
-                    if ran {
-                        // Who reads here would be ahead of that copy.
-                        entry.copy.send_clients_away();
-                    }
+                }
+                if other.is_some() && ran {
+                    // Who reads here would be ahead of that copy.
+                    entry.copy.send_clients_away();
+                }
+                if !ran && let Some(second) = other.or(this.view().me) {
+                    // What nobody takes stays here: it may be that too much of it is forgotten.
+                    entry.second.store(second.0, Ordering::Release);
                 }
                 entry.spreading.store(false, Ordering::Release);
             });
