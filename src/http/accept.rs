@@ -13,7 +13,8 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -175,7 +176,8 @@ impl Drop for Place {
 }
 
 /// Where accepted connections are served: an I/O thread with its own runtime, its own pool of
-/// connections to workers, and nothing shared but counters.
+/// connections to workers, and nothing shared but counters. The first of them accepts, and keeps what
+/// comes while it has no more connections than the others.
 struct Lane {
     connections: mpsc::Sender<Accepted>,
     open: Arc<AtomicUsize>,
@@ -183,17 +185,28 @@ struct Lane {
     ended: oneshot::Receiver<()>,
 }
 
-/// A connection on its way to a lane.
+/// A connection on its way to another lane.
 struct Accepted {
     stream: std::net::TcpStream,
     peer: SocketAddr,
-    /// Given back when the connection is closed.
-    place: Place,
-    on_lane: OnLane,
+    held: Held,
+}
+
+/// What a connection takes up until it is closed.
+struct Held {
+    _place: Place,
+    _on_lane: OnLane,
 }
 
 /// Counts a connection on its lane until it is closed.
 struct OnLane(Arc<AtomicUsize>);
+
+impl OnLane {
+    fn new(open: &Arc<AtomicUsize>) -> Self {
+        open.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(open))
+    }
+}
 
 impl Drop for OnLane {
     fn drop(&mut self) {
@@ -215,139 +228,225 @@ pub(super) async fn run(
     shutdown: CancellationToken,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
-    let listener = TcpListener::from_std(listener)?;
-    let options = &front.config.accept;
-    let census = Arc::new(Census::default());
+    for_connections(&SockRef::from(&listener))?;
     let mut lanes = Vec::new();
-    for number in 0..threads.max(1) {
-        lanes.push(start_lane(number, threads > 0, &front, plane, shutdown.clone())?);
+    for number in 1..threads {
+        let (connections, incoming) = mpsc::channel(HANDED_OVER);
+        let (tell, ended) = oneshot::channel();
+        lanes.push(Lane { connections, open: Arc::default(), ended });
+        let (front, shutdown) = (Arc::clone(&front), shutdown.clone());
+        on_thread(number, async move {
+            let connections = Connections::new(front, plane, shutdown);
+            connections.serve(Handed(incoming), true).await;
+            let _ = tell.send(());
+        })?;
     }
-    let mut turn = 0;
-    loop {
-        let accepted = tokio::select! {
-            biased;
-            () = shutdown.cancelled() => break,
-            accepted = listener.accept() => accepted,
+    let accept = async move {
+        let connections = Connections::new(Arc::clone(&front), plane, shutdown.clone());
+        let acceptor = Acceptor {
+            listener: TcpListener::from_std(listener)?,
+            front,
+            plane,
+            census: Arc::default(),
+            open: Arc::default(),
+            lanes,
+            shutdown,
         };
-        // Taken off this runtime; its lane's will drive it.
-        let accepted = accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer)));
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::debug!(%error, "accept failed");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let Some(place) = census.enter(peer.ip(), options, &front.metrics.connections) else {
-            front.metrics.reject(Code::TooManyConnections.as_str());
-            turn_away(stream, front.tls(plane).is_some());
-            continue;
-        };
-        turn = (turn + 1) % lanes.len();
-        let Some(lane) = quietest(&lanes, turn) else {
-            return Err(io::Error::other("every thread that serves connections has ended"));
-        };
-        lane.open.fetch_add(1, Ordering::AcqRel);
-        let accepted = Accepted { stream, peer, place, on_lane: OnLane(Arc::clone(&lane.open)) };
-        if let Err(mpsc::error::TrySendError::Full(accepted) | mpsc::error::TrySendError::Closed(accepted)) =
-            lane.connections.try_send(accepted)
-        {
-            front.metrics.reject(Code::TooManyConnections.as_str());
-            turn_away(accepted.stream, front.tls(plane).is_some());
+        // Who accepts no more tells all before it waits: the grace time is one for all.
+        for ended in connections.serve(acceptor, threads > 0).await {
+            let _ = ended.await;
         }
+        Ok(())
+    };
+    if threads == 0 {
+        return accept.await;
     }
-    drop(listener);
-    // All are told before any is waited for: the grace time is one for all.
-    let ends: Vec<_> = lanes.into_iter().map(|lane| lane.ended).collect();
-    for ended in ends {
-        let _ = ended.await;
-    }
+    let (tell, ended) = oneshot::channel();
+    on_thread(0, async move {
+        let _ = tell.send(accept.await);
+    })?;
+    ended.await.unwrap_or_else(|_| Err(io::Error::other("the thread that accepts connections has ended")))
+}
+
+/// Sets what a connection is to have, on Linux of a listener, whose connections have it too: two calls
+/// less for each.
+fn for_connections(socket: &SockRef<'_>) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    // Where that fails, the system's own bound holds.
+    #[cfg(target_os = "linux")]
+    let _ = socket.set_tcp_notsent_lowat(UNSENT);
     Ok(())
 }
 
-/// The lane with the fewest connections, of several the next from `turn` on. One whose thread has
-/// ended has the fewest of all, and serves nobody.
-fn quietest(lanes: &[Lane], turn: usize) -> Option<&Lane> {
-    let (before, after) = lanes.split_at(turn);
-    let alive = after.iter().chain(before).filter(|lane| !lane.connections.is_closed());
-    alive.min_by_key(|lane| lane.open.load(Ordering::Relaxed))
+/// Runs `lane` on a thread of its own.
+fn on_thread(number: usize, lane: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name(format!("http-{number}")).spawn(move || {
+        drive_links_here();
+        runtime.block_on(lane);
+        // Handlers that outlive their connection (none should) end here.
+        runtime.shutdown_background();
+    })?;
+    Ok(())
 }
 
-fn start_lane(
-    number: usize,
-    own_thread: bool,
-    front: &Arc<Front>,
-    plane: Listener,
-    shutdown: CancellationToken,
-) -> io::Result<Lane> {
-    let (connections, incoming) = mpsc::channel(HANDED_OVER);
-    let (tell, ended) = oneshot::channel();
-    let lane = Lane { connections, open: Arc::default(), ended };
-    let front = Arc::clone(front);
-    let run = async move {
-        serve_lane(incoming, front, plane, own_thread, shutdown).await;
-        let _ = tell.send(());
-    };
-    if own_thread {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        std::thread::Builder::new().name(format!("http-{number}")).spawn(move || {
-            drive_links_here();
-            runtime.block_on(run);
-            // Handlers that outlive their connection (none should) end here.
-            runtime.shutdown_background();
-        })?;
-    } else {
-        tokio::spawn(run);
+/// Where a lane's connections come from.
+trait Arrivals {
+    /// Of what the end is to be waited for when none comes any more.
+    type Rest;
+
+    /// The next one; `None` after the last. Cancel-safe.
+    fn next(&mut self) -> impl Future<Output = Option<(TcpStream, SocketAddr, Held)>> + Send;
+
+    /// None is to come any more.
+    fn rest(self) -> Self::Rest;
+}
+
+/// From the lane that accepts.
+struct Handed(mpsc::Receiver<Accepted>);
+
+impl Arrivals for Handed {
+    type Rest = ();
+
+    async fn next(&mut self) -> Option<(TcpStream, SocketAddr, Held)> {
+        loop {
+            let Accepted { stream, peer, held } = self.0.recv().await?;
+            if let Ok(stream) = TcpStream::from_std(stream) {
+                return Some((stream, peer, held));
+            }
+        }
     }
-    Ok(lane)
+
+    fn rest(self) {}
+}
+
+/// From the listener: what this lane keeps of it. The rest is handed to others.
+struct Acceptor {
+    listener: TcpListener,
+    front: Arc<Front>,
+    plane: Listener,
+    census: Arc<Census>,
+    /// Connections of this lane.
+    open: Arc<AtomicUsize>,
+    /// The others.
+    lanes: Vec<Lane>,
+    shutdown: CancellationToken,
+}
+
+impl Arrivals for Acceptor {
+    type Rest = Vec<oneshot::Receiver<()>>;
+
+    async fn next(&mut self) -> Option<(TcpStream, SocketAddr, Held)> {
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = self.shutdown.cancelled() => return None,
+                accepted = self.listener.accept() => accepted,
+            };
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::debug!(%error, "accept failed");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let options = &self.front.config.accept;
+            let Some(place) = self.census.enter(peer.ip(), options, &self.front.metrics.connections) else {
+                self.turn_away(stream.into_std());
+                continue;
+            };
+            let Some(lane) = quieter(&self.lanes, &self.open) else {
+                return Some((stream, peer, Held { _place: place, _on_lane: OnLane::new(&self.open) }));
+            };
+            // Taken off this runtime; its lane's will drive it.
+            let Ok(stream) = stream.into_std() else { continue };
+            let held = Held { _place: place, _on_lane: OnLane::new(&lane.open) };
+            if let Err(TrySendError::Full(accepted) | TrySendError::Closed(accepted)) =
+                lane.connections.try_send(Accepted { stream, peer, held })
+            {
+                self.turn_away(Ok(accepted.stream));
+            }
+        }
+    }
+
+    fn rest(self) -> Self::Rest {
+        self.lanes.into_iter().map(|lane| lane.ended).collect()
+    }
+}
+
+impl Acceptor {
+    fn turn_away(&self, stream: io::Result<std::net::TcpStream>) {
+        self.front.metrics.reject(Code::TooManyConnections.as_str());
+        if let Ok(stream) = stream {
+            turn_away(stream, self.front.tls(self.plane).is_some());
+        }
+    }
+}
+
+/// The lane with the fewest connections, if it has fewer than this one. One whose thread has ended has
+/// the fewest of all, and serves nobody.
+fn quieter<'a>(others: &'a [Lane], here: &AtomicUsize) -> Option<&'a Lane> {
+    let open = |lane: &&Lane| lane.open.load(Ordering::Relaxed);
+    let quietest = others.iter().filter(|lane| !lane.connections.is_closed()).min_by_key(open)?;
+    (open(&quietest) < here.load(Ordering::Relaxed)).then_some(quietest)
 }
 
 /// How often a lane looks after its idle connections to workers.
 const SWEEP: Duration = Duration::from_secs(1);
 
-async fn serve_lane(
-    mut incoming: mpsc::Receiver<Accepted>,
+/// The connections of a lane.
+struct Connections {
     front: Arc<Front>,
     plane: Listener,
-    own_thread: bool,
     shutdown: CancellationToken,
-) {
-    let shard = Shard::new(front);
-    let options = Arc::new(shard.front.config.accept.clone());
-    let tls = shard.front.tls(plane).cloned();
-    let connections = TaskTracker::new();
-    let force = CancellationToken::new();
-    let mut sweep = tokio::time::interval(SWEEP);
-    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let watching = Arc::clone(&shard);
-    // Where the thread is shared, others are busy on it.
-    let awake = own_thread.then(|| tokio::spawn(async move { watching.awake.keep().await }));
-    loop {
-        let accepted = tokio::select! {
-            accepted = incoming.recv() => accepted,
-            _ = sweep.tick() => {
-                shard.pool.sweep();
-                continue;
-            }
-        };
-        let Some(Accepted { stream, peer, place, on_lane }) = accepted else { break };
-        let Ok(stream) = TcpStream::from_std(stream) else { continue };
-        let service = FrontService::new(Arc::clone(&shard), plane, peer);
-        let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
-        let tls = tls.clone();
-        connections.spawn(async move {
-            serve(stream, tls.as_deref(), service, &options, shutdown, force).await;
-            drop((place, on_lane));
-        });
+}
+
+impl Connections {
+    fn new(front: Arc<Front>, plane: Listener, shutdown: CancellationToken) -> Self {
+        Self { front, plane, shutdown }
     }
-    connections.close();
-    if tokio::time::timeout(options.grace, connections.wait()).await.is_err() {
-        force.cancel();
-        connections.wait().await;
-    }
-    if let Some(awake) = awake {
-        awake.abort();
+
+    /// Serves what comes, to the end of the last one.
+    async fn serve<A: Arrivals>(self, mut arrivals: A, own_thread: bool) -> A::Rest {
+        let Self { front, plane, shutdown } = self;
+        let shard = Shard::new(front);
+        let options = Arc::new(shard.front.config.accept.clone());
+        let tls = shard.front.tls(plane).cloned();
+        let connections = TaskTracker::new();
+        let force = CancellationToken::new();
+        let mut sweep = tokio::time::interval(SWEEP);
+        sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let watching = Arc::clone(&shard);
+        // Where the thread is shared, others are busy on it.
+        let awake = own_thread.then(|| tokio::spawn(async move { watching.awake.keep().await }));
+        loop {
+            let arrival = tokio::select! {
+                arrival = arrivals.next() => arrival,
+                _ = sweep.tick() => {
+                    shard.pool.sweep();
+                    continue;
+                }
+            };
+            let Some((stream, peer, held)) = arrival else { break };
+            let service = FrontService::new(Arc::clone(&shard), plane, peer);
+            let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
+            let tls = tls.clone();
+            connections.spawn(async move {
+                serve(stream, tls.as_deref(), service, &options, shutdown, force).await;
+                drop(held);
+            });
+        }
+        let rest = arrivals.rest();
+        connections.close();
+        if tokio::time::timeout(options.grace, connections.wait()).await.is_err() {
+            force.cancel();
+            connections.wait().await;
+        }
+        if let Some(awake) = awake {
+            awake.abort();
+        }
+        rest
     }
 }
 
@@ -374,12 +473,10 @@ async fn serve(
     shutdown: CancellationToken,
     force: CancellationToken,
 ) {
-    if stream.set_nodelay(true).is_err() {
+    #[cfg(not(target_os = "linux"))]
+    if for_connections(&SockRef::from(&stream)).is_err() {
         return;
     }
-    // Where that fails, the system's own bound holds.
-    #[cfg(target_os = "linux")]
-    let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
     let accepted = Instant::now();
     let secured = tokio::select! {
         secured = secure(tls, stream, options.timeouts.first_byte) => secured,
@@ -467,16 +564,29 @@ mod tests {
             lanes.push(Lane { connections, open: Arc::new(AtomicUsize::new(open)), ended });
             ends.push(incoming);
         }
-        let found =
-            |turn| quietest(&lanes, turn).map(|lane| lanes.iter().position(|l| std::ptr::eq(l, lane)));
-        assert_eq!([0, 1, 2].map(found), [1, 1, 2].map(|at| Some(Some(at))));
+        let found = |lanes: &[Lane], here| {
+            quieter(lanes, &AtomicUsize::new(here))
+                .and_then(|lane| lanes.iter().position(|l| std::ptr::eq(l, lane)))
+        };
+        // Where it was accepted there is no thread to wake.
+        assert_eq!([1, 2, 3].map(|here| found(&lanes, here)), [None, None, Some(1)]);
         // The thread of one has panicked: its connections are gone, and so is its end of the channel.
         ends.remove(1);
         lanes[1].open.store(0, Ordering::Relaxed);
-        let found =
-            |turn| quietest(&lanes, turn).map(|lane| lanes.iter().position(|l| std::ptr::eq(l, lane)));
-        assert_eq!([0, 1, 2].map(found), [Some(Some(2)); 3]);
+        assert_eq!([1, 2, 3].map(|here| found(&lanes, here)), [None, None, Some(2)]);
         drop(ends);
-        assert!(quietest(&lanes, 0).is_none());
+        assert_eq!(found(&lanes, 100), None);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_set_of_a_listener_holds_of_its_connections() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for_connections(&SockRef::from(&listener)).unwrap();
+        let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let accepted = SockRef::from(&accepted);
+        assert!(accepted.tcp_nodelay().unwrap());
+        assert_eq!(accepted.tcp_notsent_lowat().unwrap(), UNSENT);
     }
 }

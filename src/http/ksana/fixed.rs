@@ -274,7 +274,8 @@ impl Begun {
         let mut response = Response::new(());
         *response.status_mut() = self.status;
         *response.headers_mut() = std::mem::take(&mut self.headers);
-        let rest = Rest { begun: self, tracked, deadline };
+        // Boxed, as each piece takes it and gives it back.
+        let rest = Box::new(Rest { begun: self, tracked, deadline });
         let body = Body::from_stream(stream::unfold(Some(rest), |rest| async move { rest?.piece().await }));
         response.map(|()| FrontBody::legs(body))
     }
@@ -289,7 +290,7 @@ struct Rest {
 
 impl Rest {
     /// The next piece, and what is left then.
-    async fn piece(mut self) -> Option<(Result<Bytes, BodyError>, Option<Self>)> {
+    async fn piece(mut self: Box<Self>) -> Option<(Result<Bytes, BodyError>, Option<Box<Self>>)> {
         let ending = self.begun.ending;
         match self.begun.next(self.deadline).await {
             Next::Bytes(bytes) => Some((Ok(bytes), Some(self))),
