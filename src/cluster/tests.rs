@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use super::api::{ControlPlane, MemberOp};
+use super::api::{ClusterError, ControlPlane, MemberOp};
 use super::identity::Identity;
 use super::inner::NodeConfig;
 use super::node::Cluster;
@@ -125,7 +125,14 @@ impl Replicas {
 
     pub(super) fn register(&self, i: usize, id: &str) {
         let command = ControlCommand::RegisterWorker { spec: spec(id), heartbeats: true };
-        let outcome = self.runtime.block_on(self.plane(i).propose(command)).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let outcome = loop {
+            match self.runtime.block_on(self.plane(i).propose(command.clone())) {
+                // A busy machine may need longer to elect its first leader than a proposal waits.
+                Err(ClusterError::Unavailable { .. }) if Instant::now() < deadline => {}
+                other => break other.unwrap(),
+            }
+        };
         assert!(matches!(outcome, ControlOutcome::Registered { .. }), "{outcome:?}");
         assert!(
             self.plane(i).registry().worker(&WorkerId::parse(id).unwrap()).is_some(),
