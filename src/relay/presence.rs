@@ -32,14 +32,8 @@ impl Presence {
 
     /// Whether it was away a moment ago. Until the first tick nobody knows of any absence.
     pub(super) fn was_away_lately(&self, now: Instant) -> bool {
-        self.was_away_since(None, now)
-    }
-
-    /// The same, but if it was back at `since`, or before, that does not matter.
-    pub(super) fn was_away_since(&self, since: Option<Instant>, now: Instant) -> bool {
         let seen = self.0.lock();
-        let lately = |back: Instant| now.saturating_duration_since(back) < LATELY;
-        seen.is_away(now) || seen.back.is_some_and(|back| Some(back) > since && lately(back))
+        seen.is_away(now) || seen.back.is_some_and(|back| now.saturating_duration_since(back) < LATELY)
     }
 }
 
@@ -67,8 +61,6 @@ mod tests {
             let now = start + ms(1500 + late);
             presence.tick(now);
             assert_eq!(presence.was_away_lately(now), late < 3000, "{late} ms later");
-            let since = now.checked_sub(ms(1000));
-            assert_eq!(presence.was_away_since(since, now), late < 1000, "{late} ms later");
         }
     }
 }

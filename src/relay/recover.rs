@@ -65,18 +65,13 @@ impl Relays {
     }
 
     /// Whether only the link was lost: its holder has the stream still, or somebody else by now. This
-    /// process may have been away itself, and then knows less than others do; not if it has been here for
-    /// all the time that the holder was silent. One that nobody listens at lets those go first who have a
-    /// client: they know what was read.
-    async fn is_still_held(self: &Arc<Self>, entry: &Arc<Entry>, holder: Holder, lost: Lost) -> bool {
+    /// process may have been away itself, and then knows less than others do. One that nobody listens
+    /// at lets those go first who have a client: they know what was read.
+    async fn is_still_held(self: &Arc<Self>, entry: &Arc<Entry>, holder: Holder, patience: Duration) -> bool {
         let _ = entry.ticket.lock().take();
         let began = Instant::now();
-        let (patience, since) = match lost {
-            Lost::Silence => (AGAIN, began.checked_sub(self.options.silence)),
-            _ => (CLOSED_AGAIN, None),
-        };
         loop {
-            let was_away = self.presence.was_away_since(since, Instant::now());
+            let was_away = self.presence.was_away_lately(Instant::now());
             let until = began + if was_away { BACK_AGAIN.max(patience) } else { patience };
             match tokio::time::timeout_at(until.into(), self.follow_at(entry, holder, 0)).await {
                 Ok(Followed::Yes) => return true,
@@ -134,11 +129,14 @@ impl Relays {
                 return;
             }
             tracing::debug!(stream = %entry.copy.id, ?holder, ?lost, "source lost");
-            let may_live = match lost {
-                Lost::Link | Lost::Silence => true,
-                Lost::Refused(_) | Lost::Leaving | Lost::Ended => false,
+            let patience = match lost {
+                Lost::Link => Some(CLOSED_AGAIN),
+                Lost::Silence => Some(AGAIN),
+                Lost::Refused(_) | Lost::Leaving | Lost::Ended => None,
             };
-            if may_live && this.is_still_held(&entry, holder, lost).await {
+            if let Some(patience) = patience
+                && this.is_still_held(&entry, holder, patience).await
+            {
                 return;
             }
             this.recover(entry, Some(holder)).await;
