@@ -150,8 +150,10 @@ pub struct Mark {
 }
 
 /// What a client felt of a seam.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Pause {
+    /// The replica that the client was connected to, if it is known.
+    pub edge: Option<String>,
     /// When the event before it came.
     pub from: Instant,
     /// When the event after it came.
@@ -487,7 +489,8 @@ impl Reader {
                     let (before, pause) = (*last, last.elapsed());
                     *last = Instant::now();
                     if std::mem::take(&mut at_seam) && !returned {
-                        heard.pauses.push(Pause { from: before, until: *last });
+                        let edge = heard.edges.last().cloned();
+                        heard.pauses.push(Pause { edge, from: before, until: *last });
                     }
                     let longest =
                         if std::mem::take(&mut returned) { &mut heard.away } else { &mut heard.stall };

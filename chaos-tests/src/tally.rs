@@ -68,7 +68,7 @@ pub struct Tally {
     pub seams: u32,
     /// Times that a client came back.
     pub returns: u32,
-    pauses: Vec<Pause>,
+    pauses: Vec<(&'static str, Pause)>,
     aways: Figures,
 }
 
@@ -86,7 +86,7 @@ impl Tally {
                 *self.good.entry(client).or_default() += 1;
                 self.seams += heard.seams;
                 self.returns += heard.returns;
-                self.pauses.extend(&heard.pauses);
+                self.pauses.extend(heard.pauses.iter().map(|pause| (client, pause.clone())));
                 if heard.returns > 0 {
                     self.aways.add(heard.away);
                 }
@@ -126,9 +126,17 @@ impl Tally {
         }
         println!("  {} times a client read over a seam, {} times one came back", self.seams, self.returns);
         let mut pauses: BTreeMap<String, (Figures, Figures)> = BTreeMap::new();
-        for pause in &self.pauses {
-            let cause = cause(pause, hurts).map_or_else(|| "nothing that is known".to_owned(), Hurt::kind);
-            let (all, beyond) = pauses.entry(cause).or_default();
+        for (client, pause) in &self.pauses {
+            let cause = cause(pause, hurts);
+            let kind = cause.map_or_else(|| "nothing that is known".to_owned(), Hurt::kind);
+            // Nobody can say anything to the client of a frozen replica, nor to its shim, which comes back
+            // when it has waited long enough.
+            let whose = match cause {
+                _ if client.ends_with("shim") => " (the client of a shim)",
+                Some(hurt) if pause.edge.as_ref() == Some(&hurt.name) => " (its own client)",
+                _ => "",
+            };
+            let (all, beyond) = pauses.entry(format!("{kind}{whose}")).or_default();
             let took = pause.until - pause.from;
             all.add(took);
             beyond.add(took.saturating_sub(step));

@@ -236,24 +236,22 @@ pub(super) async fn run(
         lanes.push(Lane { connections, open: Arc::default(), ended });
         let (front, shutdown) = (Arc::clone(&front), shutdown.clone());
         on_thread(number, async move {
-            let connections = Connections::new(front, plane, shutdown);
-            connections.serve(Handed(incoming), true).await;
+            serve_lane(Handed(incoming), front, plane, true, shutdown).await;
             let _ = tell.send(());
         })?;
     }
     let accept = async move {
-        let connections = Connections::new(Arc::clone(&front), plane, shutdown.clone());
         let acceptor = Acceptor {
             listener: TcpListener::from_std(listener)?,
-            front,
+            front: Arc::clone(&front),
             plane,
             census: Arc::default(),
             open: Arc::default(),
             lanes,
-            shutdown,
+            shutdown: shutdown.clone(),
         };
         // Who accepts no more tells all before it waits: the grace time is one for all.
-        for ended in connections.serve(acceptor, threads > 0).await {
+        for ended in serve_lane(acceptor, front, plane, threads > 0, shutdown).await {
             let _ = ended.await;
         }
         Ok(())
@@ -395,59 +393,51 @@ fn quieter<'a>(others: &'a [Lane], here: &AtomicUsize) -> Option<&'a Lane> {
 /// How often a lane looks after its idle connections to workers.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// The connections of a lane.
-struct Connections {
+/// Serves the connections that arrive, to the end of the last one.
+async fn serve_lane<A: Arrivals>(
+    mut arrivals: A,
     front: Arc<Front>,
     plane: Listener,
+    own_thread: bool,
     shutdown: CancellationToken,
-}
-
-impl Connections {
-    fn new(front: Arc<Front>, plane: Listener, shutdown: CancellationToken) -> Self {
-        Self { front, plane, shutdown }
+) -> A::Rest {
+    let shard = Shard::new(front);
+    let options = Arc::new(shard.front.config.accept.clone());
+    let tls = shard.front.tls(plane).cloned();
+    let connections = TaskTracker::new();
+    let force = CancellationToken::new();
+    let mut sweep = tokio::time::interval(SWEEP);
+    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let watching = Arc::clone(&shard);
+    // Where the thread is shared, others are busy on it.
+    let awake = own_thread.then(|| tokio::spawn(async move { watching.awake.keep().await }));
+    loop {
+        let arrival = tokio::select! {
+            arrival = arrivals.next() => arrival,
+            _ = sweep.tick() => {
+                shard.pool.sweep();
+                continue;
+            }
+        };
+        let Some((stream, peer, held)) = arrival else { break };
+        let service = FrontService::new(Arc::clone(&shard), plane, peer);
+        let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
+        let tls = tls.clone();
+        connections.spawn(async move {
+            serve(stream, tls.as_deref(), service, &options, shutdown, force).await;
+            drop(held);
+        });
     }
-
-    /// Serves what comes, to the end of the last one.
-    async fn serve<A: Arrivals>(self, mut arrivals: A, own_thread: bool) -> A::Rest {
-        let Self { front, plane, shutdown } = self;
-        let shard = Shard::new(front);
-        let options = Arc::new(shard.front.config.accept.clone());
-        let tls = shard.front.tls(plane).cloned();
-        let connections = TaskTracker::new();
-        let force = CancellationToken::new();
-        let mut sweep = tokio::time::interval(SWEEP);
-        sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let watching = Arc::clone(&shard);
-        // Where the thread is shared, others are busy on it.
-        let awake = own_thread.then(|| tokio::spawn(async move { watching.awake.keep().await }));
-        loop {
-            let arrival = tokio::select! {
-                arrival = arrivals.next() => arrival,
-                _ = sweep.tick() => {
-                    shard.pool.sweep();
-                    continue;
-                }
-            };
-            let Some((stream, peer, held)) = arrival else { break };
-            let service = FrontService::new(Arc::clone(&shard), plane, peer);
-            let (options, shutdown, force) = (Arc::clone(&options), shutdown.clone(), force.clone());
-            let tls = tls.clone();
-            connections.spawn(async move {
-                serve(stream, tls.as_deref(), service, &options, shutdown, force).await;
-                drop(held);
-            });
-        }
-        let rest = arrivals.rest();
-        connections.close();
-        if tokio::time::timeout(options.grace, connections.wait()).await.is_err() {
-            force.cancel();
-            connections.wait().await;
-        }
-        if let Some(awake) = awake {
-            awake.abort();
-        }
-        rest
+    let rest = arrivals.rest();
+    connections.close();
+    if tokio::time::timeout(options.grace, connections.wait()).await.is_err() {
+        force.cancel();
+        connections.wait().await;
     }
+    if let Some(awake) = awake {
+        awake.abort();
+    }
+    rest
 }
 
 /// Says why before closing; a courtesy, so nothing waits for it.
