@@ -41,19 +41,19 @@ struct More {
 
 impl Relays {
     /// Completes a copy by what other replicas have, before `attempt` begins. Not asked is `holder`,
-    /// which adds what it has itself; `bad`, which are taken to be lost, are not waited for as long as
+    /// which adds what it has itself; `gone`, which are taken to be lost, are not waited for as long as
     /// others. Those that have nothing say so at once.
     pub(super) async fn gather(
         self: &Arc<Self>,
         copy: &Arc<Copy>,
         attempt: u32,
         holder: ReplicaId,
-        bad: &[ReplicaId],
+        gone: &[ReplicaId],
     ) {
         let (from, line, view) = (copy.next(), copy.line(), self.view());
         let others = view.peers.iter().filter(|peer| peer.alive && peer.id != holder);
         let asked = others.map(|peer| {
-            let within = if bad.contains(&peer.id) { ASK_LOST } else { ASK };
+            let within = if gone.contains(&peer.id) { ASK_LOST } else { ASK };
             timeout(within, self.ask_for_more(copy, attempt, from, peer))
         });
         let answers = join_all(asked).await.into_iter().filter_map(|answer| answer.ok().flatten());

@@ -49,10 +49,16 @@ const MOST_IDLE: u32 = 8;
 impl Relays {
     /// Finds `entry` a new source, `lost` being none any more; a first one, where there was none.
     /// Ends when it has one, or when the stream has failed.
-    pub(super) async fn recover(self: &Arc<Self>, entry: Arc<Entry>, mut lost: Option<Holder>) {
+    pub(super) async fn recover(self: &Arc<Self>, entry: Arc<Entry>, lost: Option<Holder>) {
+        self.recover_from(entry, lost, false).await;
+    }
+
+    /// The same. Who is lost may be leaving, and then lives, and knows all that was said.
+    async fn recover_from(self: &Arc<Self>, entry: Arc<Entry>, mut lost: Option<Holder>, mut leaves: bool) {
         while !entry.recovering.swap(true, Ordering::AcqRel) {
             let began = Instant::now();
-            if self.try_recover(&entry, lost, began + self.options.takeover).await {
+            let leaving = lost.filter(|_| std::mem::take(&mut leaves));
+            if self.try_recover(&entry, lost, leaving, began + self.options.takeover).await {
                 self.counts.takeover_time.observe_time(began.elapsed());
             }
             entry.recovering.store(false, Ordering::Release);
@@ -139,11 +145,17 @@ impl Relays {
             {
                 return;
             }
-            this.recover(entry, Some(holder)).await;
+            this.recover_from(entry, Some(holder), lost == Lost::Leaving).await;
         });
     }
 
-    async fn try_recover(self: &Arc<Self>, entry: &Arc<Entry>, lost: Option<Holder>, until: Instant) -> bool {
+    async fn try_recover(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        lost: Option<Holder>,
+        leaving: Option<Holder>,
+        until: Instant,
+    ) -> bool {
         let copy = &entry.copy;
         let mut bad: Vec<ReplicaId> = Vec::new();
         lost.into_iter().for_each(|lost| note(&mut bad, lost));
@@ -179,7 +191,9 @@ impl Relays {
                     (over, won) = (over + 1, true);
                     Counts::add(&self.counts.taken_over);
                     entry.call_off();
-                    self.gather(copy, over, next, &bad).await;
+                    let mut gone = bad.clone();
+                    gone.retain(|id| Some(Holder::Replica(*id)) != leaving);
+                    self.gather(copy, over, next, &gone).await;
                     tracing::info!(stream = %copy.id, attempt = over, holder = %next, events = copy.next(), "taken over");
                     if copy.ended() {
                         // Another one had its end.
