@@ -9,7 +9,7 @@ use chaos_tests::fleet::Fleet;
 use chaos_tests::raw;
 use serde_json::{Value, json};
 
-use super::golden;
+use super::{golden, until_seen};
 
 /// `ksana.heartbeat_timeout_s` of the recorded steps' fleets.
 const TIMEOUT: Duration = Duration::from_secs(4);
@@ -63,6 +63,17 @@ impl Replay {
         }
     }
 
+    /// Waits until these nodes have been silent for longer than they may, for each replica.
+    async fn silent(&self, nodes: &[&str]) {
+        let too_long = (TIMEOUT + Duration::from_millis(500)).as_millis() as u64;
+        until_seen(&self.fleet, &[0, 1, 2], "silent for too long", |seen| {
+            let silent =
+                |id| seen.nodes.iter().any(|node| node.node_id == *id && node.heard_ms_ago > too_long);
+            nodes.iter().all(|node| silent(&self.ids[*node]))
+        })
+        .await;
+    }
+
     async fn step(&mut self, step: &Value) {
         let text = |member: &str| step[member].as_str().unwrap_or_default();
         let name = text("step");
@@ -105,14 +116,16 @@ async fn the_recorded_steps_are_answered_alike_step_by_step_over_three_replicas(
             "S1 hb prefill r0 after decode r1 stale" => {
                 tokio::time::sleep(TIMEOUT - Duration::from_secs(1)).await;
                 replay.beat(&["<NODE10>", "<NODE11>", "<NODE13>"]).await;
-                tokio::time::sleep(Duration::from_millis(2600)).await;
+                replay.silent(&["<NODE12>"]).await;
             }
             "S6 hb decode r0 after prefill r1 stale" => {
                 replay.beat(&["<NODE11>", "<NODE12>", "<NODE13>"]).await;
-                tokio::time::sleep(Duration::from_millis(3300)).await;
+                replay.silent(&["<NODE10>"]).await;
             }
             // All of them were.
-            _ if name.starts_with("S9 ") => tokio::time::sleep(TIMEOUT + Duration::from_secs(2)).await,
+            _ if name.starts_with("S9 ") => {
+                replay.silent(&["<NODE10>", "<NODE11>", "<NODE12>", "<NODE13>"]).await;
+            }
             _ => {}
         }
         replay.step(step).await;
