@@ -67,8 +67,9 @@ impl Replay {
     async fn silent(&self, nodes: &[&str]) {
         let too_long = (TIMEOUT + Duration::from_millis(500)).as_millis() as u64;
         until_seen(&self.fleet, &[0, 1, 2], "silent for too long", |seen| {
-            let silent =
-                |id| seen.nodes.iter().any(|node| node.node_id == *id && node.heard_ms_ago > too_long);
+            let silent = |id: &String| {
+                seen.nodes.iter().any(|node| node.node_id == *id && node.heard_ms_ago > too_long)
+            };
             nodes.iter().all(|node| silent(&self.ids[*node]))
         })
         .await;
