@@ -54,7 +54,12 @@ impl Relays {
     }
 
     /// The same. Who is lost may be leaving, and then lives, and knows all that was said.
-    async fn recover_from(self: &Arc<Self>, entry: Arc<Entry>, mut lost: Option<Holder>, mut leaves: bool) {
+    pub(super) async fn recover_from(
+        self: &Arc<Self>,
+        entry: Arc<Entry>,
+        mut lost: Option<Holder>,
+        mut leaves: bool,
+    ) {
         while !entry.recovering.swap(true, Ordering::AcqRel) {
             let began = Instant::now();
             let leaving = lost.filter(|_| std::mem::take(&mut leaves));

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::relay::copy::{Sink, Stop};
+use crate::relay::gather::ASK;
 use crate::relay::line::Line;
 use crate::relay::log::Log;
 
@@ -87,6 +88,23 @@ async fn the_copy_that_is_behind_goes_on_from_what_the_one_ahead_knows() {
         }
         assert_eq!(cluster.engines.began.lock().as_slice(), [(2, 100)], "of {replicas}");
     }
+}
+
+/// Only that it waits shows here: at least so long, however slow the machine.
+#[tokio::test]
+async fn a_holder_that_is_only_leaving_is_given_the_time_of_one_that_lives() {
+    let cluster = Cluster::new(2, varying(200), &Options::default()).await;
+    let id = cluster.lost_stream();
+    let behind = cluster.plant(1, id, 95);
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut busy = cluster.world.members.lock()[0].clone();
+    (busy.id, busy.address) = (ReplicaId(9), mute.local_addr().unwrap().to_string());
+    cluster.world.members.lock().push(busy);
+    cluster.hub(1).look();
+    let began = std::time::Instant::now();
+    cluster.hub(1).recover_from(Arc::clone(&behind), Some(LOST), true).await;
+    assert!(began.elapsed() >= ASK, "{:?}", began.elapsed());
+    assert!(cluster.world.record(id).unwrap().attempt > 1, "it goes on without");
 }
 
 #[tokio::test]
