@@ -19,7 +19,6 @@ pub(crate) mod streams;
 #[cfg(test)]
 mod testing;
 
-use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -43,9 +42,9 @@ use crate::config::{
     AccessLog, Certificates, Config, ConfigErrors, KsanaCompat, Loaded, LogConfig, LogFormat, NodeTokenEntry,
 };
 use crate::http::{
-    Access, AccessOptions, Allowed, BodyLimits, CertificateGauges, ConnTimeouts, Front, FrontConfig,
-    FrontOptions, Generator, HeaderRules, KeyRing, KsanaOptions, Metrics, NodeOptions, NodeToken, Origins,
-    PdOptions, Places, PoolOptions, ProxyOptions, QueueOptions, RetryOptions, Shard, TokenDigests, WorkerTls,
+    Access, AccessOptions, Allowed, BodyLimits, ConnTimeouts, Front, FrontConfig, FrontOptions, Generator,
+    HeaderRules, KeyRing, KsanaOptions, Metrics, NodeOptions, NodeToken, Origins, PdOptions, Places,
+    PoolOptions, ProcessGauges, ProxyOptions, QueueOptions, RetryOptions, Shard, TokenDigests, WorkerTls,
     bind, keep_configured_workers, run_prober, serve_admin, serve_client,
 };
 use crate::ingest::hub::Hub;
@@ -56,6 +55,7 @@ use crate::routing::breaker::BreakerOptions;
 use crate::routing::policy;
 use crate::routing::select::Overload;
 use crate::state::command::ReplicaInfo;
+use crate::telemetry::log;
 use crate::telemetry::trace::{TraceOptions, Tracing};
 use crate::zmtp::{Endpoint, Limits};
 use feeds::Feeds;
@@ -168,8 +168,9 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
     let expiring = certificates.clone();
-    let gauges = CertificateGauges::new(move || expiring.expiries());
+    let gauges = ProcessGauges::new(move || expiring.expiries());
     tokio::spawn(warn_before_expiry(certificates.clone()));
+    tokio::spawn(log::tell_what_is_left_out());
     let metrics = Metrics::new(access_options(&config.log))
         .with_tracing(tracing(&config.replica.name))
         .with_collector(gauges);
@@ -285,6 +286,7 @@ async fn serve(
         () = stop => {}
         _ = signals.next() => {
             tracing::warn!("second signal: stopping at once");
+            log::finish();
             std::process::exit(1);
         }
     }
@@ -408,30 +410,14 @@ impl Signals {
     }
 }
 
-/// openraft says as errors what is ordinary when a peer is away or a group stops; that is
-/// silenced unless asked for.
-const QUIET: &str = "openraft=off,h2=warn,hyper=warn,tonic=warn,sled=warn";
-
-/// Logs to standard error as a replica does that is not told otherwise, for other processes of
-/// this program.
-pub(crate) fn log_to_stderr() {
-    start_logging(&LogConfig::default());
-}
-
+/// Logs as is configured from now on.
 pub(crate) fn start_logging(config: &LogConfig) {
-    use tracing_subscriber::EnvFilter;
-    let asked = EnvFilter::try_new(format!("{QUIET},{}", config.filter));
-    let filter = asked.unwrap_or_else(|_| EnvFilter::new(format!("{QUIET},info")));
-    let ansi = std::io::stderr().is_terminal() && !crate::config::no_color();
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
     let pretty = match config.format {
-        LogFormat::Pretty => true,
-        LogFormat::Json => false,
-        LogFormat::Auto => std::io::stderr().is_terminal(),
+        LogFormat::Pretty => Some(true),
+        LogFormat::Json => Some(false),
+        LogFormat::Auto => None,
     };
-    // Fails only where a subscriber is set already, as in tests.
-    let _ = if pretty { builder.try_init() } else { builder.json().flatten_event(true).try_init() };
+    log::start(&config.filter, pretty, crate::config::no_color());
 }
 
 fn ms(ms: u64) -> Duration {

@@ -101,7 +101,9 @@ pub fn main() -> ExitCode {
         parent::follow();
     }
     let mut out = Out::stdout();
-    match cli.command.run(&mut out) {
+    let ran = cli.command.run(&mut out);
+    crate::telemetry::log::finish();
+    match ran {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             failure.report();

@@ -18,6 +18,7 @@ pub(crate) fn follow() {
         while stdin.read(&mut buffer).is_ok_and(|read| read > 0) {}
         let _ = kill_process(getpid(), Signal::TERM);
         std::thread::sleep(GRACE);
+        crate::telemetry::log::finish();
         std::process::exit(1);
     };
     // A thread cannot be had only when the machine is out of them; then nothing else starts either.

@@ -8,6 +8,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::output::{Failure, Out};
+use crate::config::LogConfig;
 use crate::shim::{Address, Settings, run};
 use crate::tls::client_config;
 
@@ -61,7 +62,7 @@ impl Args {
             )));
         }
         let tls = client_config(self.ca.as_deref()).map_err(|e| Failure::Usage(format!("--ca: {e}")))?;
-        crate::serve::log_to_stderr();
+        crate::serve::start_logging(&LogConfig::default());
         let settings = Settings {
             retry_budget: Duration::from_secs(self.retry_budget),
             stall_timeout: Duration::from_millis(self.stall_timeout_ms),

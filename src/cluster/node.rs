@@ -69,6 +69,7 @@ impl Cluster {
                     tracing::error!(%error, "cannot write the quarantine down");
                 }
             }
+            crate::telemetry::log::finish();
             std::process::exit(70);
         }));
         let inner = Arc::new(Inner {

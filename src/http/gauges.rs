@@ -21,6 +21,7 @@ use crate::admin_types::BreakerState;
 use crate::cluster::api::{ClusterStats, ClusterStatus, GroupStats, GroupStatus, LogStats, MemberStatus};
 use crate::routing::view::WorkerView;
 use crate::telemetry::histogram::Snapshot;
+use crate::telemetry::log;
 
 /// The roles of [`GroupStatus::role`], one of which is 1.
 const ROLES: [&str; 5] = ["leader", "follower", "candidate", "learner", "down"];
@@ -54,26 +55,30 @@ impl Collector for Gauges {
     }
 }
 
-/// When each listener's certificate expires, read at the moment of a scrape.
-pub struct CertificateGauges {
+/// What a process tells of itself whatever it is: lines of its log that were left out, and when each
+/// listener's certificate expires, read at the moment of a scrape.
+pub struct ProcessGauges {
     expiries: Box<dyn Fn() -> Vec<(&'static str, i64)> + Send + Sync>,
 }
 
-impl CertificateGauges {
+impl ProcessGauges {
     /// `expiries` gives listeners and seconds since 1970.
     pub fn new(expiries: impl Fn() -> Vec<(&'static str, i64)> + Send + Sync + 'static) -> Self {
         Self { expiries: Box::new(expiries) }
     }
 }
 
-impl std::fmt::Debug for CertificateGauges {
+impl std::fmt::Debug for ProcessGauges {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("CertificateGauges")
+        f.write_str("ProcessGauges")
     }
 }
 
-impl Collector for CertificateGauges {
+impl Collector for ProcessGauges {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
+        let help = "Lines of the log that were left out because those before them were not taken in time";
+        let lines = encoder.encode_descriptor("log_lines_left_out", help, None, MetricType::Counter)?;
+        ConstCounter::new(log::left_out()).encode(lines)?;
         let expiries = (self.expiries)();
         if expiries.is_empty() {
             return Ok(());

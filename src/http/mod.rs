@@ -77,7 +77,7 @@ pub use discovered::{Discovery, keep_discovered_workers};
 pub use errors::{ApiError, Code, RateLimit};
 pub use fetch::FetchError;
 pub use front::{Front, FrontConfig, NodeOptions, PdOptions, ProxyOptions, Shard};
-pub use gauges::CertificateGauges;
+pub use gauges::ProcessGauges;
 pub use headers::HeaderRules;
 pub use keys::{ClientKey, KeyRing};
 pub use ksana::KsanaOptions;

@@ -6,7 +6,6 @@ use std::sync::atomic::Ordering;
 use tokio::sync::oneshot;
 
 use super::Durability;
-use super::by_agent::ByAgent;
 use super::copy::{Copy, Role};
 use super::counts::Counts;
 use super::hub::{Entry, ORDER_TIMEOUT, Relays};
@@ -32,7 +31,12 @@ pub struct Manner {
     /// Where what is generated is kept.
     pub durability: Durability,
     /// By whom, where an agent shall do it.
-    pub agent: Option<ByAgent>,
+    pub agent: Option<Holder>,
+    /// Its id is derived from what the client says, which may say it again, elsewhere: nothing of it is
+    /// read before it is listed, so that of two that do not know of each other only one is ever read.
+    /// Where the cluster does not answer, that wait ends when the proposal does
+    /// (`cluster.propose_timeout_ms`).
+    pub shared: bool,
     /// Its client may come back, so its leaving ends nothing.
     pub aware: bool,
 }
@@ -64,6 +68,7 @@ impl Relays {
         };
         Counts::add(&self.counts.opened);
         entry.local.store(alone, Ordering::Release);
+        entry.shared.store(manner.shared, Ordering::Release);
         let first = match me {
             Some(_) if alone => me,
             _ => self.choose(&[]).map(Holder::Replica),

@@ -36,28 +36,21 @@ pub struct UnreadEnd {
     pub keep_ms: u32,
 }
 
-/// Who shall hold a stream.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct ByAgent {
-    /// The agent.
-    pub holder: Holder,
-    /// The id is derived from what the client says: another replica may begin the same stream now,
-    /// with another agent.
-    pub shared: bool,
-}
-
 impl Relays {
     /// Has an agent generate a stream. It is listed before the client hears of it: an agent cannot
     /// list it itself, and nobody would find it if all replicas died now.
     pub(super) async fn begin_at(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
-        agent: ByAgent,
+        holder: Holder,
     ) -> Result<(), KeyReused> {
-        let (id, holder) = (entry.copy.id, agent.holder);
+        let id = entry.copy.id;
+        let is_shared = entry.shared.load(Ordering::Acquire);
         let listed = self.directory.open(id, self.record(&entry.copy.order, holder));
+        // A proposal has a limit of its own.
+        let within = if is_shared { Duration::MAX } else { LISTING };
         let listed = async move {
-            match tokio::time::timeout(LISTING, listed).await {
+            match tokio::time::timeout(within, listed).await {
                 Ok(Ok(stands)) => stands,
                 Ok(Err(error)) => {
                     tracing::debug!(stream = %id, %error, "not listed");
@@ -69,7 +62,7 @@ impl Relays {
                 }
             }
         };
-        let given = if agent.shared {
+        let given = if is_shared {
             // Two agents must not both begin.
             if let Some(stands) = listed.await {
                 if !secret::same(&stands.request, &entry.copy.order.request) {

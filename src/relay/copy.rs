@@ -108,6 +108,8 @@ pub(super) struct Inner {
     bookers: Vec<(u64, u64)>,
     /// Somebody else has the terminal event.
     is_end_known: bool,
+    /// There is no room for anything yet.
+    is_held_back: bool,
 }
 
 /// See the module.
@@ -184,6 +186,7 @@ impl Copy {
             orphan_since: Some(Instant::now()),
             bookers: Vec::new(),
             is_end_known: false,
+            is_held_back: false,
         };
         Arc::new(Self {
             id,
@@ -492,6 +495,22 @@ impl Copy {
         self.inner.lock().has_room(self.bound)
     }
 
+    /// Takes nothing until [`Copy::let_go`]: whether it is this stream or another one that its clients
+    /// are to read is being found out.
+    pub fn hold_back(&self) {
+        self.inner.lock().is_held_back = true;
+    }
+
+    /// Takes what there is from now on.
+    pub fn let_go(&self) {
+        let wakers = {
+            let mut inner = self.inner.lock();
+            inner.is_held_back = false;
+            inner.wake_for_room(self.bound)
+        };
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
     fn trim(&self, inner: &mut Inner) {
         if inner.log.window() > self.bound {
             let slowest = inner.seats.iter().map(|seated| seated.at).min();
@@ -521,7 +540,7 @@ impl Inner {
     }
 
     fn has_room(&self, bound: usize) -> bool {
-        self.closed || self.log.window() <= bound
+        self.closed || (!self.is_held_back && self.log.window() <= bound)
     }
 
     fn wake_for_room(&mut self, bound: usize) -> Vec<Waker> {

@@ -89,8 +89,8 @@ impl Relays {
         }
     }
 
-    /// What the other replicas have of a stream: of several, what goes furthest.
-    async fn unlisted(&self, id: StreamId) -> Option<StreamRecord> {
+    /// What the other replicas have of a stream, listed or not: of several, what goes furthest.
+    pub async fn unlisted(&self, id: StreamId) -> Option<StreamRecord> {
         let view = self.view();
         let asked = view.peers.iter().filter(|peer| peer.alive).map(|peer| async move {
             let link = self.link(&peer.address, Some(&peer.name)).await?;

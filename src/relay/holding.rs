@@ -11,8 +11,9 @@ use super::copy::Copy;
 use super::counts::Counts;
 use super::find::Found;
 use super::hub::{Entry, ORDER_TIMEOUT, Relays};
-use super::link::caller::AskError;
+use super::link::caller::{AskError, Terms};
 use super::link::{Past, Why, line_from_wire};
+use super::recover::TWICE;
 use crate::codec;
 use crate::ids::StreamId;
 use crate::state::streams::{Holder, StreamEnd, StreamRecord};
@@ -62,7 +63,8 @@ impl Relays {
         let Some(link) = self.link_to(holder).await else { return Err(AskError::Broken) };
         // Whoever has an agent generate a stream has booked it at the engine.
         let books = matches!(holder, Holder::Agent(_));
-        match link.order(copy, attempt, past, books, ORDER_TIMEOUT).await {
+        let shared = attempt == 1 && entry.shared.load(Ordering::Acquire);
+        match link.order(copy, attempt, past, Terms { books, shared }, ORDER_TIMEOUT).await {
             Ok((ticket, accepted)) => {
                 // Where it begins: it may have had more of it itself.
                 if !line_from_wire(accepted.line).is_some_and(|line| copy.follow(attempt, &line)) {
@@ -106,6 +108,9 @@ impl Relays {
         let stop = CancellationToken::new();
         *entry.holding.lock() = Some((attempt, stop.clone()));
         if attempt == 1 {
+            if entry.shared.load(Ordering::Acquire) {
+                copy.hold_back();
+            }
             self.list(Arc::clone(entry));
         }
         let entry = Arc::clone(entry);
@@ -142,35 +147,37 @@ impl Relays {
 
     /// Has the directory list a stream that is held here.
     fn list(&self, entry: Arc<Entry>) {
-        let Some(this) = self.this.upgrade() else { return };
-        let Some(me) = self.view().me else { return };
+        let (Some(this), Some(me)) = (self.this.upgrade(), self.view().me) else {
+            return entry.copy.let_go();
+        };
         let mut record = self.record(&entry.copy.order, Holder::Replica(me));
         record.mirror = entry.copy.order.edge.filter(|edge| Holder::Replica(*edge) != record.holder);
-        let listed = self.directory.list(entry.copy.id, record);
+        let listed = match entry.shared.load(Ordering::Acquire) {
+            true => self.directory.open(entry.copy.id, record),
+            false => self.directory.list(entry.copy.id, record),
+        };
         self.spawn(async move {
             match listed.await {
                 // Somebody else was asked for the same under the same key, or has taken it over.
                 Ok(Some(stands)) if stands.holder != Holder::Replica(me) || stands.attempt > 1 => {
                     tracing::debug!(stream = %entry.copy.id, ?stands.holder, "held by another");
-                    this.yield_to(&entry, &stands);
+                    return this.yield_to(&entry, &stands);
                 }
                 Ok(_) => {}
                 // Runs on; who looks for it asks here as long as there is no quorum.
                 Err(error) => tracing::debug!(stream = %entry.copy.id, %error, "not listed"),
             }
+            entry.copy.let_go();
         });
     }
 
     /// Another process has begun the same stream at the same moment, and was first; or goes on with it.
     fn yield_to(&self, entry: &Arc<Entry>, stands: &StreamRecord) {
         if stands.attempt == 1 && entry.copy.next() > 0 {
-            // Who has read something of this one must not read on in the other's text.
+            // It was not listed in time. Who has read something of this one must not read on in the other's
+            // text.
             entry.fenced.store(true, Ordering::Release);
-            self.fail(
-                entry,
-                Failure::Lost,
-                "the same Idempotency-Key was used at another replica at the same moment",
-            );
+            self.fail(entry, Failure::Lost, TWICE);
             if let Some((_, stop)) = entry.holding.lock().take() {
                 stop.cancel();
             }

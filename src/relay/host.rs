@@ -1,6 +1,7 @@
 //! What a process does for others: generates what they order, and feeds what they ask for.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::copy::{Copy, Role};
@@ -44,6 +45,7 @@ impl Host for Relays {
         attempt: u32,
         order: Order,
         past: Past,
+        shared: bool,
     ) -> Result<Arc<Copy>, Refusal> {
         let refuse = |why, text: &str| Err((why, text.to_owned()));
         if self.is_leaving() {
@@ -67,6 +69,7 @@ impl Host for Relays {
                         continue;
                     }
                 };
+                entry.shared.store(shared, Ordering::Release);
                 if !self.hold(&entry, attempt) {
                     self.remove(&entry);
                     return refuse(Why::Busy, "this process generates nothing yet");

@@ -62,6 +62,8 @@ pub struct Entry {
     pub(super) is_agents: AtomicBool,
     /// It shall be at this process only.
     pub(super) local: AtomicBool,
+    /// Others may begin it, too: see [`Manner::shared`](super::begin::Manner::shared).
+    pub(super) shared: AtomicBool,
     /// Another replica is being asked to get a copy.
     pub(super) spreading: AtomicBool,
     /// Another replica that has a copy of what has ended, having been asked to; this one, where nobody took
@@ -83,6 +85,7 @@ impl Entry {
             purged: AtomicBool::new(false),
             is_agents: AtomicBool::new(false),
             local: AtomicBool::new(false),
+            shared: AtomicBool::new(false),
             spreading: AtomicBool::new(false),
             second: AtomicU64::new(0),
             detours: AtomicU32::new(0),

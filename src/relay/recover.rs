@@ -40,6 +40,10 @@ const NOBODY_PAUSE: Duration = Duration::from_millis(200);
 /// one; and the pause between two questions whether it knows.
 const PATIENCE: Duration = Duration::from_millis(2 * ASK.as_millis() as u64 + 500);
 const NOT_YET_PAUSE: Duration = Duration::from_millis(10);
+/// Why a stream is given up that somebody else has begun as something else.
+const OTHERS: &str = "the same Idempotency-Key was used for another request at the same moment";
+/// The same where it was begun as the same.
+pub(super) const TWICE: &str = "the same Idempotency-Key was used at another replica at the same moment";
 /// Times that a process is asked for a stream of which less and less turns out to be of use.
 const FOLLOWS: usize = 3;
 /// Attempts in a row that may begin without an event since the one before. That many holders do not
@@ -109,6 +113,33 @@ impl Relays {
         }
     }
 
+    /// Whether it is somebody else who has the stream, and is read from now on: of two that begin the same
+    /// one at the same moment, the second gives way. To take over from the first would be to take it from
+    /// one that lives, with clients of its own.
+    async fn is_with_another(self: &Arc<Self>, entry: &Arc<Entry>, holder: Holder) -> bool {
+        let copy = &entry.copy;
+        if entry.recovering.load(Ordering::Acquire) {
+            return false;
+        }
+        let stands = match self.directory.find(copy.id).await {
+            Some(stands) => Some(stands),
+            // It may be listed, and not known here yet.
+            None => self.directory.find_surely(copy.id).await.ok().flatten(),
+        };
+        let Some(stands) = stands else { return false };
+        if stands.holder == holder || stands.attempt < copy.attempt() {
+            return false;
+        }
+        let why = match is_of(&stands, copy) {
+            false => OTHERS,
+            // Nobody listed this one in time, so it was read: what the other one says is another text.
+            true if stands.attempt == 1 && copy.next() > 0 => TWICE,
+            true => return self.follow(entry, &stands).await,
+        };
+        self.give_up(entry, None, why);
+        true
+    }
+
     /// Whether nobody listens where a holder was: it has died, and was not started again yet. A frozen process
     /// listens, and one that has only closed its links.
     pub(super) async fn is_dead(&self, holder: Holder) -> bool {
@@ -148,6 +179,9 @@ impl Relays {
             if let Some(patience) = patience
                 && this.is_still_held(&entry, holder, patience).await
             {
+                return;
+            }
+            if lost != Lost::Leaving && this.is_with_another(&entry, holder).await {
                 return;
             }
             this.recover_from(entry, Some(holder), lost == Lost::Leaving).await;
@@ -232,11 +266,7 @@ impl Relays {
                 }
             };
             if !is_of(&stands, copy) {
-                self.give_up(
-                    entry,
-                    None,
-                    "the same Idempotency-Key was used for another request at the same moment",
-                );
+                self.give_up(entry, None, OTHERS);
                 return false;
             }
             if self.follow(entry, &stands).await {

@@ -9,12 +9,13 @@ mod links;
 
 use std::collections::HashSet;
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::begin::Manner;
@@ -42,6 +43,10 @@ struct World {
     state: Mutex<CacheState>,
     members: Mutex<Vec<Peer>>,
     hubs: Mutex<Vec<Weak<Relays>>>,
+    /// Nothing is listed for now, as without a quorum.
+    is_down: watch::Sender<bool>,
+    /// It says so.
+    is_broken: AtomicBool,
 }
 
 impl World {
@@ -94,11 +99,18 @@ impl Directory for OfWorld {
         id: StreamId,
         record: StreamRecord,
     ) -> Soon<Result<Option<Box<StreamRecord>>, ClusterError>> {
-        let outcome = self.world.apply(self.me, CacheCommand::OpenStream { id, record });
-        Self::soon(Ok(match outcome {
-            CacheOutcome::Stream(record) => Some(record),
-            _ => None,
-        }))
+        let (world, me, mut down) = (Arc::clone(&self.world), self.me, self.world.is_down.subscribe());
+        Box::pin(async move {
+            // Its sender is kept by the world.
+            let _ = down.wait_for(|is_down| !is_down).await;
+            if world.is_broken.load(Ordering::Relaxed) {
+                return Err(ClusterError::Down("no quorum".to_owned()));
+            }
+            Ok(match world.apply(me, CacheCommand::OpenStream { id, record }) {
+                CacheOutcome::Stream(record) => Some(record),
+                _ => None,
+            })
+        })
     }
     fn take(
         &self,
@@ -296,7 +308,7 @@ impl Cluster {
 }
 
 fn manner(aware: bool) -> Manner {
-    Manner { durability: Durability::Peer, agent: None, aware }
+    Manner { durability: Durability::Peer, agent: None, shared: false, aware }
 }
 
 /// Of anybody's stream.

@@ -25,7 +25,7 @@ use crate::cluster::down::DownPlane;
 use crate::cluster::peer::dial::Dialer;
 use crate::config::{Certificates, Config, ConfigErrors};
 use crate::http::{
-    Allowed, CertificateGauges, Front, FrontConfig, Metrics, NoEngines, WorkerTls, serve_admin, serve_client,
+    Allowed, Front, FrontConfig, Metrics, NoEngines, ProcessGauges, WorkerTls, serve_admin, serve_client,
 };
 use crate::ids::{Incarnation, ReplicaId};
 use crate::relay::directory::Address;
@@ -34,6 +34,7 @@ use crate::relay::remote::{OfRemote, Remote};
 use crate::serve::keys::KeysFile;
 use crate::serve::streams::relay_options;
 use crate::state::command::ReplicaInfo;
+use crate::telemetry::log;
 
 /// Runs an edge until it is told to stop.
 pub fn run(config: &Config) -> anyhow::Result<()> {
@@ -63,7 +64,7 @@ async fn serve(
     let expiring = certificates.clone();
     let metrics = Metrics::new(access_options(&config.log))
         .with_tracing(tracing(&config.replica.name))
-        .with_collector(CertificateGauges::new(move || expiring.expiries()))
+        .with_collector(ProcessGauges::new(move || expiring.expiries()))
         .with_collector(ReachGauges(Arc::clone(&remote)));
     let metrics = Arc::new(metrics);
     let tls = crate::tls::client_config(config.edge.tls_ca.as_deref()).context("edge.tls_ca")?;
@@ -92,6 +93,7 @@ async fn serve(
     tokio::spawn(Arc::clone(&remote).run(CancellationToken::new()));
     tokio::spawn(relays.run(CancellationToken::new()));
     tokio::spawn(warn_before_expiry(certificates.clone()));
+    tokio::spawn(log::tell_what_is_left_out());
     for tls in [&certificates.http, &certificates.admin].into_iter().flatten() {
         let tls = Arc::clone(tls);
         tokio::spawn(async move { tls.watch().await });
@@ -131,6 +133,7 @@ async fn serve(
         () = stop => {}
         _ = signals.next() => {
             tracing::warn!("second signal: stopping at once");
+            log::finish();
             std::process::exit(1);
         }
     }

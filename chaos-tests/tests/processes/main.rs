@@ -24,6 +24,7 @@ mod leader_kill;
 mod liveness;
 mod lives;
 mod loads;
+mod logs;
 mod pd;
 mod profiles;
 mod prompts;

@@ -22,7 +22,6 @@ use crate::http::routes::Route;
 use crate::ids::StreamId;
 use crate::relay::Durability;
 use crate::relay::begin::{KeyReused, Manner};
-use crate::relay::by_agent::ByAgent;
 use crate::relay::find::Missing;
 use crate::relay::hub::{Entry, Relays};
 use crate::relay::order::{Order, header_lines};
@@ -235,8 +234,8 @@ pub(super) async fn begin(
         }
         Durability::Peer | Durability::Local => None,
     };
-    let agent = placed.as_ref().map(|placed| ByAgent { holder: placed.holder, shared: key.is_some() });
-    let manner = Manner { durability, agent, aware };
+    let agent = placed.as_ref().map(|placed| placed.holder);
+    let manner = Manner { durability, agent, shared: key.is_some(), aware };
     let entry = relays.begin(id, order, manner).await.map_err(|KeyReused| key_reused())?;
     if let Some(placed) = placed {
         placed.follow(&entry.copy);
@@ -254,7 +253,12 @@ async fn known_request(relays: &Relays, id: StreamId) -> Option<[u8; 16]> {
     if let Some(entry) = relays.get(id).filter(|entry| !entry.is_purged() && !entry.copy.is_refusal()) {
         return Some(entry.copy.order.request);
     }
-    Some(relays.record_of(id).await.ok()??.request)
+    let record = match relays.record_of(id).await {
+        Ok(record) => record,
+        // No quorum: whoever has it may still answer.
+        Err(_) => relays.unlisted(id).await,
+    };
+    record.map(|record| record.request)
 }
 
 /// The headers that travel with an order: those that workers see, and what routing reads. No

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use super::support::*;
-use crate::http::{Access, AccessOptions, CertificateGauges, FrontConfig, Metrics};
+use crate::http::{Access, AccessOptions, FrontConfig, Metrics, ProcessGauges};
 
 /// Type and label names of a family.
 type Family = (String, BTreeSet<String>);
@@ -72,7 +72,7 @@ async fn scrape(front: &Running) -> String {
 
 #[tokio::test]
 async fn the_reference_has_every_family_with_its_type_and_labels_and_no_other() {
-    let certificates = CertificateGauges::new(|| vec![("http", 0)]);
+    let certificates = ProcessGauges::new(|| vec![("http", 0)]);
     let metrics = Metrics::default().with_collector(certificates);
     let front = start_with(FrontConfig::default(), MemoryCluster::new(), metrics);
     front.cluster.add("w", answering(ok("application/json", "{}")).await);

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::support::*;
-use crate::http::{CertificateGauges, Front, FrontConfig, Metrics, bind, serve_admin};
+use crate::http::{Front, FrontConfig, Metrics, ProcessGauges, bind, serve_admin};
 use crate::tls::listener::ListenerTls;
 use crate::tls::reload::Look;
 use crate::tls::testing::{Certs, client, connect, shown};
@@ -219,7 +219,7 @@ async fn the_admin_listener_has_a_certificate_of_its_own() {
     let certs = Certs::new("prod");
     let config = FrontConfig { admin_tls: Some(tls(&certs, HANDSHAKE)), ..FrontConfig::default() };
     let admin_tls = config.admin_tls.clone().unwrap();
-    let gauges = CertificateGauges::new(move || vec![("admin", admin_tls.expires())]);
+    let gauges = ProcessGauges::new(move || vec![("admin", admin_tls.expires())]);
     let metrics = Metrics::default().with_collector(gauges);
     let front = Front::new(config, MemoryCluster::new(), Arc::new(metrics));
     let listener = bind(loopback(), false).unwrap();

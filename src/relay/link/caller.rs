@@ -82,6 +82,15 @@ pub struct Wanted {
     pub books: bool,
 }
 
+/// How a stream is ordered.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Terms {
+    /// Its load is booked here for as long as the channel is open.
+    pub books: bool,
+    /// Others may order it, too: nothing of it may be read before it is listed.
+    pub shared: bool,
+}
+
 /// A link that was opened.
 pub struct Link {
     outbox: Arc<Outbox>,
@@ -200,14 +209,13 @@ impl Link {
         self.channels.lock().as_ref().map_or(0, HashMap::len)
     }
 
-    /// Has a stream generated at the other end; `copy` gets what is generated. With `books`, its load
-    /// is booked here for as long as the channel is open.
+    /// Has a stream generated at the other end; `copy` gets what is generated.
     pub async fn order(
         self: &Arc<Self>,
         copy: &Arc<Copy>,
         attempt: u32,
         past: Option<Past>,
-        books: bool,
+        Terms { books, shared }: Terms,
         within: Duration,
     ) -> Result<(Ticket, Accepted), AskError> {
         let open = Open {
@@ -216,6 +224,7 @@ impl Link {
             order: codec::encode(&*copy.order).into(),
             past: past.map(|past| past.into_wire(attempt - 1)),
             books,
+            shared,
         };
         let (ticket, answer) = self.ask(Some(Arc::clone(copy)), What::Open(open))?;
         let accepted = wait(answer, within).await?;

@@ -36,13 +36,15 @@ pub type Having<'a> = Pin<Box<dyn Future<Output = Result<Arc<Copy>, Refusal>> + 
 pub trait Host: Send + Sync + 'static {
     /// Hexadecimal id of the cluster; empty before there is one.
     fn cluster(&self) -> String;
-    /// Generates a stream: at once, or not at all.
+    /// Generates a stream: at once, or not at all. One that is `shared` is read by nobody before it is
+    /// listed.
     fn open(
         self: Arc<Self>,
         id: StreamId,
         attempt: u32,
         order: Order,
         past: Past,
+        shared: bool,
     ) -> Result<Arc<Copy>, Refusal>;
     /// The copy of a stream; from the replica `via`, where that is not 0 and there is none here.
     fn attach(self: Arc<Self>, id: StreamId, via: u64) -> Having<'static>;
@@ -201,7 +203,7 @@ impl<H: Host> Served<H> {
             return self.refuse(number, Why::NotUnderstood, "what was before cannot be read");
         };
         let (at, knows_head) = (past.had.first + past.had.events.len() as u64, !past.head.is_empty());
-        match Arc::clone(&self.host).open(id, open.attempt, order, past) {
+        match Arc::clone(&self.host).open(id, open.attempt, order, past, open.shared) {
             Ok(copy) => {
                 let line = Some(line_to_wire(&copy.line()));
                 let accepted = Accepted { attempt: open.attempt, line, ..Accepted::default() };

@@ -1,6 +1,7 @@
 //! Streams that are begun by several at once, or for clients that are gone before they have begun; and
 //! the end of those that nobody wants any more.
 
+use super::copies::hear;
 use super::*;
 use crate::relay::alone::Alone;
 use crate::relay::begin::KeyReused;
@@ -49,6 +50,65 @@ async fn of_two_who_begin_the_same_elsewhere_one_reads_what_the_other_has_begun(
     assert_eq!(read(&mut other, u64::MAX / 2).await, 400);
     assert_eq!(read(&mut listener, u64::MAX / 2).await, 400);
     assert_eq!(cluster.engines.began.lock().len(), began, "nothing was begun twice");
+}
+
+impl Cluster {
+    /// Begins one that others may begin, too, at a replica that sees only one other.
+    async fn begin_apart(&self, id: StreamId, at: usize, other: usize, request: u8) -> Listener {
+        let all = self.world.members.lock().clone();
+        let is_seen = |peer: &Peer| [at, other].contains(&(peer.id.0 as usize - 1));
+        self.world.members.lock().retain(is_seen);
+        self.hub(at).look();
+        let order = Order { request: [request; 16], ..self.order(at, 60_000) };
+        let manner = Manner { shared: true, ..manner(true) };
+        let entry = self.hub(at).begin(id, order, manner).await.unwrap();
+        *self.world.members.lock() = all;
+        self.hub(at).look();
+        self.hub(at).listen(entry, true)
+    }
+}
+
+#[tokio::test]
+async fn of_two_who_begin_the_same_and_do_not_see_each_other_only_one_is_ever_read() {
+    for other in [2, 3] {
+        let cluster = Cluster::new(4, numbers(400), &Options::default()).await;
+        cluster.world.is_down.send_replace(true);
+        let id = secret::random_id();
+        let mut first = cluster.begin_apart(id, 0, 1, 2).await;
+        // The second asks for the same, or for something else.
+        let mut second = cluster.begin_apart(id, 2, 3, other).await;
+        let began = || cluster.engines.began.lock().len() == 2;
+        eventually("both have begun", began).await;
+        let early = tokio::time::timeout(Duration::from_millis(300), read(&mut first, 1)).await;
+        assert!(early.is_err(), "something was read before it was listed");
+        assert_eq!(cluster.engines.said.load(Ordering::Relaxed), 0);
+        cluster.world.is_down.send_replace(false);
+        eventually("one is listed", || cluster.world.record(id).is_some()).await;
+        let winner = cluster.holder(id);
+        if other == 2 {
+            assert_eq!(read(&mut first, u64::MAX / 2).await, 400);
+            assert_eq!(read(&mut second, u64::MAX / 2).await, 400);
+        } else {
+            let (won, lost) = if winner == 1 { (&mut first, &mut second) } else { (&mut second, &mut first) };
+            assert_eq!(read(won, u64::MAX / 2).await, 400);
+            let mut heard = Vec::new();
+            hear(lost, &mut heard, 1).await;
+            assert_eq!(heard, ["data: Lost\n"]);
+        }
+        let stands = cluster.world.record(id).unwrap();
+        assert_eq!((stands.attempt, cluster.engines.said.load(Ordering::Relaxed)), (1, 400), "{stands:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_one_has_begun_runs_on_where_nobody_lists_it() {
+    let cluster = Cluster::new(3, numbers(50), &Options::default()).await;
+    cluster.world.is_broken.store(true, Ordering::Relaxed);
+    let id = secret::random_id();
+    let manner = Manner { shared: true, ..manner(true) };
+    let entry = cluster.hub(0).begin(id, cluster.order(0, 60_000), manner).await.unwrap();
+    assert_eq!(read(&mut cluster.hub(0).listen(entry, true), u64::MAX / 2).await, 50);
+    assert!(cluster.world.record(id).is_none());
 }
 
 #[tokio::test]

@@ -46,7 +46,7 @@ impl Cluster {
 }
 
 /// Reads until there are `count` lines, or until the listener hears nothing more.
-async fn hear(listener: &mut Listener, heard: &mut Vec<String>, count: usize) -> Option<Over> {
+pub(super) async fn hear(listener: &mut Listener, heard: &mut Vec<String>, count: usize) -> Option<Over> {
     while heard.len() < count {
         let got = tokio::time::timeout(Duration::from_secs(20), poll_fn(|cx| listener.poll_read(cx)));
         match got.await.expect("a stream stands still") {
