@@ -6,6 +6,7 @@
 
 mod outside;
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::task::{Context, Poll, Waker};
@@ -18,6 +19,9 @@ use super::log::{Event, Log};
 use super::order::{Head, Order};
 use crate::ids::StreamId;
 use crate::state::streams::StreamEnd;
+
+/// Bytes that whoever generates a stream adds before others have their turn.
+const TURN: usize = 64 << 10;
 
 /// Events handed to a reader at a time.
 const AT_ONCE: usize = 64;
@@ -110,6 +114,8 @@ pub(super) struct Inner {
     is_end_known: bool,
     /// There is no room for anything yet.
     is_held_back: bool,
+    /// Bytes that were added since others had their turn.
+    in_turn: usize,
 }
 
 /// See the module.
@@ -187,6 +193,7 @@ impl Copy {
             bookers: Vec::new(),
             is_end_known: false,
             is_held_back: false,
+            in_turn: 0,
         };
         Arc::new(Self {
             id,
@@ -210,7 +217,10 @@ impl Copy {
             }
             let skip = (inner.log.next() - first) as usize;
             let before = inner.log.next();
-            events.into_iter().skip(skip).for_each(|event| inner.log.push(event));
+            for event in events.into_iter().skip(skip) {
+                inner.in_turn += event.bytes();
+                inner.log.push(event);
+            }
             if inner.log.next() == before {
                 return true;
             }
@@ -476,6 +486,23 @@ impl Copy {
             seated.waker = Some(cx.waker().clone());
         }
         Poll::Pending
+    }
+
+    /// Waits until there is room for more. An engine that says much at once shares a thread with others,
+    /// and with the signs of life to other processes: after each [`TURN`] bytes they go first.
+    pub async fn room(&self) {
+        let is_others_turn = {
+            let mut inner = self.inner.lock();
+            let is_over = inner.in_turn >= TURN;
+            if is_over {
+                inner.in_turn = 0;
+            }
+            is_over
+        };
+        if is_others_turn {
+            tokio::task::yield_now().await;
+        }
+        poll_fn(|cx| self.poll_room(cx)).await;
     }
 
     /// Whether there is room for more; woken when there is.

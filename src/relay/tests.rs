@@ -191,7 +191,7 @@ impl Engines for Numbers {
                 return std::future::pending().await;
             }
             while !copy.ended() {
-                poll_fn(|cx| copy.poll_room(cx)).await;
+                copy.room().await;
                 tokio::time::sleep(Duration::from_millis(1)).await;
                 let seq = copy.next();
                 let lines = match self.varies {

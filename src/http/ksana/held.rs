@@ -3,7 +3,6 @@
 //! from any replica. An engine cannot be asked to go on with what another one began, so that a stream
 //! whose holder dies ends with an error, if anything was read of it, and is begun again otherwise.
 
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -122,7 +121,7 @@ pub(in crate::http) async fn generate(
     let mut cutter = Cutter::of(begun.ending);
     let failed = loop {
         // Nothing is read that could not be kept.
-        poll_fn(|cx| copy.poll_room(cx)).await;
+        copy.room().await;
         let events = match begun.next(deadline).await {
             Next::Bytes(bytes) => {
                 tracked.first_byte(std::time::Instant::now());

@@ -2,7 +2,6 @@
 //! what they say into the stream's copy.
 
 use std::borrow::Cow;
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -251,7 +250,7 @@ impl<'a> Generation<'a> {
         }
         loop {
             // Nothing is read that could not be kept.
-            poll_fn(|cx| self.copy.poll_room(cx)).await;
+            self.copy.room().await;
             let (at, piece) = self.legs.next().await;
             let progress = self.take(&mut splice, at, piece);
             self.hand_out();
@@ -491,7 +490,7 @@ impl<'a> Generation<'a> {
     async fn pass_on(&mut self, mut body: UpstreamBody) -> Result<(), ApiError> {
         let idle = self.generator.shard.front.config.proxy.idle_timeout;
         loop {
-            poll_fn(|cx| self.copy.poll_room(cx)).await;
+            self.copy.room().await;
             let until = self.deadline.min(Instant::now() + idle);
             let frame = match tokio::time::timeout_at(until, body.frame()).await {
                 Ok(Some(Ok(frame))) => frame,

@@ -398,3 +398,25 @@ async fn a_holder_of_an_attempt_that_is_over_does_not_fail_the_stream_that_other
     eventually("it has stopped", || held.holding.lock().is_none()).await;
     assert!(!held.copy.ended(), "that is not for it to say");
 }
+
+#[tokio::test]
+async fn who_says_much_at_once_lets_others_have_their_turn() {
+    let copy =
+        Copy::new(secret::random_id(), Arc::new(order()), Role::Holder, 1, Default::default(), usize::MAX);
+    let saying = {
+        let copy = Arc::clone(&copy);
+        tokio::spawn(async move {
+            for _ in 0..1000 {
+                copy.room().await;
+                let event = Event { lines: vec![b'x'; 16 << 10].into(), ..Event::default() };
+                assert!(copy.append(1, event));
+            }
+        })
+    };
+    let mut turns = 0;
+    while !saying.is_finished() {
+        tokio::task::yield_now().await;
+        turns += 1;
+    }
+    assert!(turns >= 200, "{turns} turns while 16 MiB were said");
+}
