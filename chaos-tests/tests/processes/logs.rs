@@ -12,6 +12,7 @@ use chaos_tests::wait::{check, until};
 use rustix::fs::{CWD, Mode, mkfifoat};
 use rustix::process::Signal;
 use serde_json::json;
+use tokio::task::JoinSet;
 
 /// What Linux lets wait in a pipe.
 const PIPE: usize = 64 << 10;
@@ -43,11 +44,20 @@ async fn a_replica_whose_log_nobody_reads_goes_on_and_says_how_much_of_it_is_mis
     };
     // A model that nobody serves: answered, and logged.
     let body = json!({"model": "m", "prompt": "x"});
-    until("lines are left out", Duration::from_secs(60), async || {
-        for _ in 0..200 {
-            let reply = Http::fresh().post(&replica.http_url("/v1/completions"), &body, LIMIT).await?;
-            check(reply.status.is_client_error() || reply.status.is_server_error(), || reply.text())?;
+    until("lines are left out", Duration::from_secs(180), async || {
+        let url = replica.http_url("/v1/completions");
+        let mut asking = JoinSet::new();
+        for _ in 0..8 {
+            let (url, body) = (url.clone(), body.clone());
+            asking.spawn(async move {
+                for _ in 0..50 {
+                    let reply = Http::fresh().post(&url, &body, LIMIT).await?;
+                    check(reply.status.is_client_error() || reply.status.is_server_error(), || reply.text())?;
+                }
+                Ok::<_, String>(())
+            });
         }
+        asking.join_all().await.into_iter().collect::<Result<(), _>>()?;
         let lines = left_out().await?;
         check(lines > 0, || "none so far".to_owned())
     })

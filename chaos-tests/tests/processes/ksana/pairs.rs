@@ -9,7 +9,7 @@ use chaos_tests::fleet::{Fleet, ready};
 use everline::admin_types::ksana::KsanaReply;
 use serde_json::json;
 
-use super::{Engine, beat, name, register, registration, until_seen};
+use super::{Engine, beat, name, register, registration, tables, until_seen};
 
 /// Pairs, of groups that are in one pair each.
 const PAIRS: usize = 3;
@@ -131,12 +131,16 @@ async fn a_prompt_goes_to_the_pair_that_has_it_whichever_replica_is_asked() {
         json!({"messages": [{"role": "system", "content": prompt.replace("Of", "On")},
                             {"role": "user", "content": more}]})
     };
+    let all_cached = |seen: &KsanaReply| seen.groups.iter().map(|group| group.cached_blocks).sum::<u64>();
+    let mut known = 0;
+    for replica in &fleet.replicas {
+        known = known.max(all_cached(&tables(replica).await.expect("what it knows so far")));
+    }
     let before: Vec<usize> = pairs.iter().map(|pair| pair.prefill.numbers().len()).collect();
     for turn in 0..6 {
         ask(turn % 3, "/v1/chat/completions", chat(&turn.to_string())).await;
         until_seen(&fleet, &ALL, "it is known", |seen| {
-            running(seen, "prefill") == 0
-                && seen.groups.iter().map(|group| group.cached_blocks).sum::<u64>() > 70
+            running(seen, "prefill") == 0 && all_cached(seen) > known + 20
         })
         .await;
     }
