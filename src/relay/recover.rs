@@ -113,9 +113,9 @@ impl Relays {
         }
     }
 
-    /// Whether it is somebody else who has the stream, and is read from now on: of two that begin the same
-    /// one at the same moment, the second gives way. To take over from the first would be to take it from
-    /// one that lives, with clients of its own.
+    /// Whether it is somebody else who has the stream, and is read from now on: who was lost had only read
+    /// along, or was the second of two that begin the same one at the same moment, and gave way. To take the
+    /// stream over would be to take it from one that lives, with clients of its own.
     async fn is_with_another(self: &Arc<Self>, entry: &Arc<Entry>, holder: Holder) -> bool {
         let copy = &entry.copy;
         if entry.recovering.load(Ordering::Acquire) {
@@ -132,8 +132,9 @@ impl Relays {
         }
         let why = match is_of(&stands, copy) {
             false => OTHERS,
-            // Nobody listed this one in time, so it was read: what the other one says is another text.
-            true if stands.attempt == 1 && copy.next() > 0 => TWICE,
+            // Nobody listed this one in time, so it was read: what the other one says is another text. (What
+            // was not begun here may have come from one that only read along.)
+            true if stands.attempt == 1 && copy.next() > 0 && entry.shared.load(Ordering::Acquire) => TWICE,
             true => return self.follow(entry, &stands).await,
         };
         self.give_up(entry, None, why);

@@ -7,7 +7,7 @@ use crate::relay::alone::Alone;
 use crate::relay::begin::KeyReused;
 
 /// Begins one at the first replica, held by the third.
-async fn held_by_third(cluster: &Cluster) -> (StreamId, Listener) {
+pub(super) async fn held_by_third(cluster: &Cluster) -> (StreamId, Listener) {
     loop {
         let (id, listener) = cluster.begin(0, true, 60_000).await;
         eventually("it is listed", || cluster.world.record(id).is_some()).await;

@@ -1,6 +1,7 @@
 //! Several copies of a stream that know different amounts of it when its holder is lost. Here each
 //! attempt says something else, so that whatever is joined wrongly is seen.
 
+use super::beginnings::held_by_third;
 use super::*;
 use crate::relay::copy::{Sink, Stop};
 use crate::relay::gather::ASK;
@@ -419,4 +420,18 @@ async fn who_says_much_at_once_lets_others_have_their_turn() {
         turns += 1;
     }
     assert!(turns >= 200, "{turns} turns while 16 MiB were said");
+}
+
+#[tokio::test]
+async fn who_read_along_at_one_that_read_along_goes_to_the_holder_when_that_one_dies() {
+    let mut cluster = Cluster::new(3, numbers(400), &Options::default()).await;
+    let (id, mut listener) = held_by_third(&cluster).await;
+    read(&mut listener, 20).await;
+    let entry = cluster.hub(1).mirror_from(id, Holder::Replica(ReplicaId(1))).await.unwrap();
+    let mut other = cluster.hub(1).listen(entry, true);
+    assert!(read(&mut other, 20).await >= 20);
+    drop(listener);
+    cluster.kill(0);
+    assert_eq!(read(&mut other, u64::MAX / 2).await, 400);
+    assert_eq!(cluster.world.record(id).unwrap().attempt, 1, "its holder lives");
 }
