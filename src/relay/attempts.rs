@@ -73,6 +73,11 @@ impl Copy {
         inner.sealed = inner.sealed.max(attempt);
     }
 
+    /// Whether nothing of this attempt is taken any more.
+    pub fn is_sealed(&self, attempt: u32) -> bool {
+        self.inner.lock().sealed > attempt
+    }
+
     /// Goes on with what another process says in this attempt, in which the events were said as `line`
     /// says. What is here and was said otherwise since is forgotten, and who has read it is told.
     /// False where that cannot be, or when it is an attempt that is over.

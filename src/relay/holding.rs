@@ -121,7 +121,9 @@ impl Relays {
                 () = generated => {}
                 () = stop.cancelled() => {}
             }
-            if entry.fenced.load(Ordering::Acquire) {
+            // Sealed by who has won it: what its engine said last was not taken, and is said again elsewhere.
+            // That its end is missing here is no failure of the stream's.
+            if entry.fenced.load(Ordering::Acquire) || copy.is_sealed(attempt) {
                 return;
             }
             if !copy.is_held_in(attempt) {

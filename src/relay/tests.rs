@@ -165,6 +165,8 @@ struct Numbers {
     /// Attempts and where they began.
     began: Mutex<Vec<(u32, u64)>>,
     said: AtomicU64,
+    /// Attempts that ended because nothing was taken of them.
+    untaken: AtomicU64,
 }
 
 /// What an attempt says where each says something else.
@@ -200,6 +202,11 @@ impl Engines for Numbers {
                 };
                 let journal = seq.to_le_bytes().to_vec().into();
                 if !copy.append(attempt, Event { lines, journal, terminal: seq + 1 == self.events }) {
+                    return;
+                }
+                if copy.next() == seq {
+                    // Nobody takes it: it might as well have been the last.
+                    self.untaken.fetch_add(1, Ordering::Relaxed);
                     return;
                 }
                 self.said.fetch_add(1, Ordering::Relaxed);
@@ -332,8 +339,8 @@ pub(super) fn order() -> Order {
 }
 
 fn numbers(events: u64) -> Numbers {
-    let (began, said) = (Mutex::default(), AtomicU64::new(0));
-    Numbers { events, padding: 0, varies: false, mute: false, began, said }
+    let (began, said, untaken) = (Mutex::default(), AtomicU64::new(0), AtomicU64::new(0));
+    Numbers { events, padding: 0, varies: false, mute: false, began, said, untaken }
 }
 
 /// Reads until `count` events were read, or the end. Checks that they are the ones due.

@@ -435,3 +435,19 @@ async fn who_read_along_at_one_that_read_along_goes_to_the_holder_when_that_one_
     assert_eq!(read(&mut other, u64::MAX / 2).await, 400);
     assert_eq!(cluster.world.record(id).unwrap().attempt, 1, "its holder lives");
 }
+
+#[tokio::test]
+async fn a_holder_whose_last_words_came_too_late_does_not_end_the_stream() {
+    let cluster = Cluster::new(3, numbers(400), &Options::default()).await;
+    let (id, mut listener) = held_by_third(&cluster).await;
+    read(&mut listener, 20).await;
+    // As who has won it does before anybody else hears of that.
+    cluster.entry(2, id).copy.seal(2);
+    let ended = || cluster.engines.untaken.load(Ordering::Relaxed) > 0;
+    eventually("its engine has ended", ended).await;
+    let early = tokio::time::timeout(Duration::from_millis(200), read(&mut listener, u64::MAX / 2)).await;
+    assert!(early.is_err(), "the stream has ended at {}", listener.at());
+    let lost = Some(Holder::Replica(ReplicaId(3)));
+    cluster.hub(0).recover(cluster.entry(0, id), lost).await;
+    assert_eq!(read(&mut listener, u64::MAX / 2).await, 400);
+}
