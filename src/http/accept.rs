@@ -281,7 +281,11 @@ fn on_thread(number: usize, lane: impl Future<Output = ()> + Send + 'static) -> 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::Builder::new().name(format!("http-{number}")).spawn(move || {
         drive_links_here();
-        runtime.block_on(lane);
+        runtime.block_on(async {
+            // As a task: what wakes the future that a runtime was begun with goes by way of the kernel. It
+            // has panicked if it gives an error, and then this thread ends.
+            let _ = tokio::spawn(lane).await;
+        });
         // Handlers that outlive their connection (none should) end here.
         runtime.shutdown_background();
     })?;

@@ -17,7 +17,12 @@ async fn a_stream_leaves_an_engine_that_is_silent_and_cannot_be_reached() {
     let other = engine(chat_events(3)).await;
     other.permits.add_permits(100);
     front.cluster.add("other", other.address);
-    front.cluster.worker("silent").unwrap().live.unreachable.store(true, Ordering::Relaxed);
+    // Each time a probe fails; the answer's head, which may be on its way, says the contrary once.
+    eventually("left", || {
+        front.cluster.worker("silent").unwrap().live.unreachable.store(true, Ordering::Relaxed);
+        !other.bodies.lock().is_empty()
+    })
+    .await;
     let answer = client.await.unwrap();
     assert!(answer.contains("w2 ") && answer.contains("data: [DONE]"), "{answer}");
     // The engine hears of it when its connection closes.

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -111,12 +111,16 @@ pub struct Link {
 pub struct Ticket {
     link: Arc<Link>,
     number: u64,
+    /// What the other end was told last of how many listen here.
+    watched: AtomicU32,
 }
 
 impl Ticket {
-    /// So many clients listen to this end's copy.
+    /// So many clients listen to this end's copy. The other end takes it that none do until it is told.
     pub fn watch(&self, clients: u32) {
-        self.link.outbox.send(frame(self.number, What::Watch(clients)));
+        if self.watched.swap(clients, Ordering::Relaxed) != clients {
+            self.link.outbox.send(frame(self.number, What::Watch(clients)));
+        }
     }
 
     /// Whether anything may still come.
@@ -301,7 +305,7 @@ impl Link {
             Some(channels) => channels.insert(number, Arc::new(channel)),
             None => return Err(AskError::Broken),
         };
-        let ticket = Ticket { link: Arc::clone(self), number };
+        let ticket = Ticket { link: Arc::clone(self), number, watched: AtomicU32::new(0) };
         if !self.outbox.send(frame(number, what)) {
             return Err(AskError::Broken);
         }
