@@ -9,10 +9,11 @@ several times over in the same window. CPU is that of the target's processes (us
     benches/ksana.py --targets everline,stock --reps 3 --secs 5 --conc 1,16,64
 
 Targets: everline (fixed mode, one replica), everline_strict, direct (the decode node itself), and with
---python (an interpreter with fastapi, uvicorn and httpx) stock and shared. Those two do on FastAPI and
-httpx what the reference router's proxy was seen to do for a request: parse and write the body, make a
-client (stock) or use one for all (shared), send both legs, wait for both heads, merge by a task and a poll
-every 100 ms. They look nothing up in a database, so that they do less than the router does.
+--python (an interpreter with fastapi, uvicorn, httpx and sqlalchemy) stock and shared. Those two do on
+FastAPI, httpx and SQLAlchemy what the reference router's proxy was seen to do for a request: ask SQLite for
+the pairs and for both nodes of one, parse and write the body, make a client (stock) or use one for all
+(shared), send both legs, wait for both heads, merge by tasks and a poll every 100 ms, and write its log to a
+file and to stderr.
 """
 import argparse, asyncio, json, os, pathlib, shutil, signal, statistics, subprocess, sys, tempfile, time, urllib.request
 
@@ -65,57 +66,133 @@ async def nodes():
 
 # ---- stand-ins ----
 
+def database(folder):
+    """As the router keeps its nodes and pairs; gives a function that picks a pair."""
+    import random
+    from datetime import datetime, timezone
+    from sqlalchemy import JSON, Boolean, DateTime, Integer, String, create_engine, select
+    from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Node(Base):
+        __tablename__ = "node_info"
+        id: Mapped[int] = mapped_column(Integer, primary_key=True)
+        node_id: Mapped[str] = mapped_column(String(64), unique=True)
+        cluster_name: Mapped[str] = mapped_column(String(128), index=True)
+        inference_addr: Mapped[str] = mapped_column(String(128))
+        coordinator_addr: Mapped[str] = mapped_column(String(128))
+        role: Mapped[str] = mapped_column(String(16))
+        node_rank: Mapped[int] = mapped_column(Integer)
+        world_size: Mapped[int] = mapped_column(Integer)
+        device_num: Mapped[int] = mapped_column(Integer)
+        last_heartbeat: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+        is_online: Mapped[bool] = mapped_column(Boolean)
+        start_time: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+        created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+        updated_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+    class Pair(Base):
+        __tablename__ = "comm_group_pair"
+        id: Mapped[int] = mapped_column(Integer, primary_key=True)
+        comm_key: Mapped[str] = mapped_column(String(256), unique=True)
+        is_active: Mapped[bool] = mapped_column(Boolean)
+        cluster_name: Mapped[str] = mapped_column(String(128), index=True)
+        prefill_addr: Mapped[str] = mapped_column(String(128), index=True)
+        decode_addr: Mapped[str] = mapped_column(String(128), index=True)
+        control_channel_meta: Mapped[list] = mapped_column(JSON)
+        data_channel_meta: Mapped[str] = mapped_column(JSON)
+        updated_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+    engine = create_engine(f"sqlite:///{folder}/router.db")
+    Base.metadata.create_all(engine)
+    now, addresses = datetime.now(timezone.utc), [f"127.0.0.1:{port}" for port in (PREFILL, DECODE)]
+    with Session(engine) as session:
+        for role, address in zip(("prefill", "decode"), addresses):
+            session.add(Node(node_id=role, cluster_name="c", inference_addr=address, coordinator_addr=address + "0",
+                             role=role, node_rank=0, world_size=1, device_num=1, is_online=True, last_heartbeat=now,
+                             start_time=now, created_at=now, updated_at=now))
+        session.add(Pair(comm_key="__".join(addresses), is_active=True, cluster_name="c", prefill_addr=addresses[0],
+                         decode_addr=addresses[1], control_channel_meta=[], data_channel_meta="X", updated_at=now))
+        session.commit()
+
+    def pick():
+        with Session(engine) as session:
+            pairs = list(session.scalars(select(Pair).where(Pair.is_active.is_(True), Pair.cluster_name == "c")))
+            random.shuffle(pairs)
+            for pair in pairs:
+                asked = (("prefill", pair.prefill_addr), ("decode", pair.decode_addr))
+                if all(session.scalar(select(Node).where(
+                        Node.inference_addr == address, Node.role == role, Node.node_rank == 0, Node.is_online.is_(True)))
+                       for role, address in asked):
+                    return pair.comm_key, pair.prefill_addr, pair.decode_addr
+        raise RuntimeError("no pair")
+    return pick
+
+
 def stand_in(is_shared):
-    import httpx, uvicorn, zlib
+    import httpx, logging, uvicorn, zlib
     from fastapi import FastAPI, Request
     from fastapi.responses import StreamingResponse
 
-    app, numbers = FastAPI(), iter(range(110, 1 << 31))
-    key = f"127.0.0.1:{PREFILL}__127.0.0.1:{DECODE}"
+    folder = tempfile.TemporaryDirectory(prefix="everline-ksana-")
+    # httpx says a line for each leg, uvicorn one for the request.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(process)d | %(levelname)s | %(name)s | %(message)s",
+                        handlers=[logging.FileHandler(f"{folder.name}/router.log"), logging.StreamHandler()])
+    log = logging.getLogger("router")
+    app, numbers, pick = FastAPI(), iter(range(110, 1 << 31)), database(folder.name)
     shared = httpx.AsyncClient(timeout=None) if is_shared else None
 
     @app.post("/generate")
     async def generate(request: Request):
-        body = json.dumps(await request.json(), separators=(",", ":"), ensure_ascii=False).encode()
+        key, *addresses = pick()
         number = zlib.crc32(f"{os.getpid()}:{next(numbers)}".encode()) & 0x7FFFFFFF or 1
-        headers = {"kv-comm-group-key": key, "kv-comm-request-id": str(number), "Content-Type": "application/json"}
-        client = shared or httpx.AsyncClient(timeout=None)
-        legs = [client.build_request("POST", f"http://127.0.0.1:{port}/generate", content=body, headers=headers)
-                for port in (PREFILL, DECODE)]
+        headers = {"kv-comm-group-key": key, "kv-comm-request-id": str(number)}
+        log.info("request %s goes to %s", number, addresses)
+        client, body = shared or httpx.AsyncClient(timeout=None), await request.json()
+        legs = [client.build_request("POST", f"http://{address}/generate", json=body, headers=headers) for address in addresses]
         prefill, decode = await asyncio.gather(*(client.send(leg, stream=True) for leg in legs))
-        out, state = asyncio.Queue(), {"done": False}
-
-        async def read_prefill():
-            async for data in prefill.aiter_bytes():
-                part = next(filter(None, data.split(b"\0")), b"")
-                if part and not state["done"]:
-                    await out.put(part + b"\0")
-                break
-            await prefill.aclose()
-
-        async def read_decode():
-            async for data in decode.aiter_bytes():
-                parts = [part for part in data.split(b"\0")]
-                for at, part in enumerate(parts):
-                    if part:
-                        state["done"] = True
-                        await out.put(part + (b"\0" if at < len(parts) - 1 else b""))
-            await decode.aclose()
 
         async def merged():
-            legs = [asyncio.create_task(read_prefill()), asyncio.create_task(read_decode())]
-            while True:
+            out, has_decoded = asyncio.Queue(), asyncio.Event()
+
+            async def read(answer, only_first):
+                async for data in answer.aiter_bytes():
+                    if only_first and has_decoded.is_set():
+                        return
+                    parts = data.split(b"\0")
+                    for at, part in enumerate(parts):
+                        if not part:
+                            continue
+                        await out.put(part + (b"\0" if at < len(parts) - 1 else b""))
+                        if only_first:
+                            return
+                        has_decoded.set()
+
+            async def closed(answer, reading):
                 try:
-                    yield await asyncio.wait_for(out.get(), 0.1)
-                except asyncio.TimeoutError:
-                    if all(leg.done() for leg in legs) and out.empty():
-                        break
-            if not is_shared:
-                await client.aclose()
-            yield b"[DONE]\0"
+                    await reading
+                finally:
+                    await answer.aclose()
+
+            reads = [(prefill, asyncio.create_task(read(prefill, True))), (decode, asyncio.create_task(read(decode, False)))]
+            ends = [asyncio.create_task(closed(*one)) for one in reads]
+            try:
+                while True:
+                    try:
+                        yield await asyncio.wait_for(out.get(), 0.1)
+                    except asyncio.TimeoutError:
+                        if all(end.done() for end in ends):
+                            break
+                log.info("request %s is done", number)
+                yield b"[DONE]\0"
+            finally:
+                if not is_shared:
+                    await client.aclose()
         return StreamingResponse(merged(), media_type="application/octet-stream")
 
-    uvicorn.run(app, host="127.0.0.1", port=ROUTER, log_level="warning", access_log=False)
+    uvicorn.run(app, host="127.0.0.1", port=ROUTER)
 
 
 # ---- load ----
@@ -216,7 +293,8 @@ class Target:
             command = [args.everline, "serve", *(part for one in sets for part in ("--set", one))]
         else:
             command = [args.python, __file__, "--stand-in", name]
-        self.process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
+                                        stderr=None if name.startswith("everline") else subprocess.DEVNULL)
         if name.startswith("everline"):
             until("everline is ready", lambda: urllib.request.urlopen(f"http://127.0.0.1:{ADMIN}/readyz").status == 200)
             until("the pair is registered", lambda: register() is None)
