@@ -128,8 +128,8 @@ pub struct Heard {
     pub away: Duration,
     /// Replicas that it was connected to.
     pub edges: Vec<String>,
-    /// Who generated its beginning.
-    pub worker: String,
+    /// Who generated its beginning; unknown where a replica's answer began before the engine's.
+    pub worker: Option<String>,
     /// One for each event.
     pub marks: Vec<Mark>,
     /// One for each time that a replica said that it went on elsewhere, and then did.
@@ -179,8 +179,8 @@ pub struct Retold {
 pub struct Progress {
     /// Which stream.
     pub id: String,
-    /// Who generated its beginning.
-    pub worker: String,
+    /// Who generated its beginning; unknown where a replica's answer began before the engine's.
+    pub worker: Option<String>,
     /// Events so far.
     pub events: u64,
     /// See [`Mark::blank`], of the last one.
@@ -201,7 +201,7 @@ impl Heard {
     pub fn retold(retold: Retold) -> Result<Self, Broken> {
         let mut heard = Self { id: retold.stream.unwrap_or_default(), ..Self::default() };
         heard.edges.extend(retold.edge);
-        heard.worker = retold.worker.unwrap_or_default();
+        heard.worker = retold.worker;
         let mut wrong = None;
         for (at, data) in retold.events.iter().enumerate() {
             let seq = match retold.ids.get(at) {
@@ -447,7 +447,7 @@ impl Reader {
             heard.edges.push(edge.to_owned());
         }
         if let Some(worker) = header("everline-worker") {
-            heard.worker = worker.to_owned();
+            heard.worker = Some(worker.to_owned());
         }
         if let Some(id) = header("everline-stream") {
             if heard.id.is_empty() {

@@ -45,7 +45,7 @@ impl Lost {
             self.client,
             heard.id,
             heard.edges,
-            heard.worker,
+            heard.worker.as_deref().unwrap_or("nobody known"),
             heard.events,
             since(self.broke),
             if self.broken.silent { ", silently" } else { "" },

@@ -107,15 +107,20 @@ async fn streams_outlive_replicas_and_either_engine(how: Handover) {
     fleet.engines[2].kill9();
     // One that prefills: what goes on needs it no more than any other.
     fleet.engines[0].kill9();
-    let mut seams = 0;
+    let (mut seams, mut named) = (0, 0);
     while let Some(stream) = streams.join_next().await {
         let (at, heard) = stream.expect("clients do not panic");
         let heard = heard.unwrap_or_else(|broken| panic!("{at}: {broken:?}"));
         assert_eq!(text_and_counts(heard.said), known[at], "{at}: not what one engine says");
-        assert!(["e3", "e4", "e5"].contains(&heard.worker.as_str()), "{at}: {} answered", heard.worker);
+        // Nobody is named to a client that waited a second for the engine.
+        if let Some(worker) = &heard.worker {
+            assert!(["e3", "e4", "e5"].contains(&worker.as_str()), "{at}: {worker} answered");
+            named += 1;
+        }
         seams += heard.seams;
     }
     assert!(seams > 0, "nobody was hurt");
+    assert!(named > 0, "nobody heard who answers");
     let after = counted(&fleet, PREFILLED).await;
     assert!(after > 0, "what went on was prefilled");
 

@@ -96,6 +96,7 @@ async fn two_real_engines_say_together_what_one_says() {
         question.body["stream"] = json!(true);
         let base = format!("http://{}", fleet.balancer);
         let heard = read(&base, &question, Manner::Get).await.expect("nobody is hurt");
-        assert_eq!((&heard.said.choices[&0].text, heard.worker.as_str()), (wanted, "d"), "{}", question.body);
+        assert_eq!(&heard.said.choices[&0].text, wanted, "{}", question.body);
+        assert!(heard.worker.is_none_or(|worker| worker == "d"), "{}", question.body);
     }
 }

@@ -431,7 +431,9 @@ impl Trial {
         for (_, progress) in &all {
             let mut progress = progress.clone();
             inside.spawn(async move {
-                let there = |progress: &Progress| progress.events >= 30 && progress.blank;
+                let there = |progress: &Progress| {
+                    progress.events >= 30 && progress.blank && progress.worker.is_some()
+                };
                 progress.wait_for(there).await.ok().map(|progress| progress.clone())
             });
         }
@@ -442,7 +444,8 @@ impl Trial {
             first = ended.expect("it does not panic");
         }
         let first = first.expect("a stream that is inside a character");
-        let at = self.engines.iter().position(|engine| engine.id == first.worker).expect("one of ours");
+        let worker = first.worker.clone().expect("waited for");
+        let at = self.engines.iter().position(|engine| engine.id == worker).expect("one of ours");
         let mut dead = None;
         if how == How::KillWithHolder {
             self.freeze();
@@ -464,12 +467,12 @@ impl Trial {
         let losses = self.losses();
         let (mut cut, mut aborted, mut hurt) = (0, 0, 0);
         for (known, got) in known.iter().zip(heard) {
-            let (id, worker, seams) = match &got {
+            let (id, by, seams) = match &got {
                 Ok(heard) => (&heard.id, &heard.worker, heard.seams),
                 Err(broken) => (&broken.heard.id, &broken.heard.worker, broken.heard.seams),
             };
             let loss = losses.get(id);
-            hurt += u32::from(*worker == first.worker);
+            hurt += u32::from(*by == first.worker);
             aborted += u32::from(loss.is_some_and(|aborted| *aborted));
             let was_cut = loss.is_some() || seams > 0;
             cut += u32::from(was_cut);
@@ -479,7 +482,7 @@ impl Trial {
             self.fleet.replicas[dead].start();
             ready(&self.fleet.replicas[dead], SETTLED).await;
         }
-        println!("{kind}: of {hurt} streams of {}, {cut} cut, {aborted} because it gave up", first.worker);
+        println!("{kind}: of {hurt} streams of {worker}, {cut} cut, {aborted} because it gave up");
         assert!(cut > 0, "no stream was cut");
         if how == How::Term && aborted == 0 {
             // Its core had been killed before it could: what it leaves in the air is lost the same way.

@@ -48,7 +48,7 @@ async fn all(reading: Reading) -> Vec<Heard> {
 fn told((at, Broken { why, heard, .. }): (&usize, &Broken)) -> String {
     let Heard { id, events, returns, seams, stall, edges, worker, .. } = &**heard;
     format!(
-        "{at} {id}: {why}, after {events} events of {worker} at {edges:?}, {returns} returns, {seams} seams, {stall:?}"
+        "{at} {id}: {why}, after {events} events of {worker:?} at {edges:?}, {returns} returns, {seams} seams, {stall:?}"
     )
 }
 
