@@ -102,6 +102,11 @@ struct Queue<O> {
     in_flight: VecDeque<InFlight<O>>,
     bytes: usize,
     next_number: u64,
+    /// When the first of what nobody waits for came, of what is not in a segment yet: here, or where
+    /// [`Driver::fill`] takes it from. Whoever sets it sees to it that the driver wakes in time.
+    gathers_since: Option<Instant>,
+    /// When the last segment was sealed.
+    sealed_at: Option<Instant>,
 }
 
 struct Shared<S: State> {
@@ -125,7 +130,15 @@ impl<S: State> Clone for Proposer<S> {
 impl<S: State> Proposer<S> {
     /// A proposer that gathers until [`run`] drives it.
     pub fn new(batching: Batching) -> Self {
-        let queue = Queue { waiting: VecDeque::new(), in_flight: VecDeque::new(), bytes: 0, next_number: 1 };
+        let queue = Queue {
+            waiting: VecDeque::new(),
+            in_flight: VecDeque::new(),
+            bytes: 0,
+            next_number: 1,
+            // The first segment may have something to say of this replica itself.
+            gathers_since: Some(Instant::now()),
+            sealed_at: None,
+        };
         let (queue, wake) = (Mutex::new(queue), Notify::new());
         Self { shared: Arc::new(Shared { queue, batching, wake, counters: Arc::default() }) }
     }
@@ -173,10 +186,10 @@ impl<S: State> Proposer<S> {
         if queue.bytes >= self.shared.batching.queue_bytes {
             return Err(ClusterError::Overloaded { bytes: queue.bytes });
         }
-        // The driver knows when what waits is due, unless this changes it: there was nothing, a batch is
-        // full, or somebody waits where nobody did. Waking it for each of ten thousand prompts a second
-        // would cost more than the log does.
-        let sooner = queue.waiting.is_empty() || urgent && !queue.waiting.iter().any(|batch| batch.urgent);
+        // The driver knows when what waits is due, unless this changes it: a batch is full, or somebody
+        // waits where nobody did. Waking it for each of ten thousand prompts a second would cost more than
+        // the log does.
+        let sooner = urgent && !queue.waiting.iter().any(|batch| batch.urgent);
         let needs_new =
             queue.waiting.back().is_none_or(|batch| batch.list.len() >= self.shared.batching.bytes);
         if needs_new {
@@ -195,11 +208,34 @@ impl<S: State> Proposer<S> {
         let is_full = batch.list.len() >= self.shared.batching.bytes;
         let grown = batch.list.len() - before;
         queue.bytes += grown;
-        drop(queue);
         if sooner || is_full {
+            drop(queue);
             self.shared.wake.notify_one();
+        } else if !urgent {
+            self.gather(&mut queue);
         }
         Ok(())
+    }
+
+    /// Something has come that nobody waits for. It is looked at when it is due, and the driver sleeps
+    /// until then: a thread more that wakes at once, only to sleep again, would take the processor from
+    /// the request that has just come.
+    fn gather(&self, queue: &mut Queue<S::Outcome>) {
+        if queue.gathers_since.is_some() {
+            return;
+        }
+        let now = Instant::now();
+        queue.gathers_since = Some(now);
+        let due = due_at(now, queue.sealed_at, self.shared.batching.load_window);
+        let shared = Arc::clone(&self.shared);
+        match tokio::runtime::Handle::try_current() {
+            // If that runtime ends first, the driver looks by itself.
+            Ok(here) => drop(here.spawn(async move {
+                tokio::time::sleep_until(due).await;
+                shared.wake.notify_one();
+            })),
+            Err(_) => shared.wake.notify_one(),
+        }
     }
 
     /// What is counted of the group.
@@ -212,9 +248,10 @@ impl<S: State> Proposer<S> {
         self.shared.queue.lock().bytes
     }
 
-    /// Makes the driver look for work that is not in the queue (see `fill` of [`run`]).
+    /// Makes the driver look for work that is not in the queue (see [`Driver::fill`]), as soon as what is
+    /// told would be due.
     pub fn wake(&self) {
-        self.shared.wake.notify_one();
+        self.gather(&mut self.shared.queue.lock());
     }
 
     /// A segment was applied here.
@@ -273,37 +310,35 @@ pub struct Driver<S: State> {
 /// [`Batching::load_window`] of a replica without peers: only its own log hears of its loads.
 const LONELY_WINDOW: Duration = Duration::from_millis(100);
 
+/// A driver looks for what there is to say after this time at the latest, though nobody woke it.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// When something is said that nobody waits for: half a window after the first of it came, so that
+/// others have the processors first and more comes with it, and a window after the last segment.
+fn due_at(since: Instant, sealed_at: Option<Instant>, window: Duration) -> Instant {
+    let gathered = since + window / 2;
+    sealed_at.map_or(gathered, |sealed| gathered.max(sealed + window))
+}
+
 /// Drives a proposer until the route's sender is gone.
 pub async fn run<S: State>(mut driver: Driver<S>) {
     let shared = driver.proposer.shared.clone();
     let mut resend_after = RESEND.0;
     let mut sent_at = Instant::now();
-    let (mut sealed_at, mut gathers_since) = (sent_at, sent_at);
-    // Whether there was nothing to say when it was last looked at.
-    let mut rests = true;
     let mut acked = 0u64;
     let trouble = Arc::new(Notify::new());
     loop {
         // Seal and send what is due.
         let mut due = None;
         while shared.queue.lock().in_flight.len() < IN_FLIGHT {
-            if std::mem::take(&mut rests) {
-                // Half a window: what comes alone is known to the others soon all the same.
-                let now = Instant::now();
-                gathers_since = now.checked_sub(shared.batching.load_window / 2).unwrap_or(now);
-            }
-            let wait = patience(&driver, &shared, sealed_at, gathers_since);
-            if wait > Duration::ZERO {
-                due = Some(wait);
+            let wait = patience(&driver, &shared);
+            if wait != Some(Duration::ZERO) {
+                due = wait;
                 break;
             }
-            let Some(segment) = seal(&driver, &shared) else {
-                rests = true;
-                break;
-            };
-            (sealed_at, gathers_since) = (Instant::now(), Instant::now());
+            let Some(segment) = seal(&driver, &shared) else { break };
             if shared.queue.lock().in_flight.len() == 1 {
-                sent_at = sealed_at;
+                sent_at = Instant::now();
             }
             send(&driver, &[segment], &trouble).await;
         }
@@ -327,7 +362,7 @@ pub async fn run<S: State>(mut driver: Driver<S>) {
         }
 
         let nap = match (flying, due) {
-            (0, None) => Duration::from_secs(3600),
+            (0, None) => LOOK,
             (0, Some(due)) => due,
             (_, due) => due.unwrap_or(RESEND.1).min(resend_after.saturating_sub(sent_at.elapsed())),
         };
@@ -353,31 +388,32 @@ pub async fn run<S: State>(mut driver: Driver<S>) {
 
 /// How long what has gathered may go on gathering: not at all when nothing is in flight or a
 /// segment is full, else until a window has passed since the last was sealed. Where nobody waits
-/// for anything, something may have been told, or there may be something to fill a segment with,
-/// in its own time: since the last was sealed, or, after a rest, half of it since it began to gather. A request
-/// that comes after a rest so has the processors to itself until it has its answer, or is at least
-/// on its way; what the log makes all replicas do comes after it.
-fn patience<S: State>(
-    driver: &Driver<S>,
-    shared: &Shared<S>,
-    sealed_at: Instant,
-    gathers_since: Instant,
-) -> Duration {
+/// for anything, see [`due_at`]: a request that comes after a rest so has the processors to itself
+/// until it has its answer, or is at least on its way; what the log makes all replicas do comes
+/// after it. `None` while there is nothing to say.
+fn patience<S: State>(driver: &Driver<S>, shared: &Shared<S>) -> Option<Duration> {
     let queue = shared.queue.lock();
     let full = queue.waiting.front().is_some_and(|batch| batch.list.len() >= shared.batching.bytes);
-    if !full && !queue.waiting.iter().any(|batch| batch.urgent) {
-        drop(queue);
-        let window = if (driver.has_peers)() { shared.batching.load_window } else { LONELY_WINDOW };
-        return window.saturating_sub(gathers_since.elapsed());
+    let urgent = queue.waiting.iter().any(|batch| batch.urgent);
+    let sealed_at = queue.sealed_at;
+    if full || urgent {
+        return Some(match sealed_at {
+            Some(sealed_at) if !full && !queue.in_flight.is_empty() => {
+                shared.batching.window.saturating_sub(sealed_at.elapsed())
+            }
+            _ => Duration::ZERO,
+        });
     }
-    if full || queue.in_flight.is_empty() {
-        return Duration::ZERO;
-    }
-    shared.batching.window.saturating_sub(sealed_at.elapsed())
+    let since = queue.gathers_since?;
+    drop(queue);
+    let window = if (driver.has_peers)() { shared.batching.load_window } else { LONELY_WINDOW };
+    Some(due_at(since, sealed_at, window).saturating_duration_since(Instant::now()))
 }
 
 /// Numbers the next segment and moves it in flight; `None` when there is nothing to say.
 fn seal<S: State>(driver: &Driver<S>, shared: &Shared<S>) -> Option<Segment> {
+    // Before anything is taken: what comes from here on is looked for again, taken or not.
+    shared.queue.lock().gathers_since = None;
     let extra = (driver.fill)();
     let mut queue = shared.queue.lock();
     if queue.waiting.is_empty() && extra.is_empty() {
@@ -400,6 +436,10 @@ fn seal<S: State>(driver: &Driver<S>, shared: &Shared<S>) -> Option<Segment> {
     let segment = Segment { origin: driver.me, incarnation: driver.incarnation, number, commands };
     shared.counters.sealed(batch.mutations, segment.commands.len());
     let sealed = Instant::now();
+    queue.sealed_at = Some(sealed);
+    if !queue.waiting.is_empty() {
+        queue.gathers_since.get_or_insert(sealed);
+    }
     queue.in_flight.push_back(InFlight { segment: segment.clone(), sealed, waiters: batch.waiters });
     Some(segment)
 }
@@ -606,6 +646,28 @@ mod tests {
         };
         assert!(segment.commands.len() >= 1000, "{}", segment.commands.len());
         assert_eq!(count(&segment), told);
+        driven.abort();
+    }
+
+    #[tokio::test]
+    async fn what_is_told_comes_through_though_whoever_told_it_ended() {
+        let proposer: Proposer<ControlState> = Proposer::new(Batching::default());
+        let (driver, mut segments, _keep) = driver_of(&proposer);
+        let driven = tokio::spawn(run(driver));
+        let told = proposer.clone();
+        std::thread::spawn(move || told.tell(&[ControlCommand::Noop]).unwrap()).join().unwrap();
+        let waited = tokio::time::timeout(20 * LOOK, segments.recv()).await;
+        assert_eq!(waited.expect("the driver never looks").unwrap().number, 1);
+        proposer.acknowledged(1, vec![ControlOutcome::Done]);
+        let told = proposer.clone();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            // What was to wake the driver ends with its runtime.
+            runtime.block_on(async { told.tell(&[ControlCommand::Noop]).unwrap() });
+        });
+        thread.join().unwrap();
+        let waited = tokio::time::timeout(20 * LOOK, segments.recv()).await;
+        assert_eq!(waited.expect("the driver never looks").unwrap().number, 2);
         driven.abort();
     }
 }

@@ -16,6 +16,16 @@ pub struct Event {
     pub terminal: bool,
 }
 
+/// Shorter slices are copied to be kept.
+const SHORT: usize = 4 << 10;
+
+/// The same bytes, to be kept. What was read from a connection is a slice of its buffer, of 8 KiB and
+/// more, all of which is there for as long as the slice is, and which no bound counts; so short ones
+/// get memory of their own.
+pub fn kept(bytes: Bytes) -> Bytes {
+    if bytes.len() < SHORT { Bytes::copy_from_slice(&bytes) } else { bytes }
+}
+
 impl Event {
     /// Memory that it takes.
     pub fn bytes(&self) -> usize {
@@ -79,6 +89,7 @@ impl Log {
         if self.ended {
             return;
         }
+        let event = Event { lines: kept(event.lines), journal: kept(event.journal), ..event };
         self.bytes += event.bytes();
         self.ended = event.terminal;
         self.events.push_back(event);
@@ -151,6 +162,18 @@ mod tests {
 
     fn event(text: &str) -> Event {
         Event { lines: text.to_owned().into(), journal: format!("j{text}").into(), terminal: text == "end" }
+    }
+
+    #[test]
+    fn what_is_kept_does_not_keep_the_buffer_that_it_was_read_into() {
+        let read = Bytes::from(vec![b'x'; 16 << 10]);
+        let mut log = Log::default();
+        log.push(Event { lines: read.slice(5..105), journal: read.slice(200..210), terminal: false });
+        assert!(read.is_unique(), "a slice of it is kept");
+        assert_eq!((log.get(0).unwrap().lines.len(), log.get(0).unwrap().journal.len()), (100, 10));
+        // What is most of a buffer is not worth a copy.
+        log.push(Event { lines: read.slice(..SHORT), ..Event::default() });
+        assert!(!read.is_unique());
     }
 
     #[test]

@@ -24,6 +24,7 @@ use crate::relay::Durability;
 use crate::relay::begin::{KeyReused, Manner};
 use crate::relay::find::Missing;
 use crate::relay::hub::{Entry, Relays};
+use crate::relay::log::kept;
 use crate::relay::order::{Order, header_lines};
 use crate::relay::secret::{self, MOST_KEY};
 
@@ -180,7 +181,7 @@ pub(super) async fn begin(
             passed
         }),
         background: background.is_some(),
-        body: background.as_ref().unwrap_or(body).clone(),
+        body: kept(background.as_ref().unwrap_or(body).clone()),
         key: caller.key_id().map(str::to_owned),
         request_id: request_id.to_str().unwrap_or_default().to_owned(),
         model: asked.model.as_deref().unwrap_or_default().to_owned(),
