@@ -6,6 +6,7 @@ mod bounds;
 mod browser;
 mod choices;
 mod cli;
+mod costs;
 mod damage;
 mod dead_worker;
 mod demo;
