@@ -80,7 +80,8 @@ impl Copy {
 
     /// Goes on with what another process says in this attempt, in which the events were said as `line`
     /// says. What is here and was said otherwise since is forgotten, and who has read it is told.
-    /// False where that cannot be, or when it is an attempt that is over.
+    /// False where that cannot be, when it is an attempt that is over, or when where it begins is known here
+    /// and not there.
     pub fn follow(&self, attempt: u32, line: &Line) -> bool {
         let woken = {
             let mut inner = self.inner.lock();
@@ -89,6 +90,9 @@ impl Copy {
             }
             if attempt == inner.attempt && *line == inner.line {
                 return true;
+            }
+            if inner.knows_more_than(attempt, line) {
+                return false;
             }
             if let Some(from) = inner.line.parts_from(line)
                 && from < inner.log.next()
@@ -108,6 +112,12 @@ impl Copy {
         };
         woken.call();
         true
+    }
+
+    /// Whether it is known here where this attempt begins, and not where events were said as `line` says:
+    /// those may be of earlier ones, and be said anew in what is here.
+    pub fn knows_more_than(&self, attempt: u32, line: &Line) -> bool {
+        self.inner.lock().knows_more_than(attempt, line)
     }
 
     /// Adds what another process had in this attempt or before, and this one has not. What both have
@@ -172,6 +182,10 @@ impl Inner {
     pub(super) fn said_otherwise(&self, at: u64, of: Option<u32>) -> bool {
         let known = of.filter(|of| *of <= self.attempt);
         known.zip(at.checked_sub(1)).is_some_and(|(of, last)| self.line.said_by(last) != of)
+    }
+
+    fn knows_more_than(&self, attempt: u32, line: &Line) -> bool {
+        attempt == self.attempt && self.line.has_begun(attempt) && !line.has_begun(attempt)
     }
 
     fn note_strays(&mut self) {

@@ -73,6 +73,11 @@ impl Line {
         self.turns = Some(kept.chain([Turn { attempt, base }]).collect());
     }
 
+    /// Whether it is known where this attempt begins: later than that there is one.
+    pub fn has_begun(&self, attempt: u32) -> bool {
+        attempt <= 1 || self.turns().last().is_some_and(|turn| turn.attempt == attempt)
+    }
+
     /// Which attempt said, or will say, an event.
     pub fn said_by(&self, seq: u64) -> u32 {
         self.turns().iter().rev().find(|turn| turn.base <= seq).map_or(1, |turn| turn.attempt)

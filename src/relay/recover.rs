@@ -380,7 +380,8 @@ impl Relays {
                 // It was given to this process meanwhile.
                 return Followed::Yes;
             }
-            if accepted.attempt < least.max(copy.least_attempt()) {
+            let is_behind = accepted.attempt < least.max(copy.least_attempt());
+            if is_behind || copy.knows_more_than(accepted.attempt, &line) {
                 return Followed::NotYet;
             }
             if !copy.follow(accepted.attempt, &line) {

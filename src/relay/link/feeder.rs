@@ -11,14 +11,16 @@ use super::proto::frame::What;
 use super::proto::{Events, Refused};
 use super::{Why, frame, line_to_wire, to_wire};
 use crate::codec;
-use crate::relay::copy::{Copy, Seat, Sink, Stop};
+use crate::relay::copy::{Copy, Read, Seat, Sink, Stop};
+use crate::relay::line::Line;
 use crate::relay::log::Event;
 
 struct State {
     seat: Option<Seat>,
     credit: usize,
-    /// The attempt of the last events that were sent.
-    attempt: Option<u32>,
+    /// The attempt of the last events that were sent, and who had said which as far as was known then: where
+    /// an attempt begins is known later than that there is one.
+    told: Option<(u32, Line)>,
     head_sent: bool,
     leave_sent: bool,
     /// Nothing more is sent.
@@ -47,7 +49,7 @@ impl Feeder {
         head_sent: bool,
     ) -> Result<Arc<Self>, Stop> {
         let (leave_sent, over, sent_all) = (false, false, false);
-        let state = State { seat: None, credit: 0, attempt: None, head_sent, leave_sent, over, sent_all };
+        let state = State { seat: None, credit: 0, told: None, head_sent, leave_sent, over, sent_all };
         let state = Mutex::new(state);
         let feeder = Arc::new(Self { channel, copy: Arc::clone(copy), outbox: Arc::clone(outbox), state });
         let seat = copy.seat(at, None, Some(Arc::clone(&feeder) as Arc<dyn Sink>), false)?;
@@ -89,10 +91,12 @@ impl Feeder {
                 Poll::Ready(Ok(read)) => {
                     let bytes: usize = read.events.iter().map(Event::bytes).sum();
                     state.credit = state.credit.saturating_sub(bytes);
-                    let is_new = state.attempt.replace(read.attempt) != Some(read.attempt);
-                    let line = is_new.then(|| line_to_wire(&read.line));
-                    let events = read.events.into_iter().map(to_wire).collect();
-                    let (first, attempt) = (read.first, read.attempt);
+                    let Read { first, events, attempt, line } = read;
+                    let told = (attempt, line);
+                    let is_new = state.told.as_ref() != Some(&told);
+                    let line = is_new.then(|| line_to_wire(&told.1));
+                    state.told = Some(told);
+                    let events = events.into_iter().map(to_wire).collect();
                     if !self.send(What::Events(Events { first, events, attempt, line })) {
                         state.over = true;
                     }
@@ -127,5 +131,45 @@ impl Feeder {
 impl Sink for Feeder {
     fn ready(&self) {
         self.pump(&mut self.state.lock());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::{FutureExt as _, StreamExt as _};
+
+    use super::super::line_from_wire;
+    use super::*;
+    use crate::relay::copy::Role;
+    use crate::relay::line::Turn;
+    use crate::relay::secret::random_id;
+    use crate::relay::tests::order;
+
+    #[tokio::test]
+    async fn where_an_attempt_begins_is_told_even_if_something_was_sent_in_it_before() {
+        let copy = Copy::new(random_id(), Arc::new(order()), Role::Mirror, 1, Default::default(), 1 << 20);
+        let event = || Event { lines: Bytes::from_static(b"data: x\n"), ..Event::default() };
+        assert!(copy.push(1, 0, [event(), event(), event()]));
+        // It is given to somebody, who has not said yet that he begins, and where.
+        assert!(copy.expect_attempt(2));
+        let outbox = Arc::<Outbox>::default();
+        let mut batches = outbox.batches();
+        let feeder = Feeder::begin(7, &copy, &outbox, 0, false).unwrap();
+        feeder.credit(1 << 20);
+        let mut line = Line::default();
+        line.begin(2, 3);
+        assert!(copy.follow(2, &line));
+        assert!(copy.push(2, 3, [event()]) && copy.push(2, 4, [event()]));
+        let mut told = Vec::new();
+        while let Some(Some(batch)) = batches.next().now_or_never() {
+            for frame in batch.frames {
+                let Some(What::Events(events)) = frame.what else { panic!("{frame:?}") };
+                let line = events.line.is_some().then(|| line_from_wire(events.line).unwrap());
+                let turns = line.map(|line| line.turns().to_vec());
+                told.push((events.first, events.attempt, turns));
+            }
+        }
+        let begins = vec![Turn { attempt: 2, base: 3 }];
+        assert_eq!(told, [(0, 2, Some(vec![])), (3, 2, Some(begins)), (4, 2, None)]);
     }
 }

@@ -360,6 +360,31 @@ async fn a_process_that_was_away_believes_what_its_client_has_heard_and_not_its_
     assert!(own.copy.is_closed());
 }
 
+#[test]
+fn who_knows_where_an_attempt_begins_takes_nothing_from_who_does_not() {
+    let copy = |attempt, events, line: &Line| {
+        let parts = (had(events, line), line.clone());
+        Copy::new(secret::random_id(), Arc::new(order()), Role::Mirror, attempt, parts, 8 << 20)
+    };
+    let (before, mut begun) = (Line::default(), Line::default());
+    begun.begin(2, 3);
+    let knows = copy(2, 5, &begun);
+    let reader = knows.seat(0, None, None, true).unwrap();
+    assert!(
+        matches!(knows.read(reader, 1 << 20, None), std::task::Poll::Ready(Ok(read)) if read.events.len() == 5)
+    );
+    // Who has won the second attempt, and was not told yet where it begins, has more of the first one.
+    assert!(knows.knows_more_than(2, &before) && !knows.follow(2, &before));
+    assert_eq!((knows.next(), knows.line()), (5, begun.clone()));
+    assert!(matches!(knows.read(reader, 1, None), std::task::Poll::Pending), "its reader reads on");
+    // The other way round, what was said anew is forgotten.
+    let waits = copy(1, 5, &before);
+    assert!(waits.expect_attempt(2) && waits.follow(2, &begun));
+    assert_eq!(waits.next(), 3);
+    // A later attempt counts, wherever it begins.
+    assert!(!knows.knows_more_than(3, &before) && knows.follow(3, &begun));
+}
+
 struct Deaf;
 
 impl Sink for Deaf {
