@@ -1,53 +1,144 @@
 #!/usr/bin/env python3
 """How long streams stand still when the replica that generates them is killed or frozen.
 
-Starts a demo (three replicas, simulated engines, children are started again), keeps streams running
-at all replicas, hurts one replica after the other, and reads the longest pause of every stream of
-the other replicas that says it went on elsewhere: told apart by whether the hurt replica led the group
-that has the directory of streams, as one of three did. Everything on 127.0.0.1.
+Starts a demo (three replicas, children are started again) and four simulated engines of a speed of one's
+choice, keeps streams running at all replicas, hurts one replica after the other, and reads the longest pause
+of every stream of the other replicas that says it went on elsewhere: told apart by whether the hurt replica led
+the group that has the directory of streams, as one of three did. A pause has the step in it that there is
+between any two tokens. One thread reads all streams, so that they cost little beside the replicas. Everything
+on 127.0.0.1.
 
-    benches/stall.py                       # kill -9, 12 times
-    benches/stall.py --signal STOP         # freeze for 4 s
+    benches/stall.py                                    # kill -9, 12 times
+    benches/stall.py --signal STOP                      # freeze for 4 s
+    benches/stall.py --streams 200 --step-ms 80
 """
-import argparse, http.client, json, os, pathlib, signal, statistics, subprocess, tempfile, threading, time, urllib.request
+import argparse, json, os, pathlib, selectors, signal, socket, statistics, subprocess, tempfile, threading, time
+import urllib.error, urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODEL = "everline-stall"
+ENGINES = 4
+# A stream without a word for so long is not waited for any more, s.
+SILENT = 30
 
 
-class Stream(threading.Thread):
-    """One stream at one replica, on and on until told to stop."""
+class Stream:
+    """One stream at one replica, on and on."""
 
-    def __init__(self, number, replica, stop, seams, broken):
+    def __init__(self, number, replica, tokens):
+        self.number, self.replica = number, replica
+        host, port = replica["http"].removeprefix("http://").split(":")
+        self.address = (host, int(port))
+        body = json.dumps({"model": MODEL, "stream": True, "max_tokens": tokens,
+                           "messages": [{"role": "user", "content": f"story {number}"}]})
+        self.request = (f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+                        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n{body}").encode()
+        self.socket, self.again = None, 0.0
+
+    def begin(self):
+        self.last, self.longest, self.seam = time.monotonic(), (0.0, 0.0), False
+        self.socket = socket.create_connection(self.address, timeout=5)
+        self.socket.sendall(self.request)
+        self.socket.setblocking(False)
+
+    def end(self, selector, pause):
+        if self.socket:
+            selector.unregister(self.socket)
+            self.socket.close()
+        self.socket, self.again = None, time.monotonic() + pause
+
+
+class Reader(threading.Thread):
+    """Keeps all streams running until told to stop."""
+
+    def __init__(self, streams):
         super().__init__(daemon=True)
-        self.number, self.replica, self.stop, self.seams, self.broken = number, replica, stop, seams, broken
+        self.streams, self.stop = streams, threading.Event()
+        self.seams, self.broken, self.done = [], [], 0
 
     def run(self):
+        selector = selectors.DefaultSelector()
         while not self.stop.is_set():
-            try:
-                self.one()
-            except (OSError, http.client.HTTPException):
-                self.broken.append(self.replica["id"])
-                time.sleep(0.3)
+            now = time.monotonic()
+            for stream in self.streams:
+                if stream.socket is None and now >= stream.again:
+                    try:
+                        stream.begin()
+                        selector.register(stream.socket, selectors.EVENT_READ, stream)
+                    except OSError:
+                        stream.socket, stream.again = None, now + 0.3
+                elif stream.socket is not None and now - stream.last > SILENT:
+                    self.broke(selector, stream)
+            for key, _ in selector.select(0.1):
+                self.take(selector, key.data)
 
-    def one(self):
-        host, port = self.replica["http"].removeprefix("http://").split(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=30)
-        body = json.dumps({"model": "everline-demo", "stream": True, "max_tokens": 400,
-                           "messages": [{"role": "user", "content": f"story {self.number}"}]})
-        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
-        response = connection.getresponse()
-        last, longest, seam, done = time.monotonic(), (0.0, 0.0), None, False
-        for line in response:
-            if line.startswith(b"data: "):
-                now = time.monotonic()
-                longest, last = max(longest, (now - last, now)), now
-                done = line.startswith(b"data: [DONE]")
-            elif line.startswith(b": everline attempt"):
-                seam = line
-        if not done:
-            self.broken.append(self.replica["id"])
-        elif seam:
-            self.seams.append(longest)
+    def take(self, selector, stream):
+        try:
+            data = stream.socket.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        now = time.monotonic()
+        if b": everline attempt" in data:
+            stream.seam = True
+        # What comes with the head says nothing of pauses between tokens.
+        if b"data: " in data:
+            if not data.startswith(b"HTTP/"):
+                stream.longest = max(stream.longest, (now - stream.last, now))
+            stream.last = now
+        if b"data: [DONE]" in data:
+            self.done += 1
+            if stream.seam:
+                self.seams.append(stream.longest)
+            stream.end(selector, 0)
+        elif not data:
+            self.broke(selector, stream)
+
+    def broke(self, selector, stream):
+        self.broken.append(stream.replica["id"])
+        stream.end(selector, 0.3)
+
+
+def ask(url, body=None):
+    request = urllib.request.Request(url, body and json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return json.load(answer)
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def start_engines(options, state):
+    """Engines of our own speed; the demo's own ones have another model, and nothing to do."""
+    engines, server = [], state["replicas"][0]["admin"]
+    for _ in range(ENGINES):
+        address = f"127.0.0.1:{free_port()}"
+        engines.append(subprocess.Popen(
+            [options.everline, "engine-sim", "--listen", address, "--model", MODEL, "--eos-every", "0",
+             "--decode-step-ms", str(options.step_ms)], stdout=subprocess.DEVNULL))
+        while True:
+            try:
+                ask(f"http://{address}/v1/models")
+                break
+            except OSError:
+                time.sleep(0.05)
+        subprocess.run([options.everline, "worker", "add", f"http://{address}", "--server", server], check=True,
+                       stdout=subprocess.DEVNULL)
+    return engines
+
+
+def leader(state):
+    """Who leads the group that has the directory of streams: a take-over of what it held waits for an election."""
+    for replica in state["replicas"]:
+        try:
+            members = ask(replica["admin"] + "/v1/admin/status")["cluster"]["members"]
+        except OSError:
+            continue
+        return next((member["info"]["name"] for member in members if member["leads_cache"]), None)
 
 
 def main():
@@ -56,41 +147,33 @@ def main():
     parser.add_argument("--signal", choices=["KILL", "STOP"], default="KILL")
     parser.add_argument("--times", type=int, default=12)
     parser.add_argument("--streams", type=int, default=24)
+    parser.add_argument("--step-ms", type=float, default=8)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        state = pathlib.Path(folder) / "state.json"
-        demo = subprocess.Popen([options.everline, "demo", "--port", "0", "--restart", "--state-file", state],
+        path, engines = pathlib.Path(folder) / "state.json", []
+        demo = subprocess.Popen([options.everline, "demo", "--port", "0", "--restart", "--state-file", path],
                                 stdout=subprocess.DEVNULL)
         try:
-            hurt(options, state)
+            while not path.exists():
+                time.sleep(0.1)
+            engines = start_engines(options, json.loads(path.read_text()))
+            hurt(options, path)
         finally:
-            demo.terminate()
-            demo.wait()
+            for child in [demo, *engines]:
+                child.terminate()
+                child.wait()
 
 
-def leader(state):
-    """Who leads the group that has the directory of streams: a take-over of what it held waits for an election."""
-    for replica in state["replicas"]:
-        try:
-            with urllib.request.urlopen(replica["admin"] + "/v1/admin/status", timeout=5) as answer:
-                members = json.load(answer)["cluster"]["members"]
-        except OSError:
-            continue
-        return next((member["info"]["name"] for member in members if member["leads_cache"]), None)
-
-
-def hurt(options, state):
-    while not state.exists():
-        time.sleep(0.1)
-    known = json.loads(state.read_text())
-    replicas = known["replicas"]
-    stop, seams, broken, hurts = threading.Event(), [], [], []
-    streams = [Stream(n, replicas[n % 3], stop, seams, broken) for n in range(options.streams)]
-    for stream in streams:
-        stream.start()
-    time.sleep(3)
+def hurt(options, path):
+    replicas = json.loads(path.read_text())["replicas"]
+    # Streams of some three seconds.
+    tokens = max(20, int(3000 / options.step_ms))
+    reader = Reader([Stream(number, replicas[number % 3], tokens) for number in range(options.streams)])
+    reader.start()
+    time.sleep(5)
+    hurts = []
     for turn in range(options.times):
-        known = json.loads(state.read_text())
+        known = json.loads(path.read_text())
         leads = leader(known)
         # New streams are held by those who lead nothing, as long as there are any.
         others = [replica for replica in known["replicas"] if replica["id"] != leads]
@@ -102,19 +185,20 @@ def hurt(options, state):
             time.sleep(4)
             os.kill(replica["pid"], signal.SIGCONT)
         time.sleep(7)
-    stop.set()
-    time.sleep(6)
-    print(f"SIG{options.signal} {options.times} times, {options.streams} streams; {len(broken)} broke with their own replica")
+    reader.stop.set()
+    reader.join()
+    print(f"SIG{options.signal} {options.times} times, {options.streams} streams, a token each {options.step_ms:g} ms; "
+          f"{reader.done} read to their end, {len(reader.broken)} broke with their own replica")
     for what, is_leader in ("were no leader", False), ("led the directory", True):
         times = [at for led, at in hurts if led == is_leader]
         # A pause belongs to the hurt that it ends behind.
-        mine = sorted(pause * 1000 for pause, ended in seams
+        mine = sorted(pause * 1000 for pause, ended in reader.seams
                       if any(at < ended and pause + 0.1 >= ended - at for at in times))
         if mine:
             at = lambda share: mine[min(len(mine) - 1, int(len(mine) * share))]
             print(f"  {len(times)} that {what}: {len(mine)} went on elsewhere, longest pause of each: "
                   f"p50 {statistics.median(mine):.0f} p90 {at(0.9):.0f} p99 {at(0.99):.0f} max {mine[-1]:.0f} ms")
-    if not seams:
+    if not reader.seams:
         raise SystemExit("no stream went over a seam")
 
 

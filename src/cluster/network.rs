@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, stream};
 use openraft::OptionalSend;
 use openraft::base::{BoxFuture, BoxStream};
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
@@ -111,17 +111,23 @@ impl RaftNetworkV2<TypeConfig> for Peer {
 
     fn stream_append<'s, S>(
         &'s mut self,
-        input: S,
+        mut input: S,
         _option: RPCOption,
     ) -> BoxFuture<'s, Rpc<BoxStream<'s, Rpc<StreamAppendResult<TypeConfig>>>>>
     where
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
         Box::pin(async move {
+            // The pause after a peer that could not be reached is taken where the next request is made, so that
+            // comes before the connection: it would be tried again without any pause otherwise.
+            let Some(first) = input.next().await else {
+                return Ok(Box::pin(stream::empty()) as BoxStream<'s, _>);
+            };
             let group = self.group;
             let lane = self.lane()?;
             let open = lane.open().await.map_err(|e| failed(&e))?;
-            let answers = input
+            let answers = stream::once(std::future::ready(first))
+                .chain(input)
                 .map(move |request| {
                     // Asked here, where the stream is in order; only the answer is awaited later.
                     let asked = open.ask(Kind::Append, group, codec::encode(&request));

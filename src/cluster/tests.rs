@@ -235,6 +235,40 @@ fn three_replicas_form_agree_survive_their_leader_and_take_it_back() {
 }
 
 #[test]
+fn a_replica_that_is_down_is_looked_for_a_few_times_a_second_and_not_without_a_pause() {
+    let mut r = Replicas::new(3);
+    r.register(0, "before");
+    r.until("a leader", || r.leader().is_some());
+    let leader = r.leader().unwrap();
+    let gone = (leader + 1) % 3;
+    r.all[gone].crash();
+    // Whoever looks for it is let in and sent away, as often as he comes.
+    let door = bind(&r.all[gone].config.info.peer);
+    door.set_nonblocking(true).unwrap();
+    let callers = r.runtime.block_on(async {
+        let door = tokio::net::TcpListener::from_std(door).unwrap();
+        let plane = r.plane(leader);
+        // There is something for it in the log.
+        let registered =
+            plane.propose(ControlCommand::RegisterWorker { spec: spec("after"), heartbeats: true });
+        let counting = async {
+            let (mut callers, until) = (0, tokio::time::Instant::now() + Duration::from_secs(2));
+            while let Ok(caller) = tokio::time::timeout_at(until, door.accept()).await {
+                caller.unwrap();
+                callers += 1;
+            }
+            callers
+        };
+        let (registered, callers) = tokio::join!(registered, counting);
+        assert!(matches!(registered.unwrap(), ControlOutcome::Registered { .. }));
+        callers
+    });
+    // Two groups that append every 100 ms, and who asks how it is; without a pause it is thousands.
+    println!("asked {callers} times in two seconds");
+    assert!((1..400).contains(&callers), "{callers} in two seconds");
+}
+
+#[test]
 fn a_replica_without_its_folder_rejoins_under_a_new_id() {
     let mut r = Replicas::new(3);
     r.register(0, "w");
