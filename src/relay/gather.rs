@@ -7,7 +7,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -52,8 +52,10 @@ impl Relays {
     ) {
         let (from, line, view) = (copy.next(), copy.line(), self.view());
         let others = view.peers.iter().filter(|peer| peer.alive && peer.id != holder);
+        // Who was away itself has lost those who live: what it takes from them it has to ask them for.
+        let was_away = self.presence.was_away_lately(Instant::now());
         let asked = others.map(|peer| {
-            let within = if gone.contains(&peer.id) { ASK_LOST } else { ASK };
+            let within = if gone.contains(&peer.id) && !was_away { ASK_LOST } else { ASK };
             timeout(within, self.ask_for_more(copy, attempt, from, peer))
         });
         let answers = join_all(asked).await.into_iter().filter_map(|answer| answer.ok().flatten());

@@ -268,6 +268,9 @@ impl Relays {
         let is_over = entry.holding.lock().as_ref().is_some_and(|(held, _)| *held < attempt);
         if is_over {
             tracing::debug!(stream = %id, attempt, "taken over by another");
+            if !entry.is_purged() {
+                self.pasts.keep(&entry.copy, attempt);
+            }
             self.remove(&entry);
         }
     }

@@ -96,6 +96,25 @@ impl Host for Relays {
         }
     }
 
+    fn remains(&self, id: StreamId, attempt: u32) -> Result<Arc<Copy>, Refusal> {
+        let entry = self.get(id).filter(|entry| !entry.copy.is_closed() && !entry.is_purged());
+        let held = entry.as_ref().filter(|entry| entry.holding.lock().is_some());
+        if let Some(held) = held.filter(|held| held.copy.attempt() < attempt) {
+            // Closed as soon as this process hears of the attempt, perhaps before all of it was read.
+            self.pasts.keep(&held.copy, attempt);
+        }
+        let here = entry.map(|entry| Arc::clone(&entry.copy));
+        if let Some(here) = &here {
+            here.seal(attempt);
+        }
+        let past = self.pasts.of(id, attempt);
+        // Of what this process had, and what it has read along since, the later attempt knows more.
+        let had = here.clone().into_iter().chain(past).filter(|copy| copy.attempt() < attempt);
+        had.max_by_key(|copy| (copy.attempt(), copy.next()))
+            .or(here)
+            .ok_or_else(|| (Why::NoSuchStream, "no such stream here".to_owned()))
+    }
+
     fn attach(self: Arc<Self>, id: StreamId, via: u64) -> Having<'static> {
         Box::pin(async move {
             if let Some(entry) = self.get(id).filter(|entry| !entry.copy.is_closed() && !entry.is_purged()) {

@@ -23,6 +23,7 @@ use super::link::caller::Ticket;
 use super::links::Links;
 use super::log::Log;
 use super::order::{Head, Order};
+use super::past::Pasts;
 use super::placing::Placer;
 use super::presence::Presence;
 use super::{Durability, Engines, Options};
@@ -127,6 +128,8 @@ pub struct Relays {
     pub(super) presence: Presence,
     view: ArcSwap<View>,
     entries: Mutex<HashMap<StreamId, Arc<Entry>>>,
+    /// What this process had of streams that others have taken from it while it lives: see [`super::past`].
+    pub(super) pasts: Pasts,
     /// As of the last sweep.
     bytes: AtomicUsize,
     pub(super) leaving: AtomicBool,
@@ -152,6 +155,7 @@ impl Relays {
             presence: Presence::default(),
             view: ArcSwap::default(),
             entries: Mutex::default(),
+            pasts: Pasts::default(),
             bytes: AtomicUsize::new(0),
             leaving: AtomicBool::new(false),
             this: this.clone(),
@@ -322,6 +326,7 @@ impl Relays {
     }
 
     fn sweep(&self) {
+        self.pasts.forget_old(Instant::now());
         let entries = self.entries();
         self.spread(&entries);
         let mut bytes = 0;

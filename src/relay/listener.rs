@@ -217,7 +217,14 @@ impl Relays {
             return Some(Err(Refused::Stray));
         }
         if from > next || of.is_some_and(|of| of > source.attempt()) {
-            return Some(Err(Refused::Ahead { next }));
+            // It may be on its way still, or with somebody who does not answer at the moment.
+            let is_known = next < source.promised() && from <= source.promised();
+            let refused = if is_known || !in_touch {
+                Refused::Missing(Missing::Unavailable)
+            } else {
+                Refused::Ahead { next }
+            };
+            return Some(Err(refused));
         }
         if source.ended() && from == next {
             return Some(Err(Refused::Over));

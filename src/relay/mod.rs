@@ -30,6 +30,7 @@ pub mod links;
 pub mod listener;
 pub mod log;
 pub mod order;
+mod past;
 pub mod placing;
 mod presence;
 pub mod reach;

@@ -46,6 +46,9 @@ pub trait Host: Send + Sync + 'static {
         past: Past,
         shared: bool,
     ) -> Result<Arc<Copy>, Refusal>;
+    /// What there is here of a stream for whoever begins `attempt`: nothing of earlier ones is added to it any
+    /// more.
+    fn remains(&self, id: StreamId, attempt: u32) -> Result<Arc<Copy>, Refusal>;
     /// The copy of a stream; from the replica `via`, where that is not 0 and there is none here.
     fn attach(self: Arc<Self>, id: StreamId, via: u64) -> Having<'static>;
     /// Ends a generation; and forgets it.
@@ -221,14 +224,15 @@ impl<H: Host> Served<H> {
         let Some(id) = stream_id(&attach.id) else {
             return self.refuse(number, Why::NotUnderstood, "the stream's id cannot be read");
         };
-        let copy = match Arc::clone(&self.host).attach(id, attach.via).await {
+        let had = match attach.seal {
+            0 => Arc::clone(&self.host).attach(id, attach.via).await,
+            attempt => self.host.remains(id, attempt),
+        };
+        let copy = match had {
             Ok(copy) => copy,
             Err((why, text)) => return self.refuse(number, why, &text),
         };
         let head = copy.head().map(|head| codec::encode(&*head)).unwrap_or_default();
-        if attach.seal > 0 {
-            copy.seal(attach.seal);
-        }
         let order = match attach.glance || attach.seal > 0 {
             true => codec::encode(&copy.order.outline()),
             false => codec::encode(&*copy.order),

@@ -109,6 +109,46 @@ async fn a_holder_that_is_only_leaving_is_given_the_time_of_one_that_lives() {
 }
 
 #[tokio::test]
+async fn who_was_away_gives_those_it_takes_to_be_lost_the_time_of_one_that_lives() {
+    let cluster = Cluster::new(2, varying(200), &Options::default()).await;
+    let id = cluster.lost_stream();
+    let behind = cluster.plant(1, id, 95);
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut busy = cluster.world.members.lock()[0].clone();
+    (busy.id, busy.address) = (ReplicaId(9), mute.local_addr().unwrap().to_string());
+    cluster.world.members.lock().push(busy);
+    cluster.hub(1).look();
+    let began = std::time::Instant::now();
+    cluster.hub(1).presence.tick(began - Duration::from_secs(2));
+    cluster.hub(1).recover(Arc::clone(&behind), Some(LOST)).await;
+    assert!(began.elapsed() >= ASK, "{:?}", began.elapsed());
+    assert!(cluster.world.record(id).unwrap().attempt > 1, "it goes on without");
+}
+
+#[tokio::test]
+async fn what_a_living_holder_had_is_not_lost_with_the_stream_that_is_taken_from_it() {
+    let cluster = Cluster::new(2, varying(3_000), &Options::default()).await;
+    let (id, listener) = cluster.begin(0, true, 60_000).await;
+    let held = cluster.entry(1, id);
+    eventually("it is listed", || cluster.world.record(id).is_some()).await;
+    assert_eq!(cluster.holder(id), 1);
+    // A client that reads at the holder, more than anybody else will know.
+    let mut client = cluster.hub(1).listen(held, true);
+    let mut heard = Vec::new();
+    assert_eq!(hear(&mut client, &mut heard, 60).await, None);
+    drop(listener);
+    // The other one was away, has little of it, and does not see the holder.
+    let behind = cluster.plant(0, id, 10);
+    cluster.hub(0).recover(behind, Some(Holder::Replica(ReplicaId(2)))).await;
+    assert_eq!(cluster.world.record(id).unwrap().attempt, 2, "it was taken");
+    let before = heard.len();
+    assert_eq!(hear(&mut client, &mut heard, before + 60).await, None, "it reads on");
+    let base = cluster.engines.began.lock().last().unwrap().1;
+    assert!(base >= before as u64, "what was read is not said again: {base}");
+    assert_eq!(heard, joined(base, heard.len() as u64));
+}
+
+#[tokio::test]
 async fn whoever_was_asked_takes_nothing_more_of_what_is_over() {
     let cluster = Cluster::new(4, varying(200), &Options::default()).await;
     let id = cluster.lost_stream();

@@ -24,8 +24,23 @@ async fn a_resumption_waits_for_a_copy_that_is_being_filled() {
     assert!(!resumed.is_finished(), "it is not refused while events are still to come");
     copy.push(1, 0, events(0..50));
     assert_eq!(resumed.await.unwrap(), Ok(50));
-    // Beyond what was promised nobody has any event.
-    assert_eq!(cluster.hub(0).resume(id, 60, None).await.err(), Some(Refused::Ahead { next: 50 }));
+    // Nobody feeds this copy: what comes next may be elsewhere.
+    let unavailable = Some(Refused::Missing(Missing::Unavailable));
+    assert_eq!(cluster.hub(0).resume(id, 60, None).await.err(), unavailable);
+}
+
+#[tokio::test]
+async fn an_event_that_is_known_to_be_elsewhere_is_not_said_to_be_none() {
+    let cluster = Cluster::new(3, numbers(100_000), &Options::default()).await;
+    let (id, mut listener) = cluster.begin(1, true, 5000).await;
+    read(&mut listener, 20).await;
+    let ahead = cluster.hub(1).resume(id, 1_000_000, None).await.err();
+    assert!(matches!(ahead, Some(Refused::Ahead { next: 20.. })), "{ahead:?}");
+    // Its source said that it has so many, and then nothing more.
+    let entry = cluster.entry(1, id);
+    entry.copy.promise(2_000_000);
+    let later = cluster.hub(1).resume(id, 1_000_000, None).await.err();
+    assert_eq!(later, Some(Refused::Missing(Missing::Unavailable)));
 }
 
 #[tokio::test]
