@@ -163,6 +163,12 @@ impl Copy {
         inner.role == Role::Holder && inner.attempt == attempt
     }
 
+    /// Whether this process generates it, in an attempt before this one, and it has not ended.
+    pub fn begins_before(&self, attempt: u32) -> bool {
+        let inner = self.inner.lock();
+        inner.role == Role::Holder && inner.attempt < attempt && !inner.log.ended()
+    }
+
     /// The first attempt of which it takes anything.
     pub fn least_attempt(&self) -> u32 {
         let inner = self.inner.lock();

@@ -107,6 +107,11 @@ impl Relays {
         }
         let stop = CancellationToken::new();
         *entry.holding.lock() = Some((attempt, stop.clone()));
+        if copy.is_closed() {
+            // Somebody else was given a later attempt since this one began, and nothing stood here to stop.
+            entry.holding.lock().take();
+            return false;
+        }
         if attempt == 1 {
             if entry.shared.load(Ordering::Acquire) {
                 copy.hold_back();
@@ -265,8 +270,10 @@ impl Relays {
     /// ends.
     pub fn moved(&self, id: StreamId, attempt: u32) {
         let Some(entry) = self.get(id) else { return };
-        let is_over = entry.holding.lock().as_ref().is_some_and(|(held, _)| *held < attempt);
-        if is_over {
+        let is_held = |(held, _): &(u32, CancellationToken)| *held < attempt;
+        // Or is about to be.
+        let begins = entry.copy.begins_before(attempt);
+        if begins || entry.holding.lock().as_ref().is_some_and(is_held) {
             tracing::debug!(stream = %id, attempt, "taken over by another");
             if !entry.is_purged() {
                 self.pasts.keep(&entry.copy, attempt);

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::begin::Manner;
-use super::copy::{Copy, Role};
+use super::copy::{Copy, Role, Sink};
 use super::directory::{Address, Directory, Known, Look, Member, Peer, Soon, Taken};
 use super::hub::{Entry, Relays};
 use super::link::server::Service;
@@ -469,6 +469,34 @@ async fn a_holder_that_was_taken_over_stops() {
     // Nobody was given the order, so the client's replica has somebody go on.
     read(&mut listener, 100).await;
     assert!(cluster.world.record(id).unwrap().attempt > 2);
+}
+
+/// Hears of a later attempt the moment that this one begins.
+struct Overtaking {
+    hub: Arc<Relays>,
+    copy: Weak<Copy>,
+}
+
+impl Sink for Overtaking {
+    fn ready(&self) {
+        if let Some(copy) = self.copy.upgrade().filter(|copy| copy.role() == Role::Holder) {
+            self.hub.moved(copy.id, 2);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_holder_that_is_taken_over_while_it_begins_does_not() {
+    let cluster = Cluster::new(1, numbers(100_000), &Options::default()).await;
+    let (hub, id) = (Arc::clone(cluster.hub(0)), secret::random_id());
+    let copy =
+        Copy::new(id, Arc::new(cluster.order(0, 1000)), Role::Mirror, 0, Default::default(), usize::MAX);
+    let Ok(entry) = hub.put_first(Arc::clone(&copy)) else { panic!("it is here already") };
+    let overtaking = Overtaking { hub: Arc::clone(&hub), copy: Arc::downgrade(&copy) };
+    copy.seat(0, None, Some(Arc::new(overtaking)), false).unwrap();
+    assert!(!hub.hold(&entry, 1), "nobody would ever stop it");
+    assert!(copy.is_closed() && hub.get(id).is_none() && hub.holding() == 0);
+    assert_eq!(cluster.world.record(id), None, "it was not listed");
 }
 
 #[tokio::test]
