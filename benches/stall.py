@@ -4,16 +4,16 @@
 Starts a demo (three replicas, children are started again) and four simulated engines of a speed of one's
 choice, keeps streams running at all replicas, hurts one replica after the other, and reads the longest pause
 of every stream of the other replicas that says it went on elsewhere: told apart by whether the hurt replica led
-the group that has the directory of streams, as one of three did. A pause has the step in it that there is
-between any two tokens. One thread reads all streams, so that they cost little beside the replicas. Everything
-on 127.0.0.1.
+the group that has the directory of streams, as one of three did. A pause has in it what went by of the engine's
+step before, and what the engine takes for a new request, which is measured beside it: the rest is the replicas'.
+One thread reads all streams, so that they cost little beside the replicas. Everything on 127.0.0.1.
 
     benches/stall.py                                    # kill -9, 12 times
     benches/stall.py --signal STOP                      # freeze for 4 s
     benches/stall.py --streams 200 --step-ms 80
 """
-import argparse, json, os, pathlib, selectors, signal, socket, statistics, subprocess, tempfile, threading, time
-import urllib.error, urllib.request
+import argparse, http.client, json, os, pathlib, random, selectors, signal, socket, statistics, subprocess, tempfile
+import threading, time, urllib.error, urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL = "everline-stall"
@@ -113,8 +113,8 @@ def free_port():
 
 
 def start_engines(options, state):
-    """Engines of our own speed; the demo's own ones have another model, and nothing to do."""
-    engines, server = [], state["replicas"][0]["admin"]
+    """Engines of our own speed, and where they are; the demo's own ones have another model, and nothing to do."""
+    engines, addresses, server = [], [], state["replicas"][0]["admin"]
     for _ in range(ENGINES):
         address = f"127.0.0.1:{free_port()}"
         engines.append(subprocess.Popen(
@@ -128,7 +128,28 @@ def start_engines(options, state):
                 time.sleep(0.05)
         subprocess.run([options.everline, "worker", "add", f"http://{address}", "--server", server], check=True,
                        stdout=subprocess.DEVNULL)
-    return engines
+        addresses.append(address)
+    return engines, addresses
+
+
+def first_tokens(engine, times=20):
+    """How long a new request waits for its first token at a busy engine, asked without a router, ms."""
+    host, port = engine.split(":")
+    body = json.dumps({"model": MODEL, "stream": True, "max_tokens": 1, "prompt": "a story"}).encode()
+    waited = []
+    for _ in range(times):
+        connection = http.client.HTTPConnection(host, int(port), timeout=5)
+        connection.connect()
+        began = time.monotonic()
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        while not answer.readline().startswith(b"data: "):
+            pass
+        waited.append((time.monotonic() - began) * 1000)
+        connection.close()
+        # Not always at the same place of a step.
+        time.sleep(random.uniform(0, 0.05))
+    return statistics.median(waited)
 
 
 def leader(state):
@@ -156,21 +177,22 @@ def main():
         try:
             while not path.exists():
                 time.sleep(0.1)
-            engines = start_engines(options, json.loads(path.read_text()))
-            hurt(options, path)
+            engines, addresses = start_engines(options, json.loads(path.read_text()))
+            hurt(options, path, addresses)
         finally:
             for child in [demo, *engines]:
                 child.terminate()
                 child.wait()
 
 
-def hurt(options, path):
+def hurt(options, path, engines):
     replicas = json.loads(path.read_text())["replicas"]
     # Streams of some three seconds.
     tokens = max(20, int(3000 / options.step_ms))
     reader = Reader([Stream(number, replicas[number % 3], tokens) for number in range(options.streams)])
     reader.start()
     time.sleep(5)
+    waited = [first_tokens(engine) for engine in engines]
     hurts = []
     for turn in range(options.times):
         known = json.loads(path.read_text())
@@ -188,7 +210,8 @@ def hurt(options, path):
     reader.stop.set()
     reader.join()
     print(f"SIG{options.signal} {options.times} times, {options.streams} streams, a token each {options.step_ms:g} ms; "
-          f"{reader.done} read to their end, {len(reader.broken)} broke with their own replica")
+          f"{reader.done} read to their end, {len(reader.broken)} broke with their own replica; "
+          f"a new request at these engines has its first token after p50 {statistics.median(waited):.0f} ms")
     for what, is_leader in ("were no leader", False), ("led the directory", True):
         times = [at for led, at in hurts if led == is_leader]
         # A pause belongs to the hurt that it ends behind.

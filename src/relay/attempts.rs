@@ -121,18 +121,22 @@ impl Copy {
     }
 
     /// Adds what another process had in this attempt or before, and this one has not. What both have
-    /// and were said otherwise is taken from there. False where the two cannot be made one.
+    /// and were said otherwise is taken from there, unless it was said later here. False where the two cannot
+    /// be made one.
     pub fn take_in(&self, had: &Had) -> bool {
         let woken = {
             let mut inner = self.inner.lock();
             let there = had.first + had.events.len() as u64;
             let from = inner.line.parts_from(&had.line).unwrap_or(u64::MAX);
             let contradicts = from < inner.log.next().min(there);
-            let joins = had.first <= if contradicts { from } else { inner.log.next() };
-            if inner.closed || !joins || inner.log.old_journal().is_none() {
+            if inner.closed || inner.log.old_journal().is_none() {
                 return false;
             }
-            if contradicts && !inner.log.cut(from) {
+            if contradicts && inner.line.reach(inner.log.next()) > had.line.reach(there) {
+                return true;
+            }
+            let joins = had.first <= if contradicts { from } else { inner.log.next() };
+            if !joins || (contradicts && !inner.log.cut(from)) {
                 return false;
             }
             let skip = (inner.log.next() - had.first) as usize;

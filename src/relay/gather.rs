@@ -30,13 +30,19 @@ pub(super) const ASK: Duration = Duration::from_millis(500);
 /// The same for those that are taken to be lost. They may live all the same, and then know most.
 const ASK_LOST: Duration = Duration::from_millis(100);
 
-/// Somebody who has more.
+/// Somebody who has something.
 struct More {
     link: Arc<Link>,
     ticket: Ticket,
     attempt: u32,
     line: Line,
     next: u64,
+}
+
+impl More {
+    fn reach(&self) -> (u32, u64) {
+        self.line.reach(self.next)
+    }
 }
 
 impl Relays {
@@ -59,15 +65,22 @@ impl Relays {
             timeout(within, self.ask_for_more(copy, attempt, from, peer))
         });
         let answers = join_all(asked).await.into_iter().filter_map(|answer| answer.ok().flatten());
-        let fit = answers
-            .filter(|more| more.next > from && more.attempt < attempt && more.line.agrees(&line, from));
-        let Some(most) = fit.max_by_key(|more| more.next) else { return };
-        let mut had = Had { first: from, journal: Bytes::new(), events: Vec::new(), line: most.line.clone() };
+        let fit = answers.filter(|more| more.attempt < attempt && more.reach() > line.reach(from));
+        let Some(mut most) = fit.max_by_key(More::reach) else { return };
+        let first = line.parts_from(&most.line).unwrap_or(from).min(from);
+        if first < from {
+            // A later attempt has said otherwise what is here.
+            let Ok((ticket, accepted)) = most.link.remains(copy.id, first, attempt, ASK).await else {
+                return;
+            };
+            (most.ticket, most.next) = (ticket, accepted.next);
+        }
+        let mut had = Had { first, journal: Bytes::new(), events: Vec::new(), line: most.line.clone() };
         // As far as it comes in time: what is left out belongs to clients that are told.
         let _ = timeout(ASK, read(copy, most, &mut had)).await;
         let events = had.events.len();
         if copy.take_in(&had) {
-            tracing::debug!(stream = %copy.id, attempt, from, events, "another replica knew more");
+            tracing::debug!(stream = %copy.id, attempt, from = first, events, "another replica knew more");
         }
     }
 

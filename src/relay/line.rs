@@ -83,6 +83,12 @@ impl Line {
         self.turns().iter().rev().find(|turn| turn.base <= seq).map_or(1, |turn| turn.attempt)
     }
 
+    /// Of two who have events up to `next`, said by whom their lines say, the one with more is gone on from:
+    /// what a later attempt has said may have been read since, and of one attempt the more, the later.
+    pub fn reach(&self, next: u64) -> (u32, u64) {
+        (next.checked_sub(1).map_or(0, |last| self.said_by(last)), next)
+    }
+
     /// The first event that is not certainly the same in two lines; `None` if there is no such one.
     pub fn parts_from(&self, other: &Line) -> Option<u64> {
         let (ours, theirs) = (self.turns(), other.turns());

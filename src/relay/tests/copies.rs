@@ -91,6 +91,40 @@ async fn the_copy_that_is_behind_goes_on_from_what_the_one_ahead_knows() {
     }
 }
 
+#[tokio::test]
+async fn what_a_later_attempt_has_said_is_gone_on_from_though_an_earlier_one_was_further() {
+    // With two, the new holder is who knows of the later attempt; with four it may be somebody else.
+    for replicas in [2, 4] {
+        let cluster = Cluster::new(replicas, varying(200), &Options::default()).await;
+        let id = cluster.lost_stream();
+        let mut record = cluster.world.record(id).unwrap();
+        record.holder = LOST;
+        let taken = CacheCommand::TakeStream { id, from_attempt: 1, record };
+        assert_eq!(cluster.world.apply(ReplicaId(9), taken), CacheOutcome::Done);
+        // One has read along with the first attempt, further than the second one knew when it began.
+        let early = cluster.plant(0, id, 100);
+        let mut line = Line::default();
+        line.begin(2, 90);
+        let late = cluster.plant_with(1, id, 95, 2, line);
+        let mut client = (cluster.hub(1).listen(Arc::clone(&late), true), Vec::new());
+        assert_eq!(hear(&mut client.0, &mut client.1, 95).await, None);
+        // The first one, whose clients have read less, is the quicker one.
+        let mut slow = (cluster.hub(0).listen(Arc::clone(&early), true), Vec::new());
+        assert_eq!(hear(&mut slow.0, &mut slow.1, 1).await, None);
+        assert_eq!(slow.1.len(), 64);
+        cluster.hub(0).recover(early, Some(LOST)).await;
+        cluster.hub(1).recover(late, Some(LOST)).await;
+        let of = |seq| [1, 2, 3][usize::from(seq >= 90) + usize::from(seq >= 95)];
+        let text = (0..200).map(|seq| String::from_utf8(said(seq, of(seq)).to_vec()).unwrap());
+        let text: Vec<String> = text.collect();
+        for (listener, heard) in [&mut client, &mut slow] {
+            assert_eq!(hear(listener, heard, usize::MAX).await, Some(Over::Ended), "of {replicas}");
+            assert_eq!(*heard, text, "of {replicas}");
+        }
+        assert_eq!(cluster.engines.began.lock().as_slice(), [(3, 95)], "of {replicas}");
+    }
+}
+
 /// Only that it waits shows here: at least so long, however slow the machine.
 #[tokio::test]
 async fn a_holder_that_is_only_leaving_is_given_the_time_of_one_that_lives() {
