@@ -128,6 +128,10 @@ pub struct ClusterStatus {
     pub incarnation: Incarnation,
     /// Whether a quorum was heard of within the last second, in the control group.
     pub quorum: bool,
+    /// Whether it has applied, since it started, all that was committed before; or there is nobody to hear
+    /// that from.
+    #[serde(default)]
+    pub current: bool,
     /// Why this replica does not take part, if so.
     pub down: Option<String>,
     /// Both groups.

@@ -51,6 +51,7 @@ impl Apart for DownPlane {
             name: self.name.clone(),
             incarnation: Incarnation::default(),
             quorum: false,
+            current: false,
             down: Some(self.why.clone()),
             groups: Vec::new(),
             members: Vec::new(),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver;
@@ -181,6 +182,7 @@ impl Inner {
             name: self.config.info.name.clone(),
             incarnation: Incarnation::default(),
             quorum: false,
+            current: false,
             down: self.down.lock().clone(),
             groups: Vec::new(),
             members: Vec::new(),
@@ -190,6 +192,9 @@ impl Inner {
         status.groups = Group::ALL.map(|group| group_status(member, group)).to_vec();
         let fresh = QUORUM_FRESH.as_millis() as u64;
         status.quorum = status.groups[0].quorum_age_ms.is_some_and(|age| age <= fresh);
+        // Who hears of no quorum for long serves with what it has.
+        let has_waited = || self.started.elapsed() >= self.config.propose_timeout;
+        status.current = self.caught_up.load(Ordering::Acquire) || (!status.quorum && has_waited());
         status.members = member_statuses(member);
         status
     }

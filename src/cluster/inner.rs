@@ -3,8 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -144,6 +145,9 @@ pub(super) struct Inner {
     pub(super) invited: Mutex<Vec<String>>,
     pub(super) stop: CancellationToken,
     pub(super) raft_runtime: Handle,
+    /// It has applied all that was committed when it asked for that, once in this life.
+    pub(super) caught_up: AtomicBool,
+    pub(super) started: Instant,
     /// Held while this process lives.
     pub(super) _lock: std::fs::File,
 }

@@ -2,8 +2,9 @@
 //! in order. The way in for everybody outside.
 
 use std::net::TcpListener;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rand::RngExt;
@@ -86,6 +87,8 @@ impl Cluster {
             invited: Mutex::default(),
             stop: CancellationToken::new(),
             raft_runtime: runtime.handle().clone(),
+            caught_up: AtomicBool::new(false),
+            started: Instant::now(),
             _lock: lock,
             config,
         });

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rand::RngExt;
@@ -76,7 +77,7 @@ impl Inner {
             if joining {
                 self.finish_joining(&member).await;
             } else {
-                self.finish_forming(&member).await;
+                tokio::join!(self.finish_forming(&member), self.catch_up());
             }
         };
         tokio::select! {
@@ -162,12 +163,8 @@ impl Inner {
             let call = Call::AddLearner { group, id: member.id, node: self.node() };
             self.insist(group, call).await;
         }
-        for group in Group::ALL {
-            // Known to the leader as a learner: the log comes by itself.
-            while self.read_barrier(group).await.is_err() {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
+        // Known to the leaders as a learner: the logs come by themselves.
+        self.catch_up().await;
         if self.config.auto_promote {
             for group in Group::ALL {
                 self.insist(group, Call::Promote { group, id: member.id }).await;
@@ -189,6 +186,16 @@ impl Inner {
         if let Err(error) = identity.write(&self.config.data_dir) {
             tracing::error!(%error, "cannot write down that joining is done; it will be done again");
         }
+    }
+
+    /// Until all is applied here that was committed before.
+    async fn catch_up(&self) {
+        for group in Group::ALL {
+            while self.read_barrier(group).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+        self.caught_up.store(true, Ordering::Release);
     }
 
     async fn insist(self: &Arc<Self>, group: Group, call: Call) {

@@ -78,6 +78,7 @@ impl Apart for SoloPlane {
             name: self.name.clone(),
             incarnation: Incarnation::default(),
             quorum: true,
+            current: true,
             down: None,
             groups: Vec::new(),
             members: Vec::new(),

@@ -280,9 +280,10 @@ fn a_replica_without_its_folder_rejoins_under_a_new_id() {
     r.all[2].start();
     r.until("it votes again under a new id", || {
         let status = r.plane(2).status();
+        assert!(!status.current || knows(&r.plane(2), "w"), "it says that it knows what there is");
         status.me != old && status.members.iter().any(|m| m.id == status.me && m.membership == "voter")
     });
-    assert!(knows(&r.plane(2), "w"));
+    assert!(knows(&r.plane(2), "w") && r.plane(2).status().current);
     r.until("its old self is forgotten", || {
         let members = r.plane(0).status().members;
         members.len() == 3 && members.iter().all(|m| m.id != old)
@@ -376,6 +377,21 @@ fn leadership_moves_on_demand_and_members_come_and_go() {
     r.register(asker, "with-two");
     let again = r.runtime.block_on(r.plane(asker).member(MemberOp::Remove { member: name }));
     assert!(again.unwrap_err().to_string().contains("member list"));
+}
+
+#[test]
+fn who_hears_of_no_quorum_serves_with_what_it_has_after_a_while() {
+    let mut r = Replicas::with(3, |config| config.propose_timeout = Duration::from_millis(500));
+    r.register(0, "w");
+    r.until("all know", || (0..3).all(|i| knows(&r.plane(i), "w") && r.plane(i).status().current));
+    r.all.iter_mut().for_each(Replica::crash);
+    let began = Instant::now();
+    r.all[0].start();
+    assert!(!r.plane(0).status().current || began.elapsed() >= Duration::from_millis(500));
+    r.until("it has waited", || r.plane(0).status().current);
+    assert!(began.elapsed() >= Duration::from_millis(500) && !r.plane(0).status().quorum);
+    r.all[1].start();
+    r.until("a quorum", || (0..2).all(|i| r.plane(i).status().quorum && r.plane(i).status().current));
 }
 
 #[test]

@@ -19,9 +19,10 @@ pub(super) async fn livez() -> &'static str {
     "ok\n"
 }
 
-/// Whether a load balancer should send requests here: joined, registry applied, not draining, and what
-/// ids of streams are derived from known, which a new cluster agrees on in its first moments. Without a
-/// quorum a replica keeps routing with what it knows, so it stays ready.
+/// Whether a load balancer should send requests here: joined, registry applied, all of it that there was
+/// when this replica started, not draining, and what ids of streams are derived from known, which a new
+/// cluster agrees on in its first moments. Without a quorum a replica keeps routing with what it knows, so it
+/// stays ready.
 pub(super) async fn readyz(State(shard): State<Arc<Shard>>, RawQuery(query): RawQuery) -> Response {
     let front = &shard.front;
     let verbose = query.is_some_and(|q| q.split('&').any(|p| p == "verbose" || p.starts_with("verbose=")));
@@ -33,7 +34,7 @@ pub(super) async fn readyz(State(shard): State<Arc<Shard>>, RawQuery(query): Raw
     let joined = !status.cluster_id.is_empty() && status.down.is_none();
     let applied = front.control.registry().index > 0;
     let knows_secret = knows_secret(front);
-    let ready = !draining && joined && applied && (knows_secret || !status.quorum);
+    let ready = !draining && joined && applied && status.current && (knows_secret || !status.quorum);
     let check = |ok: bool, otherwise: &str| if ok { "ok".to_owned() } else { otherwise.to_owned() };
     let member = match &status.down {
         Some(why) => format!("down: {why}"),
@@ -43,6 +44,7 @@ pub(super) async fn readyz(State(shard): State<Arc<Shard>>, RawQuery(query): Raw
         "not_draining": check(!draining, "draining"),
         "cluster_joined": member,
         "registry_applied": check(applied, "nothing applied yet"),
+        "caught_up": check(status.current, "has not applied yet what was committed before it started"),
         "streams_secret": check(knows_secret, "not agreed on yet"),
         "quorum": check(status.quorum, "degraded: no quorum"),
     });

@@ -161,6 +161,12 @@ impl Copy {
         Some(Had { first: log.first(), journal, events, line: inner.line.clone() })
     }
 
+    /// How far it is, to be compared with what others have; see [`Line::reach`].
+    pub fn reach(&self) -> (u32, u64) {
+        let inner = self.inner.lock();
+        inner.line.reach(inner.log.next())
+    }
+
     /// Whether this process generates it, in this attempt.
     pub fn is_held_in(&self, attempt: u32) -> bool {
         let inner = self.inner.lock();

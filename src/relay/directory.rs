@@ -46,6 +46,11 @@ pub trait Directory: Send + Sync + 'static {
     fn cluster(&self) -> String;
     /// The other replicas.
     fn peers(&self) -> Vec<Peer>;
+    /// Whether this process knows what the others know: one that has just started may not know of a single
+    /// engine.
+    fn is_current(&self) -> bool {
+        true
+    }
     /// Whether it takes another process to look a stream up.
     fn is_elsewhere(&self) -> bool {
         false
@@ -217,6 +222,10 @@ impl Directory for OfReplica {
                 leads: member.leads_control || member.leads_cache,
             })
             .collect()
+    }
+
+    fn is_current(&self) -> bool {
+        self.control.status().current
     }
 
     fn find(&self, id: StreamId) -> Soon<Option<StreamRecord>> {

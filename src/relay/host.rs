@@ -51,6 +51,9 @@ impl Host for Relays {
         if self.is_leaving() {
             return refuse(Why::Busy, "this replica is leaving");
         }
+        if !self.view().current {
+            return refuse(Why::Busy, "this replica has just started, and knows too little yet");
+        }
         if attempt == 0 {
             return refuse(Why::NotUnderstood, "attempts count from 1");
         }
@@ -108,9 +111,9 @@ impl Host for Relays {
             here.seal(attempt);
         }
         let past = self.pasts.of(id, attempt);
-        // Of what this process had, and what it has read along since, the later attempt knows more.
+        // What this process had, or what it has read along since.
         let had = here.clone().into_iter().chain(past).filter(|copy| copy.attempt() < attempt);
-        had.max_by_key(|copy| (copy.attempt(), copy.next()))
+        had.max_by_key(|copy| copy.reach())
             .or(here)
             .ok_or_else(|| (Why::NoSuchStream, "no such stream here".to_owned()))
     }

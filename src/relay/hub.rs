@@ -111,6 +111,8 @@ pub struct View {
     pub cluster: String,
     /// The others.
     pub peers: Vec<Peer>,
+    /// It may do things for others: see [`Directory::is_current`].
+    pub current: bool,
 }
 
 /// See the module.
@@ -196,7 +198,8 @@ impl Relays {
     /// Looks the cluster up now.
     pub fn look(&self) {
         let directory = &self.directory;
-        let view = View { me: directory.me(), cluster: directory.cluster(), peers: directory.peers() };
+        let (me, cluster, peers) = (directory.me(), directory.cluster(), directory.peers());
+        let view = View { me, cluster, peers, current: directory.is_current() };
         if !view.cluster.is_empty() && directory.secret().is_none() {
             directory.offer_secret(super::secret::random_secret());
         }

@@ -47,6 +47,8 @@ struct World {
     is_down: watch::Sender<bool>,
     /// It says so.
     is_broken: AtomicBool,
+    /// Who has just started, and knows little.
+    behind: Mutex<HashSet<ReplicaId>>,
 }
 
 impl World {
@@ -84,6 +86,9 @@ impl Directory for OfWorld {
     }
     fn cluster(&self) -> String {
         "c".to_owned()
+    }
+    fn is_current(&self) -> bool {
+        !self.world.behind.lock().contains(&self.me)
     }
     fn peers(&self) -> Vec<Peer> {
         self.world.members.lock().iter().filter(|peer| peer.id != self.me).cloned().collect()

@@ -181,6 +181,7 @@ fn plane(name: &str, remote: &Arc<Remote>) -> DownPlane {
             name: own.clone(),
             incarnation: Incarnation::default(),
             quorum: remote.reach().quorum,
+            current: true,
             down: None,
             groups: Vec::new(),
             members: members.collect(),

@@ -285,6 +285,11 @@ async fn readiness_follows_joining_and_draining_but_not_quorum() {
     front.cluster.joined.store(false, Ordering::Relaxed);
     assert_eq!(ready().await, 503);
     front.cluster.joined.store(true, Ordering::Relaxed);
+    front.cluster.is_behind.store(true, Ordering::Relaxed);
+    let verbose = send(&front, "GET", "/readyz?verbose", Value::Null).await;
+    let why = json!("has not applied yet what was committed before it started");
+    assert_eq!((status(&verbose), &body(&verbose)["checks"]["caught_up"]), (503, &why));
+    front.cluster.is_behind.store(false, Ordering::Relaxed);
     front.front.draining.cancel();
     let verbose = send(&front, "GET", "/readyz?verbose", Value::Null).await;
     assert_eq!((status(&verbose), &body(&verbose)["checks"]["not_draining"]), (503, &json!("draining")));

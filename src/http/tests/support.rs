@@ -46,6 +46,8 @@ pub(super) struct MemoryCluster {
     pub(super) probes: Mutex<Vec<(WorkerId, bool)>>,
     pub(super) barriers: AtomicUsize,
     pub(super) without_quorum: AtomicBool,
+    /// It has not applied yet what was committed before it started.
+    pub(super) is_behind: AtomicBool,
     /// Nothing is decided, and nobody says so.
     pub(super) leaderless: AtomicBool,
     /// This replica leads.
@@ -80,6 +82,7 @@ impl MemoryCluster {
             probes: Mutex::default(),
             barriers: AtomicUsize::new(0),
             without_quorum: AtomicBool::new(false),
+            is_behind: AtomicBool::new(false),
             leaderless: AtomicBool::new(false),
             leads: AtomicBool::new(false),
             joined: AtomicBool::new(true),
@@ -360,6 +363,7 @@ impl ControlPlane for MemoryCluster {
             name: "r1".into(),
             incarnation: Incarnation(1),
             quorum: !self.without_quorum.load(Ordering::Relaxed),
+            current: !self.is_behind.load(Ordering::Relaxed),
             down: None,
             groups: match self.leads.load(Ordering::Relaxed) {
                 true => {

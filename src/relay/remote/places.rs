@@ -64,6 +64,9 @@ impl Placing for Service {
         if relays.is_leaving() {
             return Err(Status::unavailable("this replica is leaving"));
         }
+        if !relays.view().current {
+            return Err(Status::unavailable("this replica has just started, and knows too little yet"));
+        }
         let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
             return Err(Status::resource_exhausted("too many streams of edges are booked here"));
         };

@@ -247,6 +247,24 @@ async fn whom_everybody_else_refuses_generates_by_itself() {
 }
 
 #[tokio::test]
+async fn who_has_just_started_generates_nothing_for_others() {
+    let cluster = Cluster::new(3, numbers(50), &Options::default()).await;
+    // It could only say that it knows of no engine.
+    cluster.world.behind.lock().insert(ReplicaId(3));
+    cluster.hub(2).look();
+    for _ in 0..8 {
+        let (id, mut listener) = cluster.begin(1, true, 60_000).await;
+        assert_eq!(read(&mut listener, u64::MAX / 2).await, 50);
+        assert_eq!(cluster.holder(id), 0, "the leader rather than who knows little");
+    }
+    cluster.world.behind.lock().clear();
+    cluster.hub(2).look();
+    let (id, mut listener) = cluster.begin(1, true, 60_000).await;
+    assert_eq!(read(&mut listener, u64::MAX / 2).await, 50);
+    assert_eq!(cluster.holder(id), 2);
+}
+
+#[tokio::test]
 async fn who_remembers_a_refusal_generates_what_is_asked_for_anew() {
     let mut cluster = Cluster::new(3, numbers(50), &Options::default()).await;
     cluster.kill(0);

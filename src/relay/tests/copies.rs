@@ -6,6 +6,7 @@ use super::*;
 use crate::relay::copy::{Sink, Stop};
 use crate::relay::gather::ASK;
 use crate::relay::line::Line;
+use crate::relay::link::server::Host as _;
 use crate::relay::log::Log;
 
 /// A holder that is no more.
@@ -180,6 +181,23 @@ async fn what_a_living_holder_had_is_not_lost_with_the_stream_that_is_taken_from
     let base = cluster.engines.began.lock().last().unwrap().1;
     assert!(base >= before as u64, "what was read is not said again: {base}");
     assert_eq!(heard, joined(base, heard.len() as u64));
+}
+
+#[tokio::test]
+async fn what_was_taken_from_a_holder_is_shown_until_somebody_says_more() {
+    let cluster = Cluster::new(1, varying(1), &Options::default()).await;
+    let (hub, id) = (cluster.hub(0), secret::random_id());
+    let held = Arc::clone(&cluster.plant(0, id, 100).copy);
+    hub.pasts.keep(&held, 2);
+    // It reads along with the next attempt, which goes on from less, and has said nothing yet.
+    assert!(cluster.plant(0, id, 90).copy.expect_attempt(2));
+    assert_eq!(hub.remains(id, 3).unwrap().next(), 100);
+    let mut line = Line::default();
+    line.begin(2, 90);
+    for (events, shown) in [(90, 100), (91, 91)] {
+        cluster.plant_with(0, id, events, 2, line.clone());
+        assert_eq!(hub.remains(id, 3).unwrap().next(), shown);
+    }
 }
 
 #[tokio::test]

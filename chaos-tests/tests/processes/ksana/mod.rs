@@ -43,36 +43,48 @@ enum Answer {
     Pieces(&'static str, Arc<Vec<String>>, Duration),
 }
 
+/// Numbers of requests whose prompt a node has computed.
+type Computed = watch::Sender<Vec<u32>>;
+
 /// A node that answers every request alike, and keeps their numbers.
 struct Engine {
     address: SocketAddr,
     numbers: Arc<Mutex<Vec<u32>>>,
     hold: watch::Sender<bool>,
+    computed: Computed,
 }
 
 impl Engine {
     /// One that has nothing to say.
     async fn start() -> Self {
-        Self::answering(Answer::Empty).await
+        Self::answering(Answer::Empty, None).await
     }
 
-    /// One that says these pieces, with so much time between them.
-    async fn streaming(content_type: &'static str, pieces: Vec<String>, every: Duration) -> Self {
-        Self::answering(Answer::Pieces(content_type, Arc::new(pieces), every)).await
+    /// One that says these pieces, with so much time between them; to each request after the node that
+    /// computes its prompt has said something, if there is one.
+    async fn streaming(
+        content_type: &'static str,
+        pieces: Vec<String>,
+        every: Duration,
+        prefill: Option<&Engine>,
+    ) -> Self {
+        let computed = prefill.map(|prefill| prefill.computed.subscribe());
+        Self::answering(Answer::Pieces(content_type, Arc::new(pieces), every), computed).await
     }
 
-    async fn answering(answer: Answer) -> Self {
+    async fn answering(answer: Answer, prefill: Option<watch::Receiver<Vec<u32>>>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let numbers = Arc::new(Mutex::new(Vec::new()));
         let (hold, held) = watch::channel(false);
-        let kept = Arc::clone(&numbers);
+        let computed = Computed::default();
+        let node = Node { numbers: Arc::clone(&numbers), held, answer, prefill, computed: computed.clone() };
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(serve(stream, Arc::clone(&kept), held.clone(), answer.clone()));
+                tokio::spawn(serve(stream, node.clone()));
             }
         });
-        Self { address, numbers, hold }
+        Self { address, numbers, hold, computed }
     }
 
     /// The numbers of the requests that came so far.
@@ -86,12 +98,17 @@ impl Engine {
     }
 }
 
-async fn serve(
-    mut stream: TcpStream,
+/// What a node's connections share.
+#[derive(Clone)]
+struct Node {
     numbers: Arc<Mutex<Vec<u32>>>,
-    mut held: watch::Receiver<bool>,
+    held: watch::Receiver<bool>,
     answer: Answer,
-) {
+    prefill: Option<watch::Receiver<Vec<u32>>>,
+    computed: Computed,
+}
+
+async fn serve(mut stream: TcpStream, mut node: Node) {
     let mut request = Vec::new();
     loop {
         let mut chunk = [0; 8192];
@@ -105,19 +122,24 @@ async fn serve(
         }
         let text = String::from_utf8_lossy(&request).into_owned();
         let number = raw::header(&text, "kv-comm-request-id").and_then(|id| id.parse::<u32>().ok());
-        numbers.lock().expect("nobody panics with it").extend(number);
+        node.numbers.lock().expect("nobody panics with it").extend(number);
         request.clear();
-        if held.wait_for(|held| !held).await.is_err() {
+        if node.held.wait_for(|held| !held).await.is_err() {
             return;
         }
-        if say(&mut stream, &answer).await.is_err() {
+        if let (Some(prefill), Some(number)) = (&mut node.prefill, number)
+            && prefill.wait_for(|computed| computed.contains(&number)).await.is_err()
+        {
+            return;
+        }
+        if say(&mut stream, &node, number).await.is_err() {
             return;
         }
     }
 }
 
-async fn say(stream: &mut TcpStream, answer: &Answer) -> std::io::Result<()> {
-    let Answer::Pieces(content_type, pieces, every) = answer else {
+async fn say(stream: &mut TcpStream, node: &Node, number: Option<u32>) -> std::io::Result<()> {
+    let Answer::Pieces(content_type, pieces, every) = &node.answer else {
         return stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await;
     };
     let head =
@@ -125,6 +147,7 @@ async fn say(stream: &mut TcpStream, answer: &Answer) -> std::io::Result<()> {
     stream.write_all(head.as_bytes()).await?;
     for piece in pieces.iter() {
         stream.write_all(format!("{:x}\r\n{piece}\r\n", piece.len()).as_bytes()).await?;
+        node.computed.send_modify(|computed| computed.extend(number.filter(|it| !computed.contains(it))));
         tokio::time::sleep(*every).await;
     }
     stream.write_all(b"0\r\n\r\n").await

@@ -87,8 +87,8 @@ async fn pair(
     first: &str,
     pieces: Vec<String>,
 ) -> (Engine, Engine) {
-    let prefill = Engine::streaming(content_type, vec![first.to_owned()], EVERY).await;
-    let decode = Engine::streaming(content_type, pieces, EVERY).await;
+    let prefill = Engine::streaming(content_type, vec![first.to_owned()], EVERY, None).await;
+    let decode = Engine::streaming(content_type, pieces, EVERY, Some(&prefill)).await;
     let mut ids = Vec::new();
     for (role, of) in [("prefill", &prefill), ("decode", &decode)] {
         let coordinator = format!("127.0.0.3:{}", of.address.port());
