@@ -73,6 +73,10 @@ impl Relays {
             let Ok((ticket, accepted)) = most.link.remains(copy.id, first, attempt, ASK).await else {
                 return;
             };
+            // It may have gone on with somebody else meanwhile: then that is another text.
+            if accepted.attempt >= attempt || line_from_wire(accepted.line).as_ref() != Some(&most.line) {
+                return;
+            }
             (most.ticket, most.next) = (ticket, accepted.next);
         }
         let mut had = Had { first, journal: Bytes::new(), events: Vec::new(), line: most.line.clone() };
