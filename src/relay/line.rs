@@ -98,7 +98,8 @@ impl Line {
     }
 
     /// Whether both have the same events before `until`.
-    pub fn agrees(&self, other: &Line, until: u64) -> bool {
+    #[cfg(test)]
+    fn agrees(&self, other: &Line, until: u64) -> bool {
         self.parts_from(other).is_none_or(|from| from >= until)
     }
 }
