@@ -36,7 +36,7 @@ impl Entry {
 
 impl Host for Relays {
     fn cluster(&self) -> String {
-        self.view().cluster.clone()
+        self.view_to_serve().cluster.clone()
     }
 
     fn open(
@@ -51,7 +51,7 @@ impl Host for Relays {
         if self.is_leaving() {
             return refuse(Why::Busy, "this replica is leaving");
         }
-        if !self.view().current {
+        if !self.view_to_serve().current {
             return refuse(Why::Busy, "this replica has just started, and knows too little yet");
         }
         if attempt == 0 {

@@ -211,6 +211,15 @@ impl Relays {
         self.view.load_full()
     }
 
+    /// The cluster, for who wants something done here: what this process did not know a moment ago changes
+    /// nothing, since it says that it is ready as soon as it knows.
+    pub(super) fn view_to_serve(&self) -> Arc<View> {
+        if !self.view.load().current {
+            self.look();
+        }
+        self.view()
+    }
+
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.runtime.spawn(task);
     }
@@ -310,7 +319,7 @@ impl Relays {
     /// Who should hold a stream whose client is here: not this process, not a leader, none of `bad`,
     /// as far as there is a choice. `None` where nobody is left: never at a replica.
     pub(super) fn choose(&self, bad: &[ReplicaId]) -> Option<ReplicaId> {
-        let view = self.view.load();
+        let view = self.view_to_serve();
         if self.options.durability == Durability::Local && view.me.is_some() {
             return view.me;
         }

@@ -54,17 +54,21 @@ impl Placing for Service {
 
     async fn place(&self, request: Rpc<Streaming<PlaceSaid>>) -> Result<Response<Self::PlaceStream>, Status> {
         let known = self.relays.get().and_then(|relays| Some((relays, relays.placer()?)));
-        let Some((relays, placer)) = known.filter(|(relays, _)| !relays.view().cluster.is_empty()) else {
-            return Err(Status::unavailable("this replica is not a member yet"));
+        let Some((relays, placer)) = known else {
+            return Err(Status::unavailable("this replica does not choose places yet"));
         };
+        let view = relays.view_to_serve();
+        if view.cluster.is_empty() {
+            return Err(Status::unavailable("this replica is not a member yet"));
+        }
         let theirs = request.metadata().get(CLUSTER).and_then(|value| value.to_str().ok());
-        if theirs != Some(relays.view().cluster.as_str()) {
+        if theirs != Some(view.cluster.as_str()) {
             return Err(Status::failed_precondition("this replica belongs to another cluster"));
         }
         if relays.is_leaving() {
             return Err(Status::unavailable("this replica is leaving"));
         }
-        if !relays.view().current {
+        if !view.current {
             return Err(Status::unavailable("this replica has just started, and knows too little yet"));
         }
         let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {

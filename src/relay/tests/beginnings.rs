@@ -257,8 +257,8 @@ async fn who_has_just_started_generates_nothing_for_others() {
         assert_eq!(read(&mut listener, u64::MAX / 2).await, 50);
         assert_eq!(cluster.holder(id), 0, "the leader rather than who knows little");
     }
+    // From the moment on at which it says that it is ready.
     cluster.world.behind.lock().clear();
-    cluster.hub(2).look();
     let (id, mut listener) = cluster.begin(1, true, 60_000).await;
     assert_eq!(read(&mut listener, u64::MAX / 2).await, 50);
     assert_eq!(cluster.holder(id), 2);

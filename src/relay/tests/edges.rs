@@ -141,6 +141,26 @@ async fn a_place_is_booked_for_as_long_as_the_edge_holds_on_to_it() {
 }
 
 #[tokio::test]
+async fn who_has_just_started_chooses_no_places() {
+    let mut cluster = Cluster::new(2, numbers(1), &Options::default()).await;
+    let (_, remote) = cluster.add_edge().await;
+    eventually("the edge knows both", || remote.replicas().len() == 2).await;
+    for behind in [1, 0] {
+        cluster.world.behind.lock().insert(ReplicaId(behind as u64 + 1));
+        cluster.hub(behind).look();
+        for _ in 0..8 {
+            let (_, kept) = placed(remote.place(&order()).await);
+            let booked = [0, 1].map(|at| cluster.books[at].booked().0);
+            assert_eq!((booked[behind], booked[1 - behind]), (0, 1), "it could only say what it knows");
+            drop(kept);
+            eventually("it is free", || cluster.books[1 - behind].booked().0 == 0).await;
+        }
+        // From the moment on at which it says that it is ready.
+        cluster.world.behind.lock().clear();
+    }
+}
+
+#[tokio::test]
 async fn what_an_edge_runs_is_booked_anew_where_its_replica_dies() {
     let mut cluster = Cluster::new(2, numbers(1), &Options::default()).await;
     let (_, remote) = cluster.add_edge().await;
