@@ -6,6 +6,7 @@ pub(super) mod plan;
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -17,7 +18,7 @@ use super::front::Shard;
 use super::headers::{CACHED, OVERLAP_BLOCKS, PREFILL_WORKER, TRACE};
 use super::metrics::{Retry, Tracked};
 use super::placing::Placing;
-use super::queue::Held;
+use super::queue::{Held, LOOK_AGAIN};
 use super::reserving::{Reserving, book};
 use super::upstream::{Outgoing, SendError, Slot, UpstreamBody};
 use crate::disagg::turns::without_transfer;
@@ -81,6 +82,9 @@ pub(super) struct Asked<'a> {
     pub(super) stream: bool,
 }
 
+/// Longest wait of a request that finds no worker for a replica that has just started to know what was
+/// committed before.
+const JUST_STARTED: Duration = Duration::from_secs(5);
 /// Retries after attempts that reached nobody, beside `proxy.retries` others.
 const MOST_UNREACHED: u32 = 8;
 
@@ -159,7 +163,7 @@ impl<'a> Attempts<'a> {
         mut self,
     ) -> Result<Option<(Selection, Held, Option<HeaderValue>)>, ApiError> {
         loop {
-            let plan = match self.choose() {
+            let plan = match self.choose_or_learn().await {
                 Ok(plan) => plan,
                 Err(NoWorker::Saturated { .. }) => {
                     let began = Instant::now();
@@ -181,7 +185,7 @@ impl<'a> Attempts<'a> {
         // A 502, 503 or 504 of a worker, kept in case nobody else does better.
         let mut held: Option<Answered> = None;
         loop {
-            let plan = match self.choose() {
+            let plan = match self.choose_or_learn().await {
                 Ok(plan) => plan,
                 Err(NoWorker::Saturated { .. }) => {
                     let began = Instant::now();
@@ -297,6 +301,32 @@ impl<'a> Attempts<'a> {
             return Err(NoWorker::Saturated { workers: 0 });
         }
         self.select()
+    }
+
+    /// Chooses. A replica that has just started and finds nobody may not know yet who there is: the request
+    /// waits then, whatever the balancer in front of it believes of its readiness.
+    async fn choose_or_learn(&self) -> Result<Plan, NoWorker> {
+        match self.choose() {
+            Err(why) if self.tried.is_empty() && !matches!(why, NoWorker::Saturated { .. }) => {
+                // Boxed: most requests find somebody.
+                Box::pin(self.choose_once_current()).await
+            }
+            chosen => chosen,
+        }
+    }
+
+    async fn choose_once_current(&self) -> Result<Plan, NoWorker> {
+        let until = self.deadline.min(Instant::now() + JUST_STARTED);
+        loop {
+            // Looked at first: what is chosen from is no older.
+            let status = self.shard.front.control.status();
+            let knows_all = status.current || status.down.is_some() || Instant::now() >= until;
+            match self.choose() {
+                Err(why) if !knows_all && !matches!(why, NoWorker::Saturated { .. }) => {}
+                chosen => return chosen,
+            }
+            sleep(LOOK_AGAIN).await;
+        }
     }
 
     fn trace(&self, selection: &Selection, prefill: Option<&Selection>) -> Option<HeaderValue> {

@@ -51,7 +51,7 @@ impl Relays {
         manner: Manner,
     ) -> Result<Arc<Entry>, KeyReused> {
         let alone = manner.durability == Durability::Local || order.body.len() > MOST_ORDERED;
-        let me = self.view().me.map(Holder::Replica);
+        let me = self.view_to_serve().me.map(Holder::Replica);
         let order = Arc::new(order);
         let copy = || Copy::new(id, Arc::clone(&order), Role::Mirror, 0, Default::default(), self.bound());
         let entry = loop {
@@ -112,9 +112,10 @@ impl Relays {
         entry: &Arc<Entry>,
         mut next: Option<Holder>,
     ) -> Result<(), KeyReused> {
-        let me = self.view().me.map(Holder::Replica);
         let mut bad = Vec::new();
         loop {
+            // Not before it was chosen: a process may just have become a replica.
+            let me = self.view().me.map(Holder::Replica);
             match next {
                 Some(holder) if Some(holder) == me => {
                     if !self.hold(entry, 1) && entry.copy.role() != Role::Holder {

@@ -296,6 +296,27 @@ async fn drained_and_offline_workers_and_an_empty_registry_are_explained() {
 }
 
 #[tokio::test]
+async fn who_comes_to_a_replica_that_has_just_started_waits_until_it_knows_its_workers() {
+    let front = start(FrontConfig::default());
+    front.cluster.is_behind.store(true, Ordering::Relaxed);
+    let waiting = tokio::spawn(exchange(front.address, chat()));
+    let unknown = post("/v1/completions", r#"{"model":"nobody's","prompt":"hello"}"#);
+    let refused = tokio::spawn(exchange(front.address, unknown));
+    eventually("both have come", || front.front.metrics.requests_taken() == 2).await;
+    front.cluster.add("w", answering(ok("application/json", "{}")).await);
+    assert_eq!(status(&waiting.await.unwrap()), 200, "as soon as it knows of one");
+    assert!(!refused.is_finished());
+    front.cluster.is_behind.store(false, Ordering::Relaxed);
+    let response = refused.await.unwrap();
+    assert_eq!((status(&response), code(&response).as_str()), (404, "model_not_found"));
+    // Nobody waits for ever.
+    let front = start(FrontConfig::default());
+    front.cluster.is_behind.store(true, Ordering::Relaxed);
+    let response = exchange(front.address, chat()).await;
+    assert_eq!((status(&response), code(&response).as_str()), (503, "no_workers"));
+}
+
+#[tokio::test]
 async fn bad_requests_get_openai_errors() {
     let front = start(FrontConfig::default());
     front.cluster.add("w", answering(ok("application/json", "{}")).await);
