@@ -67,13 +67,13 @@ pub struct Program {
 
 impl Program {
     /// The Python clients, if there is a Python for them. What they say on standard error is kept in
-    /// `folder`.
-    pub async fn python(folder: &Path) -> Option<Arc<Self>> {
+    /// `folder`, under a name.
+    pub async fn python(folder: &Path, name: &str) -> Option<Arc<Self>> {
         if !has("python3", &["-c", "import openai"], "pip install openai") {
             return None;
         }
         // Warnings are errors of ours.
-        Some(Self::start("python3", &["-W", "error", "-B"], "storm_client.py", folder).await)
+        Some(Self::start("python3", &["-W", "error", "-B"], "storm_client.py", folder, name).await)
     }
 
     /// The JavaScript clients, if there is a Node for them.
@@ -83,11 +83,11 @@ impl Program {
         if !has("node", &["-e", packages], remedy) {
             return None;
         }
-        Some(Self::start("node", &["--throw-deprecation"], "storm_client.mjs", folder).await)
+        Some(Self::start("node", &["--throw-deprecation"], "storm_client.mjs", folder, "node").await)
     }
 
-    async fn start(name: &'static str, args: &[&str], script: &str, folder: &Path) -> Arc<Self> {
-        let complaints = folder.join(format!("{script}.log"));
+    async fn start(name: &'static str, args: &[&str], script: &str, folder: &Path, log: &str) -> Arc<Self> {
+        let complaints = folder.join(format!("{log}.log"));
         let err = std::fs::File::create(&complaints).expect("a log can be created");
         let script = format!("{}/../clients/testing/{script}", env!("CARGO_MANIFEST_DIR"));
         let mut command = Command::new(name);
