@@ -1,10 +1,16 @@
-//! A replica whose disk is gone.
+//! A replica whose disk is gone, and those who come to it before it is back.
 
 use std::time::{Duration, Instant};
 
+use chaos_tests::client::Http;
 use chaos_tests::fleet::{Fleet, ready};
+use chaos_tests::streams::{self, Question, read};
 use chaos_tests::wait::{check, until};
 use chaos_tests::writes::{Manner, Writers};
+use serde_json::json;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -44,4 +50,51 @@ async fn a_replica_whose_folder_is_deleted_rejoins_and_votes_again() {
     ready(&fleet.replicas[0], LIMIT).await;
     promises.visible_at(&fleet.endpoints(&[0, 1, 2]), LIMIT).await;
     fleet.agree().await;
+}
+
+/// Who asks at one address from the moment on at which somebody listens there until told to stop, an answer in
+/// one piece and a stream in turn. How many were answered.
+async fn asks(base: String, at: usize, mut stop: watch::Receiver<bool>) -> u32 {
+    let mut answered = 0;
+    while !*stop.borrow_and_update() {
+        // As a balancer does that only sees whether somebody listens.
+        if TcpStream::connect(base.trim_start_matches("http://")).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            continue;
+        }
+        let mut question = Question::whole(at, 20);
+        if answered % 2 == 0 {
+            question.body["stream"] = json!(false);
+            let url = format!("{base}{}", question.path);
+            let reply = Http::fresh().post(&url, &question.body, LIMIT).await.expect("an answer");
+            assert_eq!(reply.status, 200, "{at}: {}", reply.text());
+        } else {
+            let heard = read(&base, &question, streams::Manner::Plain).await;
+            heard.unwrap_or_else(|broken| panic!("{at}: {broken:?}"));
+        }
+        answered += 1;
+    }
+    answered
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_who_comes_to_a_replica_with_an_empty_folder_before_it_is_ready_is_refused() {
+    let mut fleet = Fleet::of(3).engines(2).start().await;
+    let gone = 2;
+    fleet.replicas[gone].kill9();
+    fleet.replicas[gone].wipe();
+    let stop = watch::Sender::new(false);
+    let mut clients = JoinSet::new();
+    for at in 0..8 {
+        clients.spawn(asks(fleet.replicas[gone].http_url(""), at, stop.subscribe()));
+    }
+    fleet.replicas[gone].start();
+    ready(&fleet.replicas[gone], LIMIT).await;
+    fleet.agree().await;
+    stop.send_replace(true);
+    let mut answered = 0;
+    while let Some(client) = clients.join_next().await {
+        answered += client.expect("nobody is refused");
+    }
+    assert!(answered >= 8, "{answered} answered");
 }
