@@ -5,7 +5,8 @@ Starts a demo (three replicas, children are started again) and four simulated en
 choice, keeps streams running at all replicas, hurts one replica after the other, and reads the longest pause
 of every stream of the other replicas that says it went on elsewhere: told apart by whether the hurt replica led
 the group that has the directory of streams, as one of three did. A pause has in it what went by of the engine's
-step before, and what the engine takes for a new request, which is measured beside it: the rest is the replicas'.
+step before, and what the engine takes for a new request, which is measured beside it, alone and of as many at
+once as a replica holds streams: the rest is the replicas'.
 One thread reads all streams, so that they cost little beside the replicas. Everything on 127.0.0.1.
 
     benches/stall.py                                    # kill -9, 12 times
@@ -152,6 +153,35 @@ def first_tokens(engine, times=20):
     return statistics.median(waited)
 
 
+def first_tokens_at_once(engines, count, times=4):
+    """The same of so many requests at once, which engines know all but the end of: as many as one replica holds
+    streams. Connections are opened beforehand, which a replica does not."""
+    waited = []
+    for turn in range(times):
+        selector, began = selectors.DefaultSelector(), {}
+        for number in range(count):
+            host, port = engines[number % len(engines)].split(":")
+            prompt = [number * 31 + at for at in range(96)] + [turn]
+            body = json.dumps({"model": MODEL, "stream": True, "max_tokens": 1, "prompt": prompt})
+            asking = socket.create_connection((host, int(port)), timeout=5)
+            selector.register(asking, selectors.EVENT_READ, f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\n"
+                              f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}")
+        for key in list(selector.get_map().values()):
+            began[key.fileobj] = time.monotonic()
+            key.fileobj.sendall(key.data.encode())
+        while selector.get_map():
+            for key, _ in selector.select(5):
+                data = key.fileobj.recv(1 << 16)
+                if b"data: " in data or not data:
+                    # The first time their prompts are new.
+                    if turn > 0:
+                        waited.append((time.monotonic() - began[key.fileobj]) * 1000)
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+        time.sleep(random.uniform(0.3, 0.5))
+    return statistics.median(waited)
+
+
 def leader(state):
     """Who leads the group that has the directory of streams: a take-over of what it held waits for an election."""
     for replica in state["replicas"]:
@@ -193,6 +223,7 @@ def hurt(options, path, engines):
     reader.start()
     time.sleep(5)
     waited = [first_tokens(engine) for engine in engines]
+    at_once = first_tokens_at_once(engines, max(1, options.streams // 3))
     hurts = []
     for turn in range(options.times):
         known = json.loads(path.read_text())
@@ -211,7 +242,8 @@ def hurt(options, path, engines):
     reader.join()
     print(f"SIG{options.signal} {options.times} times, {options.streams} streams, a token each {options.step_ms:g} ms; "
           f"{reader.done} read to their end, {len(reader.broken)} broke with their own replica; "
-          f"a new request at these engines has its first token after p50 {statistics.median(waited):.0f} ms")
+          f"a new request at these engines has its first token after p50 {statistics.median(waited):.0f} ms, "
+          f"each of {max(1, options.streams // 3)} at once after {at_once:.0f} ms")
     for what, is_leader in ("were no leader", False), ("led the directory", True):
         times = [at for led, at in hurts if led == is_leader]
         # A pause belongs to the hurt that it ends behind.
