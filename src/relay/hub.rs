@@ -198,8 +198,10 @@ impl Relays {
     /// Looks the cluster up now.
     pub fn look(&self) {
         let directory = &self.directory;
-        let (me, cluster, peers) = (directory.me(), directory.cluster(), directory.peers());
-        let view = View { me, cluster, peers, current: directory.is_current() };
+        // Asked first: what is read after it is no older than it says.
+        let current = directory.is_current();
+        let view =
+            View { me: directory.me(), cluster: directory.cluster(), peers: directory.peers(), current };
         if !view.cluster.is_empty() && directory.secret().is_none() {
             directory.offer_secret(super::secret::random_secret());
         }
